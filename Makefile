@@ -1,0 +1,54 @@
+# The README's commands. All they make lives in this folder: packages, caches and temporary files in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TMPDIR := $(CURDIR)/.venv/tmp
+export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test lint docs bench format wheel clean
+
+help:
+	@echo "make demo    distil a small ResNet on handwritten digits, about a minute"
+	@echo "make test    the tests, with coverage"
+	@echo "make lint    ruff and mypy"
+	@echo "make docs    the pages, into site/"
+	@echo "make bench   the benchmarks"
+	@echo "make wheel   the package, into dist/"
+	@echo "make clean   remove .venv and all that the commands above made"
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	mkdir -p $(TMPDIR)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(READY)
+	python examples/cifar_resnet.py --out runs/digits
+
+test: $(READY)
+	python -m pytest --cov --cov-fail-under=100
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(READY)
+	ruff check --fix .
+	ruff format .
+
+docs: $(READY)
+	mkdocs build --strict --quiet
+
+bench: $(READY)
+	python benchmarks/train_step.py
+
+wheel: $(READY)
+	python -m build --wheel
+
+clean:
+	rm -rf .venv dist site runs .coverage .mypy_cache .pytest_cache .ruff_cache

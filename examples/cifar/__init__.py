@@ -1,0 +1,1 @@
+"""The rooms of `cifar_resnet.py`: data, models, training and report."""

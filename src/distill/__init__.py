@@ -1,0 +1,21 @@
+"""Knowledge distillation losses for PyTorch, and one wrapper that runs teacher and student."""
+
+from distill._distiller import Distiller, DistillerOutput, Term
+from distill._registry import create_loss, list_losses, register_loss
+from distill.losses.kl import KLLoss, kl_loss
+from distill.losses.logit import LogitLoss, logit_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Distiller",
+    "DistillerOutput",
+    "KLLoss",
+    "LogitLoss",
+    "Term",
+    "create_loss",
+    "kl_loss",
+    "list_losses",
+    "logit_loss",
+    "register_loss",
+]

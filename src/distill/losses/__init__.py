@@ -1,0 +1,1 @@
+"""One paper, one file: the function that is the paper, and the thin module under it."""

@@ -1,0 +1,183 @@
+"""What every loss promises, whatever its formula: a function to call from the loss's own test file."""
+
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+def make_pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """A student that wants a gradient and a teacher, both standard normal."""
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    teacher = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return student, teacher
+
+
+def gradient(loss: Callable[..., Tensor], student: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """The gradient of a scalar loss for the student."""
+    student = student.detach().clone().requires_grad_()
+    (result,) = torch.autograd.grad(loss(student, *rest, **options), student)
+    return result
+
+
+def assert_loss_contract(
+    build: Callable[..., nn.Module], *, shape: Sequence[int], target: Tensor | None = None, per_sample: bool = True
+) -> None:
+    """Check the promises of the design that do not depend on the formula.
+
+    Args:
+        build: The class, or a function that passes keyword arguments on to it.
+        shape: Shape of student and teacher, batch first; the batch is at least 4.
+        target: Labels, for losses that need them.
+        per_sample: Whether the loss has a reduction and a mask (a loss of a whole batch has none).
+    """
+    loss = build()
+    _check_scalar_and_gradients(loss, *make_pair(*shape), target)
+    _check_leaves_global_state_alone(loss, *make_pair(*shape), target)
+    _check_copies(loss, *make_pair(*shape), target)
+    _check_low_precision(loss, shape, target)
+    _check_autocast(loss, *make_pair(*shape, dtype=torch.float32), target)
+    _check_compile(loss, *make_pair(*shape, dtype=torch.float32), target)
+    _check_func(loss, *make_pair(*shape), target)
+    _check_vmap(loss, *make_pair(*shape), target)
+    _check_refuses_bad_pairs(loss, *make_pair(*shape), target)
+    if per_sample:
+        _check_reductions(build, *make_pair(*shape), target)
+        _check_mask(build, *make_pair(*shape), target)
+        for bad in ("avg", "Mean", None):
+            with pytest.raises(ValueError, match=f"reduction must be 'mean', 'sum' or 'none', got {bad!r}"):
+                build(reduction=bad)
+
+
+def _check_scalar_and_gradients(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    teacher.requires_grad_()
+    value = loss(student, teacher, target)
+    assert value.shape == ()
+    assert value.dtype == torch.float64
+    value.backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    assert student.grad.abs().max() > 0
+    assert teacher.grad is None
+
+
+def _check_leaves_global_state_alone(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    random_state = torch.random.get_rng_state()
+    versions = student._version, teacher._version
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            value = loss(student, teacher, target)
+            assert torch.is_grad_enabled() is enabled
+            assert value.requires_grad is enabled
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert (student._version, teacher._version) == versions
+    assert teacher.requires_grad is False
+
+
+def _check_copies(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    expected = loss(student, teacher, target)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(twin(student, teacher, target), expected)
+        assert repr(twin) == repr(loss)
+
+
+def _check_low_precision(loss: nn.Module, shape: Sequence[int], target: Tensor | None) -> None:
+    for dtype in (torch.bfloat16, torch.half):
+        student, teacher = make_pair(*shape, dtype=dtype)
+        value = loss(student, teacher, target)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, loss(student.float(), teacher.float(), target))
+        value.backward()
+        assert student.grad is not None
+        assert student.grad.dtype == dtype
+        assert loss(student, teacher.double(), target).dtype == torch.float64
+
+
+def _check_autocast(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(student, teacher, target)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, loss(student, teacher, target))
+
+
+def _check_compile(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    # aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(student, teacher, target), loss(student, teacher, target))
+    torch.testing.assert_close(gradient(compiled, student, teacher, target), gradient(loss, student, teacher, target))
+
+
+def _check_func(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    of_func = torch.func.grad(lambda s: loss(s, teacher, target))(student.detach())
+    torch.testing.assert_close(of_func, gradient(loss, student, teacher, target))
+
+
+def _check_refuses_bad_pairs(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    for other in (teacher[:1], teacher[..., :1], teacher[0]):  # the first three would broadcast
+        with pytest.raises(ValueError, match=r"same shape \(nothing is broadcast\), got \("):
+            loss(student, other, target)
+    with pytest.raises(ValueError, match=r"must be floating-point, got torch.int64 and torch.float64"):
+        loss(student.detach().long(), teacher, target)
+    with pytest.raises(ValueError, match=r"must be floating-point, got torch.float64 and torch.complex128"):
+        loss(student, teacher + 0j, target)
+    with pytest.raises(ValueError, match="on the same device, got cpu and meta"):
+        loss(student, teacher.to("meta"), target)
+    with pytest.raises(ValueError, match=r"must not be empty, got shape \(0, "):
+        loss(student[:0], teacher[:0], target)
+
+
+def _check_reductions(build: Callable[..., nn.Module], student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    values = build(reduction="none")(student, teacher, target)
+    assert values.shape[0] == student.shape[0]
+    assert values.ndim < student.ndim
+    torch.testing.assert_close(build()(student, teacher, target), values.mean())
+    torch.testing.assert_close(build(reduction="sum")(student, teacher, target), values.sum())
+
+
+def _check_mask(build: Callable[..., nn.Module], student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    mean, total, none = build(), build(reduction="sum"), build(reduction="none")
+    values = none(student, teacher, target)
+    weights = torch.rand(values.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    chosen = weights > 0.5
+    assert 0 < chosen.sum() < chosen.numel()
+    for mask in (weights, chosen, chosen.long()):
+        w = mask.double()
+        torch.testing.assert_close(mean(student, teacher, target, mask=mask), (w * values).sum() / w.sum())
+        torch.testing.assert_close(total(student, teacher, target, mask=mask), (w * values).sum())
+        torch.testing.assert_close(none(student, teacher, target, mask=mask), w * values)
+    torch.testing.assert_close(mean(student, teacher, target, mask=chosen), values[chosen].mean())
+
+    nothing = torch.zeros_like(chosen)
+    for loss in (mean, total):
+        value = loss(student, teacher, target, mask=nothing)
+        assert value == 0
+        assert torch.equal(torch.autograd.grad(value, student)[0], torch.zeros_like(student))
+
+    spoilt = teacher.clone()
+    spoilt[0] = torch.nan
+    kept = torch.ones_like(chosen)
+    kept[0] = False
+    assert mean(student, teacher, target, mask=kept) == mean(student, spoilt, target, mask=kept)
+
+    with pytest.raises(ValueError, match=r"mask must be shaped like the per-sample values, \(.*got \(1,"):
+        mean(student, teacher, target, mask=chosen[:1])
+    with pytest.raises(ValueError, match="mask must be shaped like the per-sample values"):
+        mean(student, teacher, target, mask=torch.ones(student.shape))
+    with pytest.raises(ValueError, match="mask must be on the device of the values, cpu, got meta"):
+        mean(student, teacher, target, mask=chosen.to("meta"))
+    with pytest.raises(ValueError, match=r"mask must be bool or real weights, got torch.complex64"):
+        mean(student, teacher, target, mask=chosen.to(torch.complex64))
+
+
+def _check_vmap(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    student = student.detach()
+    pairs = torch.stack([student, teacher]), torch.stack([teacher, student])
+    mapped = torch.vmap(lambda s, t: loss(s, t, target))(*pairs)
+    torch.testing.assert_close(mapped[0], loss(student, teacher, target))
+    torch.testing.assert_close(mapped[1], loss(teacher, student, target))
