@@ -1,0 +1,79 @@
+"""The package as a whole: public names, what importing it costs, what a newcomer may forget."""
+
+import inspect
+import json
+import statistics
+import subprocess
+import sys
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import distill
+
+ROOT = Path(__file__).parents[1]
+LOSSES = sorted(path.stem for path in (ROOT / "src/distill/losses").glob("*.py") if path.stem != "__init__")
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_public_names_are_sorted_exist_and_are_all():
+    assert distill.__all__ == sorted(distill.__all__)
+    public = {
+        name for name, value in vars(distill).items() if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == set(distill.__all__)
+
+
+def test_public_names_have_docstrings_with_the_sections_of_a_manual_page():
+    for name in distill.__all__:
+        thing = getattr(distill, name)
+        doc = inspect.getdoc(thing)
+        wanted = ["Example:"]
+        if inspect.isfunction(thing):
+            wanted.append("Returns:")
+            if name.endswith("_loss") and name not in ("create_loss", "register_loss"):
+                wanted += ["Args:", "Raises:", "Reference:", ".. math::"]
+        if name == "DistillerOutput":
+            wanted = ["Attributes:"]
+        for section in wanted:
+            assert section in doc, f"the docstring of distill.{name} lacks the section {section!r}"
+
+
+def test_every_loss_file_has_its_line_in_init_its_name_and_its_twin():
+    for stem in LOSSES:
+        module = sys.modules.get(f"distill.losses.{stem}")
+        assert module is not None, f"src/distill/__init__.py must import from distill.losses.{stem}"
+        classes = [
+            cls for cls in vars(module).values() if inspect.isclass(cls) and cls.__module__ == f"distill.losses.{stem}"
+        ]
+        for thing in (*classes, getattr(module, f"{stem}_loss")):
+            line = f"from distill.losses.{stem} import {thing.__name__}"
+            assert thing.__name__ in distill.__all__, f"src/distill/__init__.py and its __all__ must have: {line}"
+        assert stem in distill.list_losses(), f"the class in losses/{stem}.py must carry @register_loss({stem!r})"
+        assert type(distill.create_loss(stem)).__name__.lower() == f"{stem}loss".replace("_", "")
+        assert (ROOT / f"tests/losses/test_{stem}.py").is_file(), f"tests/losses/test_{stem}.py must exist"
+
+
+def test_version_is_the_one_of_the_distribution_and_the_changelog():
+    assert distill.__version__ == version("distill")
+    assert f"## [{distill.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_needs_only_torch_numpy_and_typing_extensions():
+    runtime = [line for line in requires("distill") if "extra ==" not in line]
+    assert sorted(line.split(">=")[0] for line in runtime) == ["numpy", "torch", "typing-extensions"]
+    code = (
+        "import sys, torch, numpy, typing_extensions, json\n"
+        "before = set(sys.modules)\n"
+        "import distill\n"
+        "print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))"
+    )
+    added = set(json.loads(run(code))) - set(sys.stdlib_module_names)
+    assert added == {"distill"}
+
+
+def test_import_costs_at_most_50_ms_on_top_of_torch():
+    code = "import time, torch\nt = time.perf_counter()\nimport distill\nprint(time.perf_counter() - t)"
+    assert statistics.median(float(run(code)) for _ in range(3)) < 0.050
