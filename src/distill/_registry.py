@@ -110,7 +110,7 @@ def _find(name: str) -> type[nn.Module]:
     if not points:
         raise KeyError(_unknown(name))
     if len({point.value for point in points}) > 1:
-        raise ValueError(f"a loss name must be unique, got {name!r} from {' and '.join(map(_origin, points))}")
+        raise ValueError(f"a loss name must be unique, got {name!r} from {' and '.join(sorted(map(_origin, points)))}")
     # Importing the module may itself run register_loss(name); registering the same class twice is no conflict.
     loss: type[nn.Module] = register_loss(name)(_load(points[0]))
     return loss
