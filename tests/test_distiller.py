@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Net, WithLogits, batch
 from torch import nn
 
 from distill import Distiller, KLLoss, LogitLoss, Term, kl_loss, logit_loss
+from models import Net, WithLogits, batch
 
 
 class Hint(nn.Module):
@@ -303,7 +303,9 @@ def test_rejects_an_output_that_is_no_function():
 
 
 def test_rejects_losses_called_otherwise():
-    with pytest.raises(ValueError, match=r"callable as loss\(student, teacher, target\), got MSELoss\(input: .*target: "):
+    with pytest.raises(
+        ValueError, match=r"callable as loss\(student, teacher, target\), got MSELoss\(input: .*target: "
+    ):
         Distiller(*pair(), nn.MSELoss())
     with pytest.raises(ValueError, match="a loss must be an nn.Module, got <function kl_loss"):
         Term(kl_loss)

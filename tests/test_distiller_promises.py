@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from models import Net, batch
-from test_distiller import Hint
 from torch import nn
 
 from distill import Distiller, KLLoss, LogitLoss, Term
+from models import Net, batch
+from test_distiller import Hint
 
 
 def build(**options):

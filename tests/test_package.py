@@ -20,9 +20,7 @@ def run(code: str) -> str:
 
 def test_public_names_are_sorted_exist_and_are_all():
     assert distill.__all__ == sorted(distill.__all__)
-    public = {
-        name for name, value in vars(distill).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
+    public = {name for name, value in vars(distill).items() if not name.startswith("_") and not inspect.ismodule(value)}
     assert public == set(distill.__all__)
 
 

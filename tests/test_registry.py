@@ -124,7 +124,9 @@ def test_entry_point_is_listed_unimported_and_created(site):
 
 
 def test_entry_point_whose_module_registers_too(site):
-    source = ACME.replace("class Manhattan", "import distill\n\n    @distill.register_loss('manhattan')\n    class Manhattan")
+    source = ACME.replace(
+        "class Manhattan", "import distill\n\n    @distill.register_loss('manhattan')\n    class Manhattan"
+    )
     install(site, "acme_losses", source, "manhattan = acme_losses:Manhattan")
     assert type(create_loss("manhattan")).__name__ == "Manhattan"
 
@@ -138,7 +140,9 @@ def test_registered_name_comes_before_an_entry_point(site):
 
 def test_rejects_an_entry_point_that_cannot_be_imported(site):
     install(site, "acme_losses", ACME, "gone = acme_losses_missing:Loss", "moved = acme_losses:Euclid")
-    with pytest.raises(ImportError, match=r"'gone' of acme_losses_missing:Loss \(package acme_losses\) cannot be impor"):
+    with pytest.raises(
+        ImportError, match=r"'gone' of acme_losses_missing:Loss \(package acme_losses\) cannot be impor"
+    ):
         create_loss("gone")
     with pytest.raises(ImportError, match=r"'moved' of acme_losses:Euclid .*has no attribute 'Euclid'"):
         create_loss("moved")

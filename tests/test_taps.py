@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from models import Checkpointed, Net, batch
 from torch import nn
 
 from distill import Distiller, LogitLoss, Term
 from distill._taps import run_with_taps
+from models import Checkpointed, Net, batch
 
 
 def see(model, *paths, inputs=None):
@@ -128,7 +128,9 @@ def test_rejects_unknown_paths_of_a_model_without_submodules():
 
 
 def test_rejects_taps_not_reached_or_reached_twice():
-    with pytest.raises(ValueError, match="student's tap 'unused' must be reached once in a forward, but it was not rea"):
+    with pytest.raises(
+        ValueError, match="student's tap 'unused' must be reached once in a forward, but it was not rea"
+    ):
         see(Twice(), "unused")
     with pytest.raises(ValueError, match=r"tap 'shared:input' must be reached once .* but it was reached 2 times"):
         see(Twice(), "shared:input")

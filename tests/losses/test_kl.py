@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from contract import assert_loss_contract, gradient, make_pair
 from torch import nn
 
+from contract import assert_loss_contract, gradient, make_pair
 from distill import KLLoss, LogitLoss, kl_loss
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from contract import assert_loss_contract, gradient, make_pair
 from torch import nn
 
+from contract import assert_loss_contract, gradient, make_pair
 from distill import LogitLoss, logit_loss
 
 
@@ -80,7 +80,7 @@ def test_zero_when_equal():
 
 
 def test_counts_shifts():
-    student, teacher = make_pair(6, 10)
+    _, teacher = make_pair(6, 10)
     shifted = LogitLoss()(teacher + 3, teacher)
     torch.testing.assert_close(shifted.item(), 9.0, rtol=1e-12, atol=0)
 

@@ -1,0 +1,74 @@
+"""One process of the DistributedDataParallel test: trains a step on its half of a batch and saves the gradients.
+
+Called as `python ddp_worker.py RANK WORLD_SIZE FOLDER`; with a world of one it runs the whole batch without DDP.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distill import Distiller, KLLoss, LogitLoss, Term
+from models import batch
+
+
+class Regressor(nn.Module):
+    """A loss with a weight of its own, that DDP must average too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, student, teacher, target=None):
+        return (self.scale * student - teacher).square().mean()
+
+
+def model(seed: int) -> nn.Module:
+    """Without batch norm, whose statistics DDP keeps per process by design."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+
+
+def build() -> Distiller:
+    losses = {
+        "hint": Term(Regressor(), at="1"),
+        "kl": Term(KLLoss(), weight=0.5),
+        "pool": Term(LogitLoss(), at="2:input"),
+    }
+    return Distiller(model(0), model(1), losses)
+
+
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    inputs, target = batch(8)
+    if world == 1:
+        distiller = build()
+        distiller(inputs, target).loss.backward()
+        torch.save({"distiller": gradients(distiller)}, folder / "single.pt")
+        return
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+
+    # The whole Distiller inside DDP: averages the losses' own weights as well.
+    distiller = build()
+    wrapped = DistributedDataParallel(distiller)
+    wrapped(inputs[mine], target[mine]).loss.backward()
+    buckets = sum(p.numel() for p in wrapped.parameters())
+    whole = gradients(distiller)
+
+    # The student inside DDP, handed over in the call.
+    distiller = build()
+    student = DistributedDataParallel(distiller.student)
+    distiller(inputs[mine], target[mine], student=student).loss.backward()
+    torch.save({"distiller": whole, "student": gradients(distiller.student), "size": buckets}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
