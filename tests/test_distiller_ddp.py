@@ -25,7 +25,7 @@ def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    single, first, second = (torch.load(tmp_path / name) for name in ("single.pt", "0.pt", "1.pt"))
+    single, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("single.pt", "0.pt", "1.pt"))
     student = {
         name.removeprefix("student."): gradient
         for name, gradient in single["distiller"].items()

@@ -201,14 +201,46 @@ def test_compiles_to_one_graph_with_the_eager_loss_and_gradients(at):
     assert "forward" not in twin.student.fc.__dict__
 
 
-def test_taps_hear_a_student_that_was_compiled_before():
+def test_compiled_taps_leave_the_users_hooks_and_hook_tables_as_they_were():
+    torch.compiler.reset()
+    calls = []
+    distiller = build()
+    handle = distiller.student.body.register_forward_hook(lambda module, args, output: calls.append(1))
+    torch.compile(distiller, fullgraph=True, backend="aot_eager")(*batch())
+    assert len(calls) == 1
+    distiller(*batch())
+    assert len(calls) == 2
+    handle.remove()
+    later = distiller.student.body.register_forward_hook(lambda module, args, output: calls.append(2))
+    on_teacher = distiller.teacher.body.register_forward_hook(lambda module, args, output: calls.append(3))
+    distiller(*batch())
+    assert sorted(calls[2:]) == [2, 3]
+    later.remove(), on_teacher.remove()
+    pickle.dumps(distiller)
+
+
+def test_compiled_taps_see_keywords():
+    torch.compiler.reset()
+
+    class Keyword(Net):
+        def forward(self, x):
+            return self.fc(input=self.body(x))
+
+    distiller = Distiller(Keyword(), Keyword(seed=1), Term(LogitLoss(), at="fc:input"))
+    compiled = torch.compile(distiller, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*batch()).loss, distiller(*batch()).loss)
+
+
+def test_taps_hear_a_student_that_was_compiled_before_and_is_evaluated_in_between():
     torch.compiler.reset()
     student = Net().eval()
     compiled = torch.compile(student, backend="aot_eager")
-    compiled(batch()[0])
     distiller = Distiller(student, Net(seed=1), Term(LogitLoss(), at="fc:input")).eval()
-    for _ in range(3):
-        torch.testing.assert_close(distiller(*batch(), student=compiled).loss, distiller(*batch()).loss)
+    expected = distiller(*batch()).loss
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        for _ in range(6):
+            torch.testing.assert_close(compiled(batch()[0]), student(batch()[0]))
+            torch.testing.assert_close(distiller(*batch(), student=compiled).loss, expected)
 
 
 def test_nothing_waits_for_the_device():

@@ -19,14 +19,6 @@ class Plain(nn.Module):
         return (student - teacher).abs().mean()
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """Leaves the registry as it was found."""
-    table = dict(distill._registry._registered)
-    monkeypatch.setattr(distill._registry, "_registered", table)
-    return table
-
-
 def test_creates_by_name_with_arguments():
     assert type(create_loss("logit")) is LogitLoss
     loss = create_loss("kl", 2.0, reduction="sum")

@@ -69,10 +69,9 @@ class DistillerOutput(NamedTuple):
 
 
 class Distiller(nn.Module):
-    r"""Runs a frozen teacher and a student on the same inputs, and adds the losses up.
+    """Runs a frozen teacher and a student on the same inputs, and adds the losses up.
 
-    .. math::
-        \text{loss} = w_\text{task} \, \text{task}(s, y) + \sum_k w_k \, \text{term}_k(s_k, t_k, y)
+        loss = task_weight * task_loss(student, target) + sum_k weight_k * loss_k(student_k, teacher_k, target)
 
     The teacher is in eval mode and frozen whatever `.train()` says, and runs under `no_grad`. It follows `.to()`,
     `.half()`, `deepcopy` and `pickle`, but is neither in `parameters()` nor in `state_dict()`, so optimizers,

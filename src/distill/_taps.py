@@ -1,6 +1,7 @@
 """Reads a module's output or first input by its path, only while somebody listens."""
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -64,9 +65,10 @@ def run_with_taps(
 class _Listener:
     """Stands in for one module's `forward` while the model runs, and keeps what passes.
 
-    An attribute of the instance hides the class's `forward`; deleting it leaves no trace. Forward hooks would say the
-    same in eager mode, but `torch.compile` can neither trace their registration nor see hooks that come to a model
-    after it was compiled, and does see this.
+    An attribute of the instance hides the class's `forward`, and deleting it leaves no trace; a model that was compiled
+    before is heard too, which hooks registered later are not. Inside a traced forward, where only some versions of
+    `torch.compile` can follow that, the module's table of hooks is replaced for the while instead
+    (`register_forward_hook` cannot be traced).
     """
 
     def __init__(self, model: nn.Module, path: str, side: str) -> None:
@@ -76,29 +78,38 @@ class _Listener:
         self.seen: list[Any] = []
         self.versions: list[int] = []
         self.hidden: Any = None
+        self.tables: dict[str, Any] = {}
 
     def start(self) -> None:
-        forward = self.module.forward
-        self.hidden = self.module.__dict__.get("forward")
-        if self.path.endswith(_INPUT):
-
-            def listen(*args: Any, **kwargs: Any) -> Any:
-                self.keep(args[0] if args else next(iter(kwargs.values()), None))
-                return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            for table, entry in (("_forward_hooks", self.hook), ("_forward_hooks_with_kwargs", True)):
+                self.tables[table] = getattr(self.module, table)
+                setattr(self.module, table, {**self.tables[table], self.where: entry})
         else:
-
-            def listen(*args: Any, **kwargs: Any) -> Any:
-                output = forward(*args, **kwargs)
-                self.keep(output)
-                return output
-
-        self.module.__dict__["forward"] = listen
+            self.hidden = self.module.__dict__.get("forward")
+            self.module.__dict__["forward"] = self.stand_in(self.module.forward)
 
     def stop(self) -> None:
-        if self.hidden is None:
-            del self.module.__dict__["forward"]
-        else:
+        for table, kept in self.tables.items():
+            setattr(self.module, table, kept or OrderedDict())  # the tracer forgets the type of an empty one
+        if self.hidden is not None:
             self.module.__dict__["forward"] = self.hidden
+        elif not self.tables:
+            del self.module.__dict__["forward"]
+
+    def stand_in(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def listen(*args: Any, **kwargs: Any) -> Any:
+            if self.path.endswith(_INPUT):
+                self.keep(_first(args, kwargs))
+                return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+            self.keep(output)
+            return output
+
+        return listen
+
+    def hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.keep(_first(args, kwargs) if self.path.endswith(_INPUT) else output)
 
     def keep(self, value: Any) -> None:
         self.seen.append(value)
@@ -119,3 +130,8 @@ class _Listener:
                 "(inplace=True, +=); tap another module or make that operation out of place"
             )
         return value
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    values = (*args, *kwargs.values())
+    return values[0] if values else None

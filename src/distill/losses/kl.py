@@ -9,14 +9,13 @@ from distill._tensors import Reduction, check_pair, check_positive, check_reduct
 
 
 def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: int = -1) -> Tensor:
-    r"""Divergence of the student's softened distribution from the teacher's, one value per sample.
+    """Divergence of the student's softened distribution from the teacher's, one value per sample.
 
-    .. math::
-        \ell = T^2 \sum_{c=1}^{C} p_c \, (\log p_c - \log q_c), \qquad
-        p = \mathrm{softmax}(t / T), \quad q = \mathrm{softmax}(s / T)
+        p = softmax(t / T),  q = softmax(s / T)
+        loss = T^2 * KL(p || q) = T^2 * sum_c p_c (log p_c - log q_c)
 
-    The factor :math:`T^2` keeps the size of the gradient when the temperature changes. As the temperature grows the
-    loss tends to half the mean squared difference of the logits, each centred over the classes.
+    The factor T^2 keeps the size of the gradient when the temperature changes. As the temperature grows the loss
+    tends to half the mean squared difference of the logits, each centred over the classes.
 
     Published with weight 0.9 at temperature 4, beside 0.1 times the cross-entropy (the CIFAR-100 benchmark of Tian,
     Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020).

@@ -9,10 +9,9 @@ from distill._tensors import Reduction, check_pair, check_reduction, reduce
 
 
 def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
-    r"""Mean squared difference of student and teacher, one value per sample.
+    """Mean squared difference of student and teacher, one value per sample.
 
-    .. math::
-        \ell = \frac{1}{C} \sum_{c=1}^{C} (s_c - t_c)^2
+        loss = 1/C * sum_c (s_c - t_c)^2
 
     The paper writes half the *sum* over the classes, averaged over samples: that is `C / 2` times this value. The
     mean is what `nn.MSELoss` gives and what benchmarks publish their weights for (weight 1 on pooled features, 0.1 on
@@ -45,7 +44,7 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
 
 @register_loss("logit")
 class LogitLoss(nn.Module):
-    r"""Mean squared difference of student and teacher; see `logit_loss` for the formula.
+    """Mean squared difference of student and teacher; see `logit_loss` for the formula.
 
     It needs no argument, and `LogitLoss()` equals `torch.nn.MSELoss()` with the teacher detached.
 
