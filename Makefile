@@ -6,6 +6,7 @@ READY := .venv/ready
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TMPDIR := $(CURDIR)/.venv/tmp
+export NO_MKDOCS_2_WARNING := 1
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

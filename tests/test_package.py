@@ -28,7 +28,7 @@ def test_public_names_have_docstrings_with_the_sections_of_a_manual_page():
     for name in distill.__all__:
         thing = getattr(distill, name)
         doc = inspect.getdoc(thing)
-        wanted = ["Example:"]
+        wanted = ["Examples:"]
         if inspect.isfunction(thing):
             wanted.append("Returns:")
             if name.endswith("_loss") and name not in ("create_loss", "register_loss"):

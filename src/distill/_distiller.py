@@ -34,7 +34,7 @@ class Term:
     Raises:
         ValueError: If the loss cannot be called so, `at` is of another form, or the weight is not finite.
 
-    Example:
+    Examples:
         >>> from distill import LogitLoss, Term
         >>> Term(LogitLoss(), at="fc:input")
         Term(loss=LogitLoss(reduction='mean', dim=-1), at='fc:input', weight=1.0)
@@ -93,7 +93,7 @@ class Distiller(nn.Module):
         ValueError: If a path names no module, student and teacher share a parameter or buffer, there is no loss at
             all, or an argument is malformed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from distill import Distiller, LogitLoss
         >>> student, teacher = torch.nn.Linear(8, 3), torch.nn.Linear(8, 3)

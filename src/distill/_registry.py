@@ -30,7 +30,7 @@ def register_loss(name: str) -> Callable[[_Loss], _Loss]:
     Raises:
         ValueError: If the name is malformed, another class has it, or what is decorated is no `nn.Module` class.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from distill import create_loss, register_loss
         >>> @register_loss("docs_l1")
@@ -79,7 +79,7 @@ def create_loss(name: str, /, *args: Any, **kwargs: Any) -> nn.Module:
         ImportError: If the entry point of that name cannot be imported.
         ValueError: If two packages offer that name, or what the entry point names is no `nn.Module` class.
 
-    Example:
+    Examples:
         >>> from distill import create_loss
         >>> create_loss("kl", temperature=2.0)
         KLLoss(temperature=2.0, reduction='mean', dim=-1)
@@ -95,7 +95,7 @@ def list_losses() -> list[str]:
     Returns:
         The names, sorted.
 
-    Example:
+    Examples:
         >>> from distill import list_losses
         >>> "logit" in list_losses()
         True

@@ -34,7 +34,7 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not
             positive and finite, or `dim` is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from distill import kl_loss
         >>> student = torch.tensor([[0.0, 0.0]])
@@ -65,7 +65,7 @@ class KLLoss(nn.Module):
     Raises:
         ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from distill import KLLoss
         >>> loss = KLLoss(temperature=2.0)

@@ -29,7 +29,7 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
     Raises:
         ValueError: If shapes or devices differ, an input is empty or not floating-point, or `dim` is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from distill import logit_loss
         >>> logit_loss(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 4.0], [3.0, 4.0]]))
@@ -55,7 +55,7 @@ class LogitLoss(nn.Module):
     Raises:
         ValueError: If the reduction is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from distill import LogitLoss
         >>> loss = LogitLoss()
