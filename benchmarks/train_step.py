@@ -1,0 +1,194 @@
+"""Times the example's training step against a plain float32 loop, and the Distiller against the step written by hand.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --depth 110 --batch-size 128 --repeats 10 --device cuda
+
+Three steps on one batch of random images, recipe `pooled`, teacher and student of the same depth:
+
+    plain    float32, contiguous, PyTorch's default SGD, written by hand as people do
+    hand     the example's precision, memory format and optimizer, written by hand
+    example  `cifar.steps.train_step` on `cifar.training.build_model`: what examples/cifar_resnet.py runs
+
+Each repetition times all three, in an order that turns from one to the next, so that a busy machine disturbs them
+alike; printed are medians over the repetitions, of the ratios within a repetition, with their quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from cifar.data import Dataset
+from cifar.models import ResNet, resnet
+from cifar.settings import RECIPES, RunConfig, describe_device, find_device, find_precision
+from cifar.steps import train_step
+from cifar.training import build_model, build_optimizer, build_student, build_teacher
+
+Step = Callable[[], Tensor]
+HandStep = Callable[[Tensor, Tensor], Tensor]
+RECIPE = RECIPES["pooled"]
+
+
+def hand_step(student: ResNet, teacher: ResNet, optimizer: torch.optim.Optimizer, precision: str) -> HandStep:
+    """Write the distillation step without the library: hooks on both classifiers' inputs and one loss.
+
+    Args:
+        student: The network to train.
+        teacher: The network to imitate; frozen here.
+        optimizer: Holds the student's parameters.
+        precision: `"float32"`, or `"bfloat16"` for autocast.
+
+    Returns:
+        A function that takes images and labels, takes one step and returns the loss.
+    """
+    seen: dict[str, Tensor] = {}
+    student.fc.register_forward_pre_hook(lambda _, inputs: seen.update(student=inputs[0]))
+    teacher.fc.register_forward_pre_hook(lambda _, inputs: seen.update(teacher=inputs[0]))
+    student.train()
+    teacher.eval().requires_grad_(False)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with torch.no_grad():
+                teacher(images)
+            logits = student(images)
+            loss = F.cross_entropy(logits, labels) + RECIPE.weight * F.mse_loss(seen["student"], seen["teacher"])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def build_steps(config: RunConfig, data: Dataset) -> dict[str, Step]:
+    """Build the three steps on the same weights and the same batch.
+
+    Args:
+        config: Settings of the student.
+        data: Its training images are the batch.
+
+    Returns:
+        The steps by name; each returns its loss before the step.
+    """
+    images, labels = data.train_images.float() / 255 - 0.5, data.train_labels
+    weights = resnet(config.student, data.num_classes, generator=torch.Generator().manual_seed(1)).state_dict()
+
+    student = resnet(config.student, data.num_classes).to(images.device)
+    student.load_state_dict(build_student(config, data).state_dict())
+    teacher = resnet(config.student, data.num_classes).to(images.device)
+    teacher.load_state_dict(weights)
+    plain_sgd = torch.optim.SGD(
+        student.parameters(), lr=RECIPE.lr, momentum=RECIPE.momentum, weight_decay=RECIPE.weight_decay
+    )
+    plain = hand_step(student, teacher, plain_sgd, "float32")
+
+    student = build_student(config, data)
+    teacher = build_teacher(config, data, weights)
+    hand = hand_step(student, teacher, build_optimizer(student, config), config.precision)
+
+    distiller = build_model(config, data, weights).train()
+    optimizer = build_optimizer(distiller, config)
+    fast_images = images.contiguous(memory_format=torch.channels_last)
+    return {
+        "plain": lambda: plain(images, labels),
+        "hand": lambda: hand(fast_images, labels),
+        "example": lambda: train_step(distiller, optimizer, fast_images, labels, config.precision).loss.detach(),
+    }
+
+
+def time_steps(steps: dict[str, Step], repeats: int, inner: int, device: torch.device) -> dict[str, list[float]]:
+    """Time the steps, interleaved.
+
+    Args:
+        steps: The steps by name.
+        repeats: Repetitions.
+        inner: Steps in a row that make one measurement.
+        device: The device they run on.
+
+    Returns:
+        Seconds per step, one value for each repetition, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for repeat in range(repeats):
+        turn = repeat % len(names)
+        for name in names[turn:] + names[:turn]:
+            _wait(device)
+            start = time.perf_counter()
+            for _ in range(inner):
+                steps[name]()
+            _wait(device)
+            seconds[name].append((time.perf_counter() - start) / inner)
+    return seconds
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Return the median and the two quartiles around it."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
+
+
+def main() -> None:
+    """Run the benchmark and print what it found."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--depth", type=int, default=20, help="of teacher and student, default 20")
+    parser.add_argument("--batch-size", type=int, default=128, help="default 128")
+    parser.add_argument("--repeats", type=int, default=60, help="repetitions, at least 2, default 60")
+    parser.add_argument("--device", default="auto", help="default: a CUDA GPU if there is one, else the CPU")
+    args = parser.parse_args()
+    if args.repeats < 2 or args.batch_size < 2:
+        parser.error(f"--repeats and --batch-size must be at least 2, got {args.repeats} and {args.batch_size}")
+    try:
+        device = find_device(args.device)
+        resnet(args.depth, 10)
+    except ValueError as error:
+        parser.error(str(error))
+
+    precision = find_precision("auto", device)
+    config = RunConfig(
+        "logit", RECIPE, "random", args.depth, 1, 0, device.type, precision, args.depth, RECIPE.weight, RECIPE.at
+    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (args.batch_size,), generator=generator)
+    channel = (0.5, 0.5, 0.5)
+    data = Dataset("random", images, labels, images, labels, 10, channel, channel, True, 4).to(device)
+
+    steps = build_steps(config, data)
+    first = {name: float(step()) for name, step in steps.items()}
+    if abs(first["hand"] - first["example"]) > 1e-3 * first["hand"]:
+        raise RuntimeError(f"the steps must compute the same loss to be compared, got {first}")
+    inner = 1 if device.type == "cpu" else 20
+    time_steps(steps, 2, 1, device)
+    seconds = time_steps(steps, args.repeats, inner, device)
+
+    print(f"ResNet-{args.depth} -> {args.depth}, batch {args.batch_size}, {describe_device(device, precision)}, "
+          f"torch {torch.__version__}, {args.repeats} repetitions of {inner} steps")  # fmt: skip
+    for name, values in seconds.items():
+        middle, low, high = quartiles(values)
+        print(f"{name:8} {1e3 * middle:8.1f} ms per step (quartiles {1e3 * low:.1f} to {1e3 * high:.1f}), "
+              f"{args.batch_size / middle:6.0f} images/s")  # fmt: skip
+    middle, low, high = quartiles([a / b for a, b in zip(seconds["plain"], seconds["example"], strict=True)])
+    print(f"(a) example over plain: {middle:.2f} times the images/s (quartiles {low:.2f} to {high:.2f})")
+    middle, low, high = quartiles([100 * (b / a - 1) for a, b in zip(seconds["hand"], seconds["example"], strict=True)])
+    print(f"(b) the Distiller's overhead: {middle:+.2f}% (quartiles {low:+.2f}% to {high:+.2f}%)")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

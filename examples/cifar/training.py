@@ -1,0 +1,295 @@
+"""One training run from its settings to its result, and how it goes on after a kill."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar.checkpoints import RunFiles, save_state
+from cifar.data import Dataset, normalize
+from cifar.models import ResNet, resnet
+from cifar.progress import Progress
+from cifar.report import EpochRecord, RunResult
+from cifar.settings import RunConfig, describe_device
+from cifar.steps import CrossEntropy, EpochMeter, batches, evaluate, train_step
+from distill import Distiller, Term, create_loss
+
+
+def build_student(config: RunConfig, data: Dataset) -> ResNet:
+    """Build the network of a run with its initial weights, which depend on the seed only.
+
+    Args:
+        config: The run's settings.
+        data: The data set.
+
+    Returns:
+        The network, channels-last, on the data's device.
+    """
+    # Even seeds for weights, odd ones for the data: no two of these streams are the same.
+    generator = torch.Generator().manual_seed(2 * config.seed)
+    return _place(_build(config.student, config, data, generator), data)
+
+
+def build_teacher(config: RunConfig, data: Dataset, weights: dict[str, Tensor]) -> ResNet:
+    """Build the frozen teacher of a run.
+
+    Args:
+        config: The run's settings.
+        data: The data set.
+        weights: State dict of the trained teacher.
+
+    Returns:
+        The network, channels-last, on the data's device.
+    """
+    if config.teacher is None:
+        raise ValueError(f"only a distilled student has a teacher, got method {config.method!r}")
+    teacher = _build(config.teacher, config, data, torch.Generator())
+    teacher.load_state_dict(weights)
+    if config.teacher_batch_statistics:
+        use_batch_statistics(teacher)
+    return _place(teacher, data)
+
+
+def build_model(
+    config: RunConfig, data: Dataset, teacher_weights: dict[str, Tensor] | None
+) -> Distiller | CrossEntropy:
+    """Build what the run trains.
+
+    Args:
+        config: The run's settings.
+        data: The data set.
+        teacher_weights: State dict of the teacher; None for a run without one.
+
+    Returns:
+        A module that maps images and labels to an output with `loss`, `student` and `terms`.
+    """
+    student = build_student(config, data)
+    if teacher_weights is None:
+        return CrossEntropy(student)
+    term = Term(create_loss(config.method), at=config.at, weight=config.weight if config.weight is not None else 1.0)
+    distiller = Distiller(student, build_teacher(config, data, teacher_weights), {config.method: term})
+    return distiller.to(data.train_images.device)
+
+
+def check_student(config: RunConfig, data: Dataset) -> None:
+    """Take a distilled student through one forward pass with an untrained teacher.
+
+    Args:
+        config: The student's settings.
+        data: The data set.
+
+    Raises:
+        ValueError: If the loss has no such place in the networks, or does not take what stands there.
+    """
+    with torch.random.fork_rng([]):
+        untrained = _build(config.teacher or config.student, config, data, torch.Generator()).state_dict()
+        model = build_model(config, data, untrained)
+    images = normalize(data.train_images[:2], data.mean, data.std)
+    model(images, data.train_labels[:2])
+
+
+def use_batch_statistics(model: nn.Module) -> None:
+    """Make every batch norm use the statistics of the batch, in eval mode too, as the reference's teacher did.
+
+    Args:
+        model: Changed in place: its batch norms lose their running statistics.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+
+
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.SGD:
+    """Build the recipe's SGD.
+
+    Args:
+        model: The module whose parameters are trained.
+        config: The run's settings.
+
+    Returns:
+        The optimizer, in PyTorch's fused form: one pass over the weights.
+    """
+    recipe = config.recipe
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=True,
+    )
+
+
+class Run:
+    """A training run between two epochs: what a checkpoint holds, and what trains the next epoch."""
+
+    def __init__(self, config: RunConfig, data: Dataset, teacher_weights: dict[str, Tensor] | None) -> None:
+        """Start a run before its first epoch.
+
+        Args:
+            config: The run's settings.
+            data: The data set, on the device to train on.
+            teacher_weights: State dict of the teacher; None for a run without one.
+        """
+        if len(data.train_labels) < config.recipe.batch_size:
+            raise ValueError(
+                f"the training set must fill one batch of {config.recipe.batch_size} images, "
+                f"got {len(data.train_labels)} images"
+            )
+        self.config = config
+        self.data = data
+        self.device = data.train_images.device
+        self.model = build_model(config, data, teacher_weights)
+        self.optimizer = build_optimizer(self.model, config)
+        self.generator = torch.Generator(self.device).manual_seed(2 * config.seed + 1)
+        self.start_time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.history: list[EpochRecord] = []
+
+    def train_epoch(self, progress: Progress) -> EpochRecord:
+        """Train and evaluate the next epoch, and add its record to the history.
+
+        Args:
+            progress: Shows how far the epoch is.
+
+        Returns:
+            The record.
+
+        Raises:
+            NonFiniteLossError: If the loss is no longer finite.
+        """
+        config, epoch = self.config, len(self.history) + 1
+        lr = config.recipe.lr_at(epoch, config.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        start = time.perf_counter()
+        self.model.train()
+        meter = EpochMeter(self.device)
+        steps = len(self.data.train_labels) // config.recipe.batch_size
+        with progress.epoch(epoch, steps * config.recipe.batch_size) as bar:
+            for images, labels in batches(self.data, config.recipe.batch_size, self.generator):
+                output = train_step(self.model, self.optimizer, images, labels, config.precision)
+                meter.update(output, labels)
+                if bar.due():
+                    bar.show(meter.images, *meter.read(epoch))
+            loss, terms, train_acc = meter.read(epoch)
+            trained = time.perf_counter() - start
+            bar.show(meter.images, loss, terms, train_acc)
+            test_acc, test_acc_all = evaluate(self.model.student, self.data, config.precision)
+        record = EpochRecord(
+            epoch=epoch,
+            lr=lr,
+            loss=loss,
+            terms=terms,
+            train_acc=train_acc,
+            test_acc=test_acc,
+            test_acc_all=test_acc_all,
+            images_per_second=meter.images / trained,
+            seconds=time.perf_counter() - start,
+        )
+        self.history.append(record)
+        return record
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the next epoch depends on, as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": {
+                "data": self.generator.get_state(),
+                # Not drawn from here, but a registered loss may.
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+            "history": [record.to_json() for record in self.history],
+            "start_time": self.start_time,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was called.
+
+        Args:
+            state: What `state` returned.
+        """
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["random"]["data"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        self.history = [EpochRecord.from_json(record) for record in state["history"]]
+        self.start_time = state["start_time"]
+
+    def result(self) -> RunResult:
+        """Return the numbers of the run."""
+        config = self.config
+        return RunResult(
+            method=config.label,
+            recipe=config.recipe.name,
+            dataset=config.dataset,
+            student=f"resnet{config.student}",
+            teacher="-" if config.teacher is None else f"resnet{config.teacher}",
+            seed=config.seed,
+            weight=config.weight,
+            start_time=self.start_time,
+            lr=config.recipe.lr,
+            batch_size=config.recipe.batch_size,
+            device=describe_device(self.device, config.precision),
+            torch=torch.__version__,
+            history=tuple(self.history),
+        )
+
+
+def train(config: RunConfig, data: Dataset, out: Path, *, tensorboard: bool = False) -> RunResult:
+    """Train a run to its end, from its checkpoint if it has one; a finished run is only read.
+
+    Args:
+        config: The run's settings.
+        data: The data set, on the device to train on.
+        out: Folder of checkpoints, weights and results; a distilled student finds its teacher's weights there.
+        tensorboard: Whether to write TensorBoard events under `out`.
+
+    Returns:
+        The run's numbers; the network's last weights lie at `RunFiles.of(out, config).weights`.
+
+    Raises:
+        CheckpointError: If a file of an earlier run is unreadable, or was made with other settings.
+        NonFiniteLossError: If the loss is no longer finite.
+    """
+    files = RunFiles.of(out, config)
+    if (finished := files.load_result(config)) is not None:
+        return finished
+    teacher_weights = None
+    if config.teacher is not None:
+        teacher = config.teacher_config()
+        teacher_weights = RunFiles.of(out, teacher).load_weights(teacher)
+    device = data.train_images.device
+    checkpoint = files.load_checkpoint(config)
+    # Losses with learned weights draw these from the global generator: seeded here, and left as it was found.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(2 * config.seed)
+        run = Run(config, data, teacher_weights)
+        if checkpoint is not None:
+            run.load_state(checkpoint)
+        with Progress(config, out, done=len(run.history), tensorboard=tensorboard) as progress:
+            while len(run.history) < config.epochs:
+                progress.log(run.train_epoch(progress))
+                save_state(files.checkpoint, config, run.state())
+    result = run.result()
+    files.finish(config, run.model.student.state_dict(), result)
+    return result
+
+
+def _build(depth: int, config: RunConfig, data: Dataset, generator: torch.Generator) -> ResNet:
+    channels = data.train_images.shape[1]
+    return resnet(depth, data.num_classes, stem=config.recipe.stem, in_channels=channels, generator=generator)
+
+
+def _place(model: ResNet, data: Dataset) -> ResNet:
+    placed: ResNet = model.to(data.train_images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return placed

@@ -1,0 +1,238 @@
+"""Tests of the command examples/cifar_resnet.py, on the bundled digits."""
+
+import csv
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cifar_resnet
+from cifar import training
+from cifar.settings import RECIPES
+
+COMMAND = Path(cifar_resnet.__file__)
+SMALL = ["--student", "8", "--teacher", "8", "--epochs", "1"]
+COLUMNS = "no,method,dataset,student,teacher,start_time,acc,epoch,nepoch,lr,batch_size,acc_last"
+CONTROL = re.compile(r"[^\n\x20-\x7e\u00b1]")  # besides printable ASCII: the plus-minus sign of the table
+
+
+def run(out: Path, *options: str) -> int:
+    return cifar_resnet.main([*SMALL, "--out", str(out), *options])
+
+
+def plan(*options: str) -> list:
+    return cifar_resnet.plan(cifar_resnet.parse_arguments(list(options))[1])
+
+
+def read_runs(out: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"))]
+
+
+def trained(text: str) -> list[str]:
+    """The runs whose epochs the command printed."""
+    return list(dict.fromkeys(line.split("  epoch ")[0] for line in text.splitlines() if "  epoch " in line))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A small run of the command as people start it, its output folder and what it printed."""
+    out = tmp_path_factory.mktemp("first") / "runs"
+    command = [sys.executable, "-W", "error", str(COMMAND), *SMALL, "--epochs", "2", "--out", str(out)]
+    return out, subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out.parent)
+
+
+def test_the_command_trains_three_networks_and_writes_table_curves_and_weights(first):
+    out, done = first
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    with (out / "results.csv").open(newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        rows = list(csv.DictReader(file))
+    assert header.startswith(COLUMNS)
+    assert [row["method"] for row in rows] == ["teacher", "baseline", "logit"]
+    assert {(row["dataset"], row["student"], row["nepoch"]) for row in rows} == {("digits", "resnet8", "2")}
+    assert [row["teacher"] for row in rows] == ["-", "-", "resnet8"]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len((out / "curves.csv").read_text().splitlines()) == 1 + 3 * 2
+    assert len(list((out / "weights").iterdir())) == 3
+    assert not list((out / "checkpoints").iterdir())
+    assert {path.name for path in out.parent.iterdir()} == {"runs"}
+
+
+def test_without_a_terminal_the_output_is_plain_lines_one_per_epoch(first):
+    text = first[1].stdout
+    assert not CONTROL.search(text)
+    assert len([line for line in text.splitlines() if "  epoch " in line]) == 3 * 2
+    assert re.search(r"^logit seed 0  epoch 2/2  lr 0.01  loss \d+\.\d+ \(task \d+\.\d+, logit \d+\.\d+\)", text, re.M)
+    assert "recipe:   pooled, 7x7 stem, SGD lr 0.1 momentum 0.9 weight decay 0.0001, batch 128, 2 epochs" in text
+    assert "loss = cross-entropy + 1 * logit, compared at fc:input" in text
+    assert "teacher:  resnet8, its last epoch, in eval mode" in text
+    assert (first[0] / "results.md").read_text().strip() in text
+
+
+def test_the_same_command_again_trains_nothing(first, capsys):
+    out, _ = first
+    before = {path: path.stat().st_mtime_ns for path in (*out.glob("runs/*"), *out.glob("weights/*"))}
+    assert run(out, "--epochs", "2") == 0
+    text = capsys.readouterr().out
+    assert "3 (3 done)" in text
+    assert trained(text) == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_another_loss_uses_the_same_teacher_and_baseline_and_joins_the_table(first, capsys):
+    out, _ = first
+    assert run(out, "--epochs", "2", "--loss", "kl") == 0
+    text = capsys.readouterr().out
+    assert trained(text) == ["kl seed 0"]
+    assert "loss = cross-entropy + 1 * kl, compared at the class logits" in text
+    assert {result["method"] for result in read_runs(out)} == {"teacher", "baseline", "logit", "kl"}
+    assert "| kl |" in (out / "results.md").read_text()
+
+
+def test_on_a_terminal_a_bar_shows_the_epoch(tmp_path, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("cifar.progress.REFRESH_SECONDS", 0.0)
+    assert run(tmp_path, "--no-baseline") == 0
+    last = screen.getvalue().split("logit seed 0 1/1")[-1]
+    assert re.search(r"\d img/s .*loss \d+\.\d+ task \d+\.\d+ logit \d+\.\d+ acc \d+\.\d%", last)
+    assert re.search(r"run \d\d:\d\d", last)
+    assert trained(capsys.readouterr().out) == ["teacher", "logit seed 0"]
+
+
+def test_runs_have_their_seeds_and_the_teacher_its_own(tmp_path):
+    assert run(tmp_path, "--runs", "2", "--seed", "3") == 0
+    seeds = sorted((result["method"], result["seed"]) for result in read_runs(tmp_path))
+    assert seeds == [("baseline", 3), ("baseline", 4), ("logit", 3), ("logit", 4), ("teacher", 1000)]
+
+
+def test_teacher_and_student_may_differ_in_depth_and_the_study_option_is_named(tmp_path, capsys):
+    assert run(tmp_path, "--teacher", "14", "--no-baseline", "--teacher-batch-statistics", "--recipe", "logits") == 0
+    results = {result["method"]: result for result in read_runs(tmp_path)}
+    assert set(results) == {"teacher", "logit+batch-statistics"}
+    student = results["logit+batch-statistics"]
+    assert (student["student"], student["teacher"], student["recipe"]) == ("resnet8", "resnet14", "logits")
+    text = capsys.readouterr().out
+    assert "batch norms on batch statistics" in text
+    assert "cross-entropy + 0.1 * logit, compared at the class logits" in text
+
+
+def test_tensorboard_events_hold_every_epoch(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(tmp_path, "--no-baseline", "--epochs", "2", "--tensorboard") == 0
+    (folder,) = (tmp_path / "tensorboard").glob("*logit*")
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
+    assert {"loss/total", "loss/task", "loss/logit", "accuracy/test", "lr"} <= set(events.Tags()["scalars"])
+    history = next(result for result in read_runs(tmp_path) if result["method"] == "logit")["history"]
+    points = [(event.step, event.value) for event in events.Scalars("accuracy/test")]
+    assert points == [(record["epoch"], pytest.approx(record["test_acc_all"])) for record in history]
+
+
+def test_plan_follows_the_recipe_for_logit_and_the_logits_for_other_losses():
+    teacher, baseline, student = plan("--dataset", "cifar10", "--teacher", "110")
+    assert (teacher.method, teacher.student, teacher.seed) == ("teacher", 110, 1000)
+    assert (baseline.method, baseline.student, baseline.teacher) == ("baseline", 20, None)
+    assert (student.epochs, student.teacher, student.weight, student.at) == (200, 110, 1.0, "fc:input")
+    assert {run.recipe for run in (teacher, baseline, student)} == {RECIPES["pooled"]}
+    assert [(r.weight, r.at) for r in plan("--recipe", "logits")[2:]] == [(0.1, None)]
+    assert [(r.weight, r.at) for r in plan("--loss", "kl")[2:]] == [(1.0, None)]
+    assert [(r.weight, r.at) for r in plan("--recipe", "logits", "--loss", "kl")[2:]] == [(1.0, None)]
+    assert [(r.weight, r.at) for r in plan("--weight", "2", "--at", "layer2")[2:]] == [(2.0, "layer2")]
+    assert [(r.weight, r.at) for r in plan("--at", "logits")[2:]] == [(1.0, None)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--loss", "logits"], r"--loss: a loss name must be a registered one, got 'logits'; did you mean 'logit'\?"),
+        (["--student", "21"], r"--student: must be 6n\+2 with n >= 1 .* got 21"),
+        (["--teacher", "2"], r"--teacher: must be 6n\+2"),
+        (["--student", "deep"], "--student: invalid .* value: 'deep'"),
+        (["--recipe", "pool"], "--recipe: invalid choice: 'pool'"),
+        (["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
+        (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
+        (["--runs", "0"], "--runs: must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed: must be in 0.* got -1"),
+        (["--seed", "999", "--runs", "2"], "--seed: 1000 is the teacher's, got 999 and 2 runs"),
+        (["--weight", "nan"], "--weight: must be positive and finite, got nan"),
+        (["--weight", "0"], "--weight: must be positive and finite, got 0"),
+        (["--device", "cuda:77"], "--device: device must be one that PyTorch can use here, got 'cuda:77'"),
+        (["--data-dir", "."], "--data-dir: only for CIFAR"),
+        (["--tea", "14"], "unrecognized arguments: --tea"),
+        (["--at", "fc:inputs"], "--loss logit at fc:inputs does not work here: .*'fc:inputs'"),
+        (["--at", "layer4"], "--loss logit at layer4 does not work here: .*'layer4'.*'layer1'"),
+    ],
+)
+def test_rejects_options_that_cannot_be_run_before_anything_is_trained(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "runs", *options)
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rejects_tensorboard_without_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(cifar_resnet.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        plan("--tensorboard")
+    assert stopped.value.code == 2
+    assert 'the package tensorboard is missing; pip install -e ".[examples]"' in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path, capsys, monkeypatch):
+    steps = 0
+
+    def interrupted(*args):
+        nonlocal steps
+        steps += 1
+        if steps == 15:  # in the teacher's second epoch of 11 steps
+            signal.raise_signal(signal.SIGINT)
+        return train_step(*args)
+
+    train_step = training.train_step
+    monkeypatch.setattr(training, "train_step", interrupted)
+    assert run(tmp_path, "--epochs", "2", "--no-baseline") == 130
+    assert capsys.readouterr().err.strip() == "Stopped. The same command goes on after the last whole epoch."
+    assert run(tmp_path, "--epochs", "2", "--no-baseline") == 0
+    assert "teacher: goes on after epoch 1" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_other_settings_ends_the_command_with_a_message(first, capsys):
+    out, _ = first
+    used = next(out.glob("weights/*-teacher-*"))
+    saved = torch.load(used, weights_only=True)["config"]["precision"]
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[saved]
+    assert run(out, "--epochs", "2", "--precision", other) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert f"precision is '{saved}', asked for '{other}'" in error
+
+
+def test_a_loss_that_is_not_finite_ends_the_command_with_a_message(tmp_path, capsys, monkeypatch):
+    train_step = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda m, o, images, *rest: train_step(m, o, images / 0, *rest))
+    assert run(tmp_path) == 1
+    assert re.fullmatch(
+        r"error: the loss must stay finite, got nan in epoch 1, step 1 \(task nan\)\n", capsys.readouterr().err
+    )
+
+
+def test_missing_data_end_the_command_with_a_message(tmp_path, capsys, monkeypatch):
+    def offline(*_args, **_options):
+        raise FileNotFoundError("data/cifar-10-batches-bin is not there")
+
+    monkeypatch.setattr(cifar_resnet, "load_dataset", offline)
+    assert run(tmp_path, "--dataset", "cifar10") == 1
+    assert capsys.readouterr().err == "error: data/cifar-10-batches-bin is not there\n"
