@@ -36,7 +36,8 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         tensor([2., 0.])
 
     Reference:
-        Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, section 2.2, equation 1.
+        Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, section 2.2
+        (regressing logits with L2 loss).
     """
     student, teacher = check_pair(student, teacher, dim=dim)
     return F.mse_loss(student, teacher, reduction="none").mean(dim)
