@@ -189,6 +189,16 @@ def test_teacher_inputs_and_teacher_output():
     assert wanted.grad is None
 
 
+def test_teacher_output_is_a_constant_even_to_losses_that_do_not_detach_it():
+    class Squared(nn.Module):
+        def forward(self, student, teacher, target=None):
+            return (student - teacher).square().mean()
+
+    wanted = torch.ones(4, 5, requires_grad=True)
+    Distiller(*pair(), Squared())(*batch(), teacher_output=wanted).loss.backward()
+    assert wanted.grad is None
+
+
 def test_student_as_wrapped_runs_in_place_of_the_bare_one():
     class Wrapper(nn.Module):
         def __init__(self, module):
