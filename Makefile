@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help demo test lint docs bench format wheel clean
 
 help:
-	@echo "make demo    distil a small ResNet on handwritten digits, about a minute"
+	@echo "make demo    distil a small ResNet on handwritten digits, in less than a minute"
 	@echo "make test    the tests, with coverage"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the pages, into site/"

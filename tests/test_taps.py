@@ -55,7 +55,23 @@ def test_first_input_may_be_a_keyword():
     assert torch.equal(seen["fc:input"], net.body(batch()[0]))
 
 
-def test_a_frozen_instance_forward_of_the_users_is_kept():
+def test_tables_of_hooks_say_the_same_as_stand_ins(monkeypatch):
+    # Only traced code takes this way, where coverage sees nothing: here it runs in the open.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    net, (x, _), calls = Net().eval(), batch(), []
+    kept = net.fc.register_forward_hook(lambda module, args, output: calls.append(1))
+    _, seen = see(net, "fc:input", "fc", "body.0:input", "body.2")
+    assert torch.equal(seen["fc:input"], seen["body.2"])
+    assert torch.equal(seen["fc"], net(x))
+    assert torch.equal(seen["body.0:input"], x)
+    kept.remove()
+    net.fc.register_forward_hook(lambda module, args, output: calls.append(2)).remove()
+    net(x)
+    assert calls == [1, 1]
+    assert not any(module._forward_hooks or module._forward_hooks_with_kwargs for module in net.modules())
+
+
+def test_an_instance_forward_of_the_users_is_kept():
     net, (x, _) = Net().eval(), batch()
     net.fc.forward = lambda h: 2 * nn.functional.linear(h, net.fc.weight, net.fc.bias)
     patched = net.fc.forward

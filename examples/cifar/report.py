@@ -370,7 +370,7 @@ def _picture(results: Sequence[RunResult]) -> bytes:
         whole = figure.add_subplot(grid[row, 0] if last else grid[row, :])
         _draw(whole, runs, shown_from=1, fitted_from=1 + nepoch // 20)
         whole.set(title=_TITLE.format(*setting), ylabel="accuracy on all test images (%)")
-        band = "" if len({run.seed for run in runs}) == 1 else "; line: mean, band: range of seeds"
+        band = "; line: mean, band: range of seeds" * any(len(same) > 1 for same in _group(runs, *_KIND).values())
         whole.legend(title=f"% after the last epoch{band}", loc="lower right" if last else "best")
         if last:
             _draw(figure.add_subplot(grid[row, 1], title=f"epochs {last} to {nepoch}"), runs, last, last)

@@ -53,7 +53,7 @@ train_all(out, precision)
 
 def killed(where: str, count: int, precision: str, out: Path) -> None:
     """Run `train_all` in a process that gets SIGKILL at the given call."""
-    path = os.pathsep.join([str(TESTS.parent / "examples"), str(TESTS)])
+    path = os.pathsep.join([str(TESTS.parent / "examples"), str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", KILLED, where, str(count), precision, str(out)]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -384,16 +384,17 @@ def test_picture_shows_every_line(tmp_path, epochs):
     assert image.shape == (500, 1200, 3)
     empty = picture(tmp_path, [course("teacher", epochs, 0)])
     for colour in report._COLOURS[1:3]:
-        # A palette may round; the legend alone has some 50 pixels of a colour, a marker as many again.
-        shown, none = ((abs(it - 255 * np.array(to_rgb(colour))).max(axis=-1) <= 3).sum() for it in (image, empty))
-        assert shown > 80
-        assert none == 0
+        # A palette may round. Beside a marker or two of some 50 pixels, the end of a longer run stands on the right.
+        shown, none = (abs(it - 255 * np.array(to_rgb(colour))).max(axis=-1) <= 3 for it in (image, empty))
+        assert shown.sum() > 80 > 0 == none.sum()
+        assert shown[:, 770:].sum() > 80 or epochs < 8
 
 
 def test_picture_has_a_row_for_each_setting_and_stays_small(tmp_path):
     runs = [course(m, 200, seed) for m in ("teacher", "baseline", "logit") for seed in range(3)]
     runs += [replace(it, dataset="cifar100") for it in runs]
     assert picture(tmp_path, runs).shape == (1000, 1200, 3)
+    assert (picture(tmp_path, [run(seed=5), run("logit")]) == picture(tmp_path, [run(), run("logit")])).all()
 
 
 def drawn(runs: list[RunResult], shown_from: int = 1, fitted_from: int = 1):
