@@ -1,16 +1,25 @@
-"""Every Python block on a page runs, the blocks of a page one after the other."""
+"""What stands in code on a page works: Python runs, commands are accepted, TOML says what it should."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+import cifar_resnet
 import distill
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND_LINES = [
+    (page.name, line)
+    for page in PAGES
+    for block in COMMANDS.finditer(page.read_text())
+    for line in block[1].splitlines()
+]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name)
@@ -22,6 +31,32 @@ def test_code_on_the_page_runs(page, monkeypatch, tmp_path):
         for block in BLOCK.finditer(text):
             line = text[: block.start(1)].count("\n")
             exec(compile("\n" * line + block[1], str(page), "exec"), names)
+
+
+@pytest.mark.parametrize(("page", "line"), COMMAND_LINES)
+def test_command_on_the_page_is_accepted(page, line):
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(arguments) <= set(targets)
+    elif program.endswith("python"):
+        assert arguments[0] == "examples/cifar_resnet.py"
+        cifar_resnet.parse_arguments(arguments[1:])  # exits with 2 if it refuses
+    else:
+        assert (program, arguments) == ("pip", ["install", "."])
+
+
+def test_every_block_on_the_pages_is_of_a_kind_that_is_tested():
+    for page in PAGES:
+        for kind in re.findall(r"^```(\S+)$", page.read_text(), re.MULTILINE):
+            assert kind in ("python", "bash", "toml"), f"{page.name} has a block of {kind}"
+
+
+def test_entry_point_on_the_page_names_our_group():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    block = re.search(r"^```toml\n(.*?)^```$", (ROOT / "docs/adding-a-loss.md").read_text(), re.MULTILINE | re.DOTALL)
+    points = tomllib.loads(block[1])["project"]["entry-points"]
+    assert list(points) == [distill._registry.GROUP]
 
 
 def test_every_loss_and_every_page_is_mentioned():

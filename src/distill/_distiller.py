@@ -48,7 +48,7 @@ class Term:
     def __post_init__(self) -> None:
         """Check the fields."""
         _check_loss(self.loss)
-        _sides(self.at)
+        _parse_at(self.at)
         _check_weight("weight", self.weight)
 
 
@@ -132,7 +132,7 @@ class Distiller(nn.Module):
             self._weights.add(_TASK, task_weight)
         elif task_weight != 1.0:
             raise ValueError(f"task_weight needs a task_loss, got task_weight={task_weight!r} and task_loss=None")
-        self._sides = {name: _sides(term.at) for name, term in terms.items()}
+        self._sides = {name: _parse_at(term.at) for name, term in terms.items()}
         self._takes_mask = {name: _takes_mask(term.loss) for name, term in terms.items()}
         self._student_paths = _distinct(sides[0] for sides in self._sides.values() if sides)
         self._teacher_paths = _distinct(sides[1] for sides in self._sides.values() if sides)
@@ -314,7 +314,7 @@ def _takes_mask(loss: nn.Module) -> bool:
     return "mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _sides(at: Any) -> _Sides | None:
+def _parse_at(at: Any) -> _Sides | None:
     """The student's and the teacher's side of a term's `at`."""
     if at is None:
         return None
