@@ -1,4 +1,4 @@
-"""One process of the DistributedDataParallel test: trains a step on its half of a batch and saves the gradients.
+"""One process of the DistributedDataParallel and FSDP tests: takes a step on its half of a batch, saves gradients.
 
 Called as `python ddp_worker.py RANK WORLD_SIZE FOLDER`; with a world of one it runs the whole batch without DDP.
 """
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distill import Distiller, KLLoss, LogitLoss, Term
@@ -66,7 +68,18 @@ def main(rank: int, world: int, folder: Path) -> None:
     distiller = build()
     student = DistributedDataParallel(distiller.student)
     distiller(inputs[mine], target[mine], student=student).loss.backward()
-    torch.save({"distiller": whole, "student": gradients(distiller.student), "size": buckets}, folder / f"{rank}.pt")
+    replicated = gradients(distiller.student)
+
+    # The student's layers sharded over the processes in place.
+    distiller = build()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (distiller.student[0], distiller.student[2], distiller.student):
+        fully_shard(layer, mesh=mesh)
+    distiller(inputs[mine], target[mine]).loss.backward()
+    sharded = {name: gradient.full_tensor() for name, gradient in gradients(distiller.student).items()}
+
+    state = {"distiller": whole, "student": replicated, "sharded": sharded, "size": buckets}
+    torch.save(state, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Two processes under DistributedDataParallel against one process on the joined batch."""
+"""Two processes under DistributedDataParallel and FSDP against one process on the joined batch."""
 
 import os
 import subprocess
@@ -34,5 +34,6 @@ def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
     for process in (first, second):
         torch.testing.assert_close(process["distiller"], single["distiller"])
         torch.testing.assert_close(process["student"], student)
+        torch.testing.assert_close(process["sharded"], student)
         assert process["size"] == sum(gradient.numel() for gradient in single["distiller"].values())
     assert "losses.hint.scale" in first["distiller"]
