@@ -60,8 +60,8 @@ def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, T
 def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> Tensor:
     """Reduce per-sample values, with optional weights.
 
-    With weights w the mean is `sum(w * v) / sum(w)`, which is 0 where all weights are 0. A value whose weight is 0
-    does not count at all, not even if it is infinite or NaN.
+    With weights w the mean is `sum(w * v) / sum(w)`, which is 0 where all weights are 0. A value whose weight is 0 does
+    not count, not even if it is infinite or NaN; the gradient through such a value is NaN all the same.
 
     Args:
         values: Per-sample values, any shape.

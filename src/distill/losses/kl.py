@@ -21,8 +21,9 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
     Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020).
 
     Args:
-        student: The student's logits, `(..., C)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's logits, same shape. A constant: no gradient reaches it.
+        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
+            float32.
+        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes.
 
