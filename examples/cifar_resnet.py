@@ -8,6 +8,10 @@ It trains the teacher once, then for each seed a baseline (cross-entropy only) a
 same weights and see the same batches; the teacher's last epoch is what teaches. Under --out lie the table
 (results.md, results.csv), the curves (curves.png, curves.csv), a file per run (runs/) and the trained networks
 (weights/). Stopped at any moment, the same command goes on after the last whole epoch; what is done is not done again.
+
+Measured so far, with `--dataset cifar10 --epochs 15 --runs 3` on 2 cores of an AMD EPYC (bfloat16, torch 2.13.0), test
+accuracy after the last epoch in %, mean and standard deviation over 3 seeds: student 85.69 +/- 0.20, baseline
+85.42 +/- 0.41; the teacher (1 run) 84.79. The published 200 epochs have not been run yet; see docs/results.md.
 """
 
 from __future__ import annotations
