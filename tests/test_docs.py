@@ -19,6 +19,7 @@ COMMAND_LINES = [
     for page in PAGES
     for block in COMMANDS.finditer(page.read_text())
     for line in block[1].splitlines()
+    if not line.startswith("#")
 ]
 
 
