@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 
 from distill import Distiller, KLLoss, LogitLoss, Term
 from models import Net, batch
@@ -255,8 +254,11 @@ def test_nothing_waits_for_the_device():
         out.loss.item()
 
 
-def test_default_task_loss_is_shared_safely():
+def test_default_task_loss_has_no_state_that_distillers_could_share():
     first, second = build(), build()
-    first.eval()
-    assert second.training
-    assert not list(nn.CrossEntropyLoss().state_dict())
+    assert first.task_loss is second.task_loss
+    before = second(*batch()).loss
+    first.half().eval().requires_grad_(False)
+    assert torch.equal(second(*batch()).loss, before)
+    assert not list(second.task_loss.parameters())
+    assert not list(second.task_loss.buffers())

@@ -27,7 +27,7 @@ _STALE = 24 * 3600.0  # seconds after which no download can still be under way
 
 @dataclass(frozen=True)
 class Archive:
-    """A ``.tar.gz`` on the web.
+    """A `.tar.gz` on the web.
 
     Attributes:
         url: Where it is. The last part is also its file name.
@@ -77,7 +77,7 @@ def fetch(archive: Archive, folder: Path, *, download: bool, progress: bool) -> 
         progress: Whether a download shows a progress bar.
 
     Raises:
-        FileNotFoundError: Neither the folder nor the archive is there, and ``download`` is off.
+        FileNotFoundError: Neither the folder nor the archive is there, and `download` is off.
         OSError: The archive could not be downloaded.
         ValueError: The archive has another md5, has a member that must not be unpacked, or lacks the folder.
     """
@@ -145,7 +145,7 @@ def _remove_stale_parts(path: Path) -> None:
 
 
 def _download(archive: Archive, part: Path, path: Path, *, progress: bool) -> None:
-    """Download to ``part`` and check the md5; ``path`` is where the caller will move it."""
+    """Download to `part` and check the md5; `path` is where the caller will move it."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with urllib.request.urlopen(archive.url, timeout=_TIMEOUT) as response, part.open("wb") as file:
@@ -202,12 +202,12 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _dtype(code: str, align: int = 0, copy: int = 0) -> np.dtype[Any]:
-    """``numpy.dtype`` as a pickle calls it; old ones say 0 and 1, which NumPy 2.4.0 to 2.4.4 warn about."""
+    """`numpy.dtype` as a pickle calls it; old ones say 0 and 1, which NumPy 2.4.0 to 2.4.4 warn about."""
     return np.dtype(code, align=bool(align), copy=bool(copy))
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """``_codecs.encode`` as Python 3 uses it to put bytes into a pickle that Python 2 can read."""
+    """`_codecs.encode` as Python 3 uses it to put bytes into a pickle that Python 2 can read."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"_codecs.encode is admitted for latin1 only, got {encoding!r}")
     return text.encode(encoding)

@@ -23,12 +23,12 @@ class Dataset:
     """A labelled image data set, whole in memory.
 
     Attributes:
-        name: ``"digits"``, ``"cifar10"`` or ``"cifar100"``.
+        name: `"digits"`, `"cifar10"` or `"cifar100"`.
         train_images: Shape (N, C, H, W), uint8, contiguous.
         train_labels: Shape (N,), int64.
         test_images: Shape (M, C, H, W), uint8, contiguous.
         test_labels: Shape (M,), int64.
-        num_classes: Labels run from 0 to ``num_classes - 1``.
+        num_classes: Labels run from 0 to `num_classes - 1`.
         mean: Per channel, of pixels scaled to [0, 1].
         std: Per channel, of pixels scaled to [0, 1].
         flip: Whether a horizontal flip keeps the label.
@@ -161,9 +161,9 @@ def load_dataset(name: str, data_dir: Path, *, download: bool = True, progress: 
     """Load a data set into memory.
 
     Args:
-        name: ``"digits"``, ``"cifar10"`` or ``"cifar100"``.
+        name: `"digits"`, `"cifar10"` or `"cifar100"`.
         data_dir: Where the CIFAR files lie or are to be put. Digits come with scikit-learn and need no folder.
-        download: Whether CIFAR may be downloaded where it is not in ``data_dir``.
+        download: Whether CIFAR may be downloaded where it is not in `data_dir`.
         progress: Whether a download shows a progress bar.
 
     Returns:
@@ -171,7 +171,7 @@ def load_dataset(name: str, data_dir: Path, *, download: bool = True, progress: 
 
     Raises:
         ValueError: The name is none of the three, or a file is not the official one.
-        FileNotFoundError: A file is missing, and ``download`` is off or does not apply to it.
+        FileNotFoundError: A file is missing, and `download` is off or does not apply to it.
         OSError: The archive could not be downloaded.
         ModuleNotFoundError: Digits are wanted and scikit-learn is not installed.
     """
@@ -196,8 +196,8 @@ def load_cifar(name: str, source: Cifar, data_dir: Path, *, download: bool, prog
         The data set, on the CPU.
 
     Raises:
-        ValueError: A file is not the one that ``source`` describes.
-        FileNotFoundError: A file is missing, and ``download`` is off or does not apply to it.
+        ValueError: A file is not the one that `source` describes.
+        FileNotFoundError: A file is missing, and `download` is off or does not apply to it.
         OSError: The archive could not be downloaded.
     """
 
@@ -312,7 +312,7 @@ def augment(images: Tensor, *, pad: int, flip: bool, generator: torch.Generator)
     """Crop each image at random from its reflection-padded self and, if wanted, mirror it at random.
 
     All images are done at once on their own device, and the host waits for nothing. A CUDA graph can hold it, once the
-    generator is registered with the graph (``torch.cuda.CUDAGraph.register_generator_state``).
+    generator is registered with the graph (`torch.cuda.CUDAGraph.register_generator_state`).
 
     Args:
         images: Shape (N, C, H, W), uint8.
@@ -336,7 +336,7 @@ def augment(images: Tensor, *, pad: int, flip: bool, generator: torch.Generator)
 
 
 def _crop(images: Tensor, top: Tensor, left: Tensor, mirror: Tensor | None, *, pad: int) -> Tensor:
-    """Crop at ``top``, ``left`` (N,) of the padded images, then mirror those marked in ``mirror`` (N,)."""
+    """Crop at `top`, `left` (N,) of the padded images, then mirror those marked in `mirror` (N,)."""
     height, width = images.shape[-2:]
     # Padding, crop and flip only say where each pixel comes from, so one gather does all three. On a CPU that is twice
     # as fast as cropping windows out of padded copies, and eight times as fast as indexing by rows and columns.
@@ -352,7 +352,7 @@ def _crop(images: Tensor, top: Tensor, left: Tensor, mirror: Tensor | None, *, p
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:
-    """Where a padded position lies in the image: -1 -> 1, ``size`` -> ``size - 2``."""
+    """Where a padded position lies in the image: -1 -> 1, `size` -> `size - 2`."""
     last = size - 1
     return last - (last - position.abs()).abs()
 
@@ -378,7 +378,7 @@ def normalize(
         The standardised images, of the same shape.
 
     Raises:
-        ValueError: The images, ``mean``, ``std`` or ``dtype`` are not as above.
+        ValueError: The images, `mean`, `std` or `dtype` are not as above.
     """
     _check_images(images)
     channels = images.shape[1]

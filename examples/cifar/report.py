@@ -87,7 +87,7 @@ class EpochRecord:
                 raise ValueError(f"{name} must be in 0..100 (%), got {getattr(self, name)!r}")
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the record as a plain dict that ``json`` can write."""
+        """Returns the record as a plain dict that `json` can write."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -147,7 +147,7 @@ class RunResult:
         return math.fsum(record.seconds for record in self.history)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the run as a plain dict that ``json`` can write."""
+        """Returns the run as a plain dict that `json` can write."""
         return dataclasses.asdict(self) | {"history": [record.to_json() for record in self.history]}
 
     @classmethod
@@ -169,7 +169,7 @@ _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#
 
 
 def write_report(out: Path, results: Sequence[RunResult]) -> None:
-    """Writes ``results.csv``, ``curves.csv``, ``results.md`` and ``curves.png``; a kill leaves no file half written.
+    """Writes `results.csv`, `curves.csv`, `results.md` and `curves.png`; a kill leaves no file half written.
 
     Args:
         out: Folder of the files; made if it is missing.
@@ -212,7 +212,7 @@ def read_results(path: Path) -> list[RunResult]:
     """Reads back what `write_report` wrote; writing it again gives the same CSV and Markdown files, byte for byte.
 
     Args:
-        path: Folder with ``results.csv`` and ``curves.csv``.
+        path: Folder with `results.csv` and `curves.csv`.
 
     Returns:
         The runs in the order of the table.
