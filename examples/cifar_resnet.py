@@ -3,6 +3,8 @@
     python examples/cifar_resnet.py                                             # digits, half a minute on 2 cores
     python examples/cifar_resnet.py --dataset cifar10 --runs 3                  # ResNet-20 -> 20, 200 epochs
     python examples/cifar_resnet.py --dataset cifar100 --student 20 --teacher 110 --recipe logits
+    python examples/cifar_resnet.py --reproduce                                 # the whole published table
+    python examples/cifar_resnet.py --reproduce --recipe logits --only 20/cifar10,20-110/cifar10
 
 It trains the teacher once, then for each seed a baseline (cross-entropy only) and the student, which start from the
 same weights and see the same batches; the teacher's last epoch is what teaches. Under --out lie the table
@@ -25,12 +27,16 @@ from pathlib import Path
 
 import torch
 
-from cifar.checkpoints import CheckpointError, RunFiles, read_result
+from cifar.agreement import measure_agreement
+from cifar.checkpoints import RunFiles, read_result
+from cifar.crew import EXPECTED, Place, RunError, train_all
 from cifar.data import Dataset, load_dataset
+from cifar.engine import MODES, find_mode
+from cifar.progress import Overview
 from cifar.report import RunResult, write_report
+from cifar.reproduce import RUNS, Setting, published_settings
 from cifar.settings import RECIPES, TEACHER_SEED, RunConfig, describe_device, find_device, find_precision
-from cifar.steps import NonFiniteLossError
-from cifar.training import check_student, train
+from cifar.training import check_student
 from distill import create_loss, list_losses
 
 EPOCHS = {"digits": 20, "cifar10": 200, "cifar100": 200}
@@ -54,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight", type=_weight, help="of the loss; default: the recipe's for logit, 1 for any other")
     add("--at", metavar="PATH", help="module whose output, or input (fc:input), the loss compares, or logits")
     add("--epochs", type=_count, help=f"default: {epochs}")
-    add("--runs", type=_count, default=1, help="seeds per method; default: 1")
+    add("--runs", type=_count, help=f"seeds per method; default: 1, with --reproduce {RUNS}")
     add("--seed", type=_seed, default=0, help="the first seed; default: 0")
     add("--no-baseline", action="store_true", help="do not train the student without a teacher")
     add(
@@ -63,12 +69,27 @@ def build_parser() -> argparse.ArgumentParser:
         help="study option: the teacher's batch norms use the batch's statistics, as in the reference's code",
     )
 
+    add = parser.add_argument_group("the published table").add_argument
+    add("--reproduce", action="store_true", help="run every row of the recipe's published table")
+    add(
+        "--only",
+        metavar="ROWS",
+        help="of these rows, such as 20/cifar10,110/cifar100, or 20-110/cifar10: student-teacher",
+    )
+
     add = parser.add_argument_group("where and how").add_argument
     add("--data-dir", type=Path, help="folder of the CIFAR files, downloaded if missing; default: data")
     add("--out", type=Path, default=Path("runs"), help="folder of all results; default: runs")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a CUDA GPU if there is one")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="default: bfloat16 where native")
-    add("--threads", type=_count, help="threads on the CPU; default: PyTorch's")
+    add(
+        "--engine",
+        choices=["auto", *MODES],
+        default="auto",
+        help="how a step is run; default: graph on CUDA, else eager",
+    )
+    add("--jobs", type=_count, help="runs side by side; default: 1, with --reproduce on a CPU one for each core")
+    add("--threads", type=_count, help="threads of a run on the CPU; default: PyTorch's, shared by the jobs")
     add("--tensorboard", action="store_true", help="write TensorBoard events to OUT/tensorboard")
     return parser
 
@@ -94,9 +115,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
         args.device = find_device(args.device)
     except ValueError as error:
         parser.error(f"argument --device: {error}")
+    try:
+        args.engine = find_mode(args.engine, args.device)
+    except ValueError as error:
+        parser.error(f"argument --engine: {error}")
+    _complete_reproduction(parser, args)
     if args.threads is not None and args.device.type != "cpu":
         parser.error(f"argument --threads: only for the CPU, got device {args.device}")
-    if args.data_dir is not None and args.dataset == "digits":
+    if args.data_dir is not None and not args.reproduce and args.dataset == "digits":
         parser.error("argument --data-dir: only for CIFAR, the digits come with scikit-learn")
     if args.seed <= TEACHER_SEED < args.seed + args.runs:
         parser.error(f"argument --seed: {TEACHER_SEED} is the teacher's, got {args.seed} and {args.runs} runs")
@@ -104,7 +130,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
         parser.error('argument --tensorboard: the package tensorboard is missing; pip install -e ".[examples]"')
     args.precision = find_precision(args.precision, args.device)
     args.data_dir = args.data_dir or Path("data")
-    args.epochs = args.epochs or EPOCHS[args.dataset]
+    args.epochs = args.epochs or max(EPOCHS[setting.dataset] for setting in args.settings)
     recipe = RECIPES[args.recipe]
     # The recipe's weight and place were chosen for the logit loss; they would mean nothing for another.
     weight, at = (recipe.weight, recipe.at) if args.loss == "logit" else (1.0, None)
@@ -113,66 +139,117 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     return parser, args
 
 
+def _complete_reproduction(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in the settings to run, and refuse what does not go with a published table."""
+    args.runs = args.runs or (RUNS if args.reproduce else 1)
+    if not args.reproduce:
+        if args.only is not None:
+            parser.error("argument --only: needs --reproduce")
+        args.settings = [Setting(args.student, args.teacher, args.dataset)]
+        return
+    for name in ("dataset", "student", "teacher", "loss", "weight", "at", "no_baseline"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"argument --{name.replace('_', '-')}: fixed by --reproduce, got {getattr(args, name)!r}")
+    try:
+        args.settings = published_settings(args.recipe, args.only)
+    except ValueError as error:
+        parser.error(f"argument --only: {error}")
+
+
 def plan(args: argparse.Namespace) -> list[RunConfig]:
-    """List the runs of a command in their order: the teacher, then baseline and student of each seed.
+    """List the runs of a command in their order: of each setting the teacher, then baseline and student of each seed.
 
     Args:
         args: What `parse_arguments` returned.
 
     Returns:
-        The settings of each run.
+        The settings of each run; settings that share a teacher or a baseline have it once.
     """
-    common = {
-        "recipe": RECIPES[args.recipe],
-        "dataset": args.dataset,
-        "student": args.student,
-        "epochs": args.epochs,
-        "device": args.device.type,
-        "precision": args.precision,
-    }
     runs = []
-    for seed in range(args.seed, args.seed + args.runs):
-        student = RunConfig(
-            method=args.loss,
-            seed=seed,
-            teacher=args.teacher,
-            weight=args.weight,
-            at=args.at,
-            teacher_batch_statistics=args.teacher_batch_statistics,
-            **common,
-        )
-        runs += [] if args.no_baseline else [RunConfig(method="baseline", seed=seed, **common)]
-        runs += [student]
-    return [runs[-1].teacher_config(), *runs]
+    for setting in args.settings:
+        common = {
+            "recipe": RECIPES[args.recipe],
+            "dataset": setting.dataset,
+            "student": setting.student,
+            "epochs": args.epochs,
+            "device": args.device.type,
+            "precision": args.precision,
+        }
+        students = [
+            RunConfig(
+                method=args.loss,
+                seed=seed,
+                teacher=setting.teacher,
+                weight=args.weight,
+                at=args.at,
+                teacher_batch_statistics=args.teacher_batch_statistics,
+                **common,
+            )
+            for seed in range(args.seed, args.seed + args.runs)
+        ]
+        runs.append(students[0].teacher_config())
+        for student in students:
+            runs += [] if args.no_baseline else [RunConfig(method="baseline", seed=student.seed, **common)]
+            runs.append(student)
+    return list(dict.fromkeys(runs))
 
 
-def describe(args: argparse.Namespace, runs: list[RunConfig], data: Dataset) -> str:
+def share_out(args: argparse.Namespace, unfinished: int) -> None:
+    """Settle how many runs go side by side and how many threads each gets.
+
+    Args:
+        args: What `parse_arguments` returned; `jobs` and `threads` are filled in.
+        unfinished: Number of runs that remain.
+    """
+    cores = torch.get_num_threads()
+    if args.jobs is None:
+        # Networks this small do not keep two cores busy together: on a CPU each run gets its own.
+        args.jobs = cores // (args.threads or 1) if args.reproduce and args.device.type == "cpu" else 1
+    args.jobs = max(1, min(args.jobs, unfinished))
+    if args.threads is None and args.device.type == "cpu":
+        args.threads = max(1, cores // args.jobs)
+
+
+def describe(args: argparse.Namespace, runs: list[RunConfig], datasets: dict[str, Dataset], done: int) -> str:
     """Say in words what is about to be run.
 
     Args:
-        args: What `parse_arguments` returned.
+        args: What `parse_arguments` and `share_out` have filled in.
         runs: What `plan` returned.
-        data: The data set.
+        datasets: The data sets by name.
+        done: Number of runs that are finished.
 
     Returns:
         A few lines.
     """
     recipe = RECIPES[args.recipe]
-    channels, height, width = data.train_images.shape[1:]
-    done = sum(RunFiles.of(args.out, run).result.exists() for run in runs)
     statistics = "batch norms on batch statistics" if args.teacher_batch_statistics else "in eval mode"
+    lines = []
+    for data in datasets.values():
+        channels, height, width = data.train_images.shape[1:]
+        lines.append(
+            f"data:     {data.name}, {len(data.train_labels):,} training and {len(data.test_labels):,} test images "
+            f"of {channels} x {height} x {width}, {data.num_classes} classes"
+        )
+    lines.append(
+        f"recipe:   {recipe.name}, {recipe.stem} stem, SGD lr {recipe.lr:g} momentum {recipe.momentum:g}"
+        f"{' nesterov' if recipe.nesterov else ''} weight decay {recipe.weight_decay:g}, "
+        f"batch {recipe.batch_size}, {args.epochs} epochs, lr x 0.1 at 1/2 and 3/4"
+    )
+    for setting in args.settings:
+        where = f" on {setting.dataset}" if len(args.settings) > 1 else ""
+        lines += [
+            f"student:  resnet{setting.student}{where}, loss = cross-entropy + {args.weight:g} * {args.loss}, "
+            f"compared at {args.at or 'the class logits'}",
+            f"teacher:  resnet{setting.teacher}{where}, its last epoch, {statistics}",
+        ]
+    side = f", {args.jobs} side by side" if args.jobs > 1 else ""
     return "\n".join(
         [
-            f"data:     {data.name}, {len(data.train_labels):,} training and {len(data.test_labels):,} test images "
-            f"of {channels} x {height} x {width}, {data.num_classes} classes",
-            f"recipe:   {recipe.name}, {recipe.stem} stem, SGD lr {recipe.lr:g} momentum {recipe.momentum:g}"
-            f"{' nesterov' if recipe.nesterov else ''} weight decay {recipe.weight_decay:g}, "
-            f"batch {recipe.batch_size}, {args.epochs} epochs, lr x 0.1 at 1/2 and 3/4",
-            f"student:  resnet{args.student}, loss = cross-entropy + {args.weight:g} * {args.loss}, "
-            f"compared at {args.at or 'the class logits'}",
-            f"teacher:  resnet{args.teacher}, its last epoch, {statistics}",
+            *lines,
             f"device:   {describe_device(args.device, args.precision)}, torch {torch.__version__}",
-            f"runs:     {len(runs)} ({done} done), into {args.out}",
+            f"engine:   {MODES[args.engine]}",
+            f"runs:     {len(runs)} ({done} done){side}, into {args.out}",
         ]
     )
 
@@ -187,24 +264,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, or 1 after an error, or 130 after Ctrl-C; argparse itself exits with 2.
     """
     parser, args = parse_arguments(arguments)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     runs = plan(args)
+    finished = [run for run in runs if RunFiles.of(args.out, run).result.exists()]
+    share_out(args, len(runs) - len(finished))
+    place = Place(args.data_dir, args.out, str(args.device), args.threads, args.engine, args.tensorboard)
+    place.prepare()
     try:
-        data = load_dataset(args.dataset, args.data_dir).to(args.device)
+        names = dict.fromkeys(setting.dataset for setting in args.settings)
+        datasets = {name: load_dataset(name, args.data_dir).to(args.device) for name in names}
         try:
             # A teacher may take hours: what its student would stumble over is found before.
-            check_student(runs[-1], data)
+            for run in runs:
+                if run.teacher is not None and run.seed == args.seed:
+                    check_student(run, datasets[run.dataset])
         except (ValueError, TypeError, RuntimeError) as error:
             parser.error(f"--loss {args.loss} at {args.at or LOGITS} does not work here: {error}")
-        print(describe(args, runs, data), flush=True)
-        for run in runs:
-            train(run, data, args.out, tensorboard=args.tensorboard)
+        print(describe(args, runs, datasets, len(finished)), flush=True)
+
+        def report(_run: RunConfig) -> None:
+            measure_agreement(runs, args.out, datasets)
             write_report(args.out, finished_runs(args.out))
+
+        overview = Overview(runs, {run.run_id for run in finished})
+        train_all(runs, place, datasets, jobs=args.jobs, overview=overview, finished=report)
+        report(runs[-1])
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on after the last whole epoch.", file=sys.stderr)
         return 130
-    except (CheckpointError, NonFiniteLossError, ImportError, OSError, ValueError) as error:
+    except (RunError, *EXPECTED) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"\n{(args.out / 'results.md').read_text(encoding='utf-8')}")

@@ -108,12 +108,20 @@ class RunFiles:
             result: The run's numbers.
         """
         save_state(self.weights, config, {"model": dict(weights)})
-        text = json.dumps(result.to_json(), indent=1) + "\n"
-        write_atomically(self.result, lambda file: file.write(text.encode()))
+        self.save_result(result)
         self.checkpoint.unlink(missing_ok=True)
         for path in (self.checkpoint, self.weights, self.result):
             for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a process killed while it wrote
                 leftover.unlink()
+
+    def save_result(self, result: RunResult) -> None:
+        """Write the numbers of the finished run.
+
+        Args:
+            result: The run's numbers.
+        """
+        text = json.dumps(result.to_json(), indent=1) + "\n"
+        write_atomically(self.result, lambda file: file.write(text.encode()))
 
 
 def read_result(path: Path) -> RunResult:

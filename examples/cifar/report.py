@@ -113,6 +113,8 @@ class RunResult:
     device: str  # hardware and precision in words
     torch: str
     history: tuple[EpochRecord, ...]  # the epochs 1, 2, ...
+    revision: str = "-"  # of the code in git
+    agreement: float | None = None  # % of all test images on which the network says what its teacher says
 
     def __post_init__(self) -> None:
         """Refuses what no table or picture could show."""

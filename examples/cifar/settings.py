@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,10 @@ class RunConfig:
         return name if self.method == "teacher" else f"{name}-seed{self.seed}"
 
     def teacher_config(self) -> RunConfig:
-        """Return the settings of the run that trains this run's teacher."""
-        if self.teacher is None:
-            raise ValueError(f"only a distilled student has a teacher, got method {self.method!r}")
+        """Return the settings of the run that trains this run's teacher; a baseline's is of its own depth."""
+        depth = self.student if self.teacher is None else self.teacher
         return RunConfig(
-            "teacher", self.recipe, self.dataset, self.teacher, self.epochs, TEACHER_SEED, self.device, self.precision
+            "teacher", self.recipe, self.dataset, depth, self.epochs, TEACHER_SEED, self.device, self.precision
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,8 +181,23 @@ def describe_device(device: torch.device, precision: str) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({precision})"
     if device.type == "cpu":
-        return f"cpu ({_cpu_name()}, {torch.get_num_threads()} threads, {precision})"
+        threads = torch.get_num_threads()
+        return f"cpu ({_cpu_name()}, {threads} thread{'s' * (threads != 1)}, {precision})"
     return f"{device.type} ({precision})"
+
+
+def find_revision() -> str:
+    """Name the git revision of this code, as the tables show it.
+
+    Returns:
+        Such as `"9a25a33"`, with `-dirty` if files differ from it; `"-"` if there is no git or no checkout.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "-"
+    return found.stdout.strip() or "-"
 
 
 def _cpu_has_bfloat16() -> bool:

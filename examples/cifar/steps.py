@@ -61,19 +61,29 @@ def train_step(
 
 
 class EpochMeter:
-    """Sums of an epoch, kept on the device, with the first loss that was not finite."""
+    """Sums of an epoch, kept on the device, with the first loss that was not finite.
+
+    Every sum is changed in place and nothing is read before `read`, so a CUDA graph can hold `update`.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        """Start an epoch.
+        """Start the first epoch.
 
         Args:
             device: The device to train on.
         """
-        self.steps = 0
-        self.images = 0
         self._names: tuple[str, ...] = ()
-        self._sums = self._bad = torch.zeros(0, device=device)
-        self._bad_step = torch.zeros((), dtype=torch.int64, device=device)
+        self._sums = self._bad = torch.zeros(2, device=device)
+        self._steps, self._bad_step = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+
+    def tensors(self) -> list[Tensor]:
+        """Return everything that `update` changes."""
+        return [self._sums, self._bad, self._steps, self._bad_step]
+
+    def reset(self) -> None:
+        """Start a new epoch."""
+        for tensor in self.tensors():
+            tensor.zero_()
 
     def update(self, output: DistillerOutput, labels: Tensor) -> None:
         """Add a step.
@@ -83,16 +93,16 @@ class EpochMeter:
             labels: Classes of the step's images, `(N,)`.
         """
         correct = (output.student.argmax(1) == labels).sum()
-        values = torch.stack([output.loss.detach(), *output.terms.values(), correct]).float()
-        if self.steps == 0:
+        images = torch.full_like(correct, len(labels))
+        values = torch.stack([output.loss.detach(), *output.terms.values(), correct, images]).float()
+        if self._names != tuple(output.terms):
             self._names = tuple(output.terms)
-            self._sums = self._bad = torch.zeros_like(values)
-        self.steps += 1
-        self.images += len(labels)
-        self._sums = self._sums + values
+            self._sums, self._bad = torch.zeros_like(values), torch.zeros_like(values)
+        self._steps += 1
+        self._sums += values
         first = (self._bad_step == 0) & ~values[0].isfinite()
-        self._bad_step = torch.where(first, self.steps, self._bad_step)
-        self._bad = torch.where(first, values, self._bad)
+        self._bad_step.copy_(torch.where(first, self._steps, self._bad_step))
+        self._bad.copy_(torch.where(first, values, self._bad))
 
     def read(self, epoch: int) -> tuple[float, dict[str, float], float]:
         """Wait for the device and return the means so far.
@@ -107,17 +117,41 @@ class EpochMeter:
             NonFiniteLossError: If the loss of a step was infinite or NaN; names the first such step and its terms.
         """
         if step := int(self._bad_step):
-            loss, *terms, _ = self._bad.tolist()
+            loss, *terms, _, _ = self._bad.tolist()
             listed = ", ".join(f"{name} {value:g}" for name, value in zip(self._names, terms, strict=True))
             raise NonFiniteLossError(
                 f"the loss must stay finite, got {loss:g} in epoch {epoch}, step {step} ({listed})"
             )
-        loss, *terms, correct = self._sums.tolist()
-        means = {name: value / self.steps for name, value in zip(self._names, terms, strict=True)}
-        return loss / self.steps, means, 100 * correct / self.images
+        steps = int(self._steps)
+        loss, *terms, correct, images = self._sums.tolist()
+        means = {name: value / steps for name, value in zip(self._names, terms, strict=True)}
+        return loss / steps, means, 100 * correct / images
 
 
 @torch.no_grad()
+def predict(model: nn.Module, data: Dataset, precision: str) -> Tensor:
+    """Predict the class of every test image.
+
+    Args:
+        model: Maps images to class logits; it is left in eval mode.
+        data: The data set.
+        precision: `"float32"`, or `"bfloat16"` for autocast.
+
+    Returns:
+        The classes, `(M,)`, on the data's device.
+    """
+    model.eval()
+    device = data.test_images.device.type
+    # Small batches stay in a processor's cache; a GPU would idle between them.
+    size = EVAL_BATCH_SIZE if device == "cpu" else 16 * EVAL_BATCH_SIZE
+    classes = []
+    for first in range(0, len(data.test_images), size):
+        images = data.test_images[first : first + size]
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            classes.append(model(normalize(images, data.mean, data.std)).argmax(1))
+    return torch.cat(classes)
+
+
 def evaluate(model: nn.Module, data: Dataset, precision: str) -> tuple[float, float]:
     """Measure the test accuracy.
 
@@ -133,19 +167,44 @@ def evaluate(model: nn.Module, data: Dataset, precision: str) -> tuple[float, fl
         ValueError: If the test images do not fill one batch.
     """
     total = len(data.test_labels)
-    whole = total // EVAL_BATCH_SIZE
+    whole = total - total % EVAL_BATCH_SIZE
     if whole == 0:
         raise ValueError(f"the test set must fill one batch of {EVAL_BATCH_SIZE} images, got {total} images")
-    model.eval()
-    hits = []
-    for first in range(0, total, EVAL_BATCH_SIZE):
-        images = data.test_images[first : first + EVAL_BATCH_SIZE]
-        labels = data.test_labels[first : first + EVAL_BATCH_SIZE]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = model(normalize(images, data.mean, data.std))
-        hits.append((logits.argmax(1) == labels).sum())
-    correct = torch.stack(hits).tolist()
-    return 100 * sum(correct[:whole]) / (whole * EVAL_BATCH_SIZE), 100 * sum(correct) / total
+    right = predict(model, data, precision) == data.test_labels
+    hits, all_hits = torch.stack([right[:whole].sum(), right.sum()]).tolist()
+    return 100 * hits / whole, 100 * all_hits / total
+
+
+def epoch_order(data: Dataset, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Draw the order of an epoch and yield its batches as indices, without the last incomplete one.
+
+    Args:
+        data: The data set.
+        batch_size: Images per batch.
+        generator: Source of the order, on the data's device.
+
+    Yields:
+        Indices of training images, `(batch_size,)`.
+    """
+    total = len(data.train_labels)
+    order = torch.randperm(total, generator=generator, device=data.train_labels.device)
+    for first in range(0, total - batch_size + 1, batch_size):
+        yield order[first : first + batch_size]
+
+
+def load_batch(data: Dataset, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Augment and normalize a batch; nothing in it waits for the device.
+
+    Args:
+        data: The data set.
+        index: Indices of training images, `(N,)`.
+        generator: Source of the augmentation, on the data's device.
+
+    Returns:
+        Normalized images `(N, C, H, W)` and their classes `(N,)`.
+    """
+    images = augment(data.train_images[index], pad=data.pad, flip=data.flip, generator=generator)
+    return normalize(images, data.mean, data.std), data.train_labels[index]
 
 
 def batches(data: Dataset, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -159,9 +218,5 @@ def batches(data: Dataset, batch_size: int, generator: torch.Generator) -> Itera
     Yields:
         Normalized images `(batch_size, C, H, W)` and their classes `(batch_size,)`.
     """
-    total = len(data.train_labels)
-    order = torch.randperm(total, generator=generator, device=data.train_labels.device)
-    for first in range(0, total - batch_size + 1, batch_size):
-        index = order[first : first + batch_size]
-        images = augment(data.train_images[index], pad=data.pad, flip=data.flip, generator=generator)
-        yield normalize(images, data.mean, data.std), data.train_labels[index]
+    for index in epoch_order(data, batch_size, generator):
+        yield load_batch(data, index, generator)

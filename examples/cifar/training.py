@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from cifar.checkpoints import RunFiles, save_state
 from cifar.data import Dataset, normalize
-from cifar.models import ResNet, resnet
-from cifar.progress import Progress
+from cifar.engine import Engine, Mode
+from cifar.models import ResNet, fold_batch_norms, resnet
+from cifar.progress import Overview, Progress
 from cifar.report import EpochRecord, RunResult
-from cifar.settings import RunConfig, describe_device
-from cifar.steps import CrossEntropy, EpochMeter, batches, evaluate, train_step
+from cifar.settings import RunConfig, describe_device, find_revision
+from cifar.steps import CrossEntropy, epoch_order, evaluate
 from distill import Distiller, Term, create_loss
 
 
@@ -39,16 +40,15 @@ def build_teacher(config: RunConfig, data: Dataset, weights: dict[str, Tensor]) 
     """Build the frozen teacher of a run.
 
     Args:
-        config: The run's settings.
+        config: The run's settings; those of a teacher give the network itself.
         data: The data set.
         weights: State dict of the trained teacher.
 
     Returns:
         The network, channels-last, on the data's device.
     """
-    if config.teacher is None:
-        raise ValueError(f"only a distilled student has a teacher, got method {config.method!r}")
-    teacher = _build(config.teacher, config, data, torch.Generator())
+    depth = config.student if config.teacher is None else config.teacher
+    teacher = _build(depth, config, data, torch.Generator())
     teacher.load_state_dict(weights)
     if config.teacher_batch_statistics:
         use_batch_statistics(teacher)
@@ -72,7 +72,11 @@ def build_model(
     if teacher_weights is None:
         return CrossEntropy(student)
     term = Term(create_loss(config.method), at=config.at, weight=config.weight if config.weight is not None else 1.0)
-    distiller = Distiller(student, build_teacher(config, data, teacher_weights), {config.method: term})
+    teacher = build_teacher(config, data, teacher_weights)
+    distiller = Distiller(student, teacher, {config.method: term})
+    if _can_fold(teacher, config):
+        fold_batch_norms(teacher)
+        _place(teacher, data)
     return distiller.to(data.train_images.device)
 
 
@@ -129,13 +133,16 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.SGD:
 class Run:
     """A training run between two epochs: what a checkpoint holds, and what trains the next epoch."""
 
-    def __init__(self, config: RunConfig, data: Dataset, teacher_weights: dict[str, Tensor] | None) -> None:
+    def __init__(
+        self, config: RunConfig, data: Dataset, teacher_weights: dict[str, Tensor] | None, *, mode: Mode = "eager"
+    ) -> None:
         """Start a run before its first epoch.
 
         Args:
             config: The run's settings.
             data: The data set, on the device to train on.
             teacher_weights: State dict of the teacher; None for a run without one.
+            mode: How the steps are run, see `cifar.engine.MODES`.
         """
         if len(data.train_labels) < config.recipe.batch_size:
             raise ValueError(
@@ -148,7 +155,17 @@ class Run:
         self.model = build_model(config, data, teacher_weights)
         self.optimizer = build_optimizer(self.model, config)
         self.generator = torch.Generator(self.device).manual_seed(2 * config.seed + 1)
+        self.engine = Engine(
+            self.model,
+            self.optimizer,
+            data,
+            self.generator,
+            batch_size=config.recipe.batch_size,
+            precision=config.precision,
+            mode=mode,
+        )
         self.start_time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.revision = find_revision()
         self.history: list[EpochRecord] = []
 
     def train_epoch(self, progress: Progress) -> EpochRecord:
@@ -168,18 +185,17 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         start = time.perf_counter()
-        self.model.train()
-        meter = EpochMeter(self.device)
-        steps = len(self.data.train_labels) // config.recipe.batch_size
-        with progress.epoch(epoch, steps * config.recipe.batch_size) as bar:
-            for images, labels in batches(self.data, config.recipe.batch_size, self.generator):
-                output = train_step(self.model, self.optimizer, images, labels, config.precision)
-                meter.update(output, labels)
+        engine, batch_size = self.engine, config.recipe.batch_size
+        engine.start_epoch()
+        steps = len(self.data.train_labels) // batch_size
+        with progress.epoch(epoch, steps * batch_size) as bar:
+            for index in epoch_order(self.data, batch_size, self.generator):
+                engine.step(index)
                 if bar.due():
-                    bar.show(meter.images, *meter.read(epoch))
-            loss, terms, train_acc = meter.read(epoch)
+                    bar.show(engine.images, *engine.meter.read(epoch))
+            loss, terms, train_acc = engine.meter.read(epoch)
             trained = time.perf_counter() - start
-            bar.show(meter.images, loss, terms, train_acc)
+            bar.show(engine.images, loss, terms, train_acc)
             test_acc, test_acc_all = evaluate(self.model.student, self.data, config.precision)
         record = EpochRecord(
             epoch=epoch,
@@ -189,7 +205,7 @@ class Run:
             train_acc=train_acc,
             test_acc=test_acc,
             test_acc_all=test_acc_all,
-            images_per_second=meter.images / trained,
+            images_per_second=engine.images / trained,
             seconds=time.perf_counter() - start,
         )
         self.history.append(record)
@@ -208,6 +224,7 @@ class Run:
             },
             "history": [record.to_json() for record in self.history],
             "start_time": self.start_time,
+            "revision": self.revision,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -224,6 +241,7 @@ class Run:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.history = [EpochRecord.from_json(record) for record in state["history"]]
         self.start_time = state["start_time"]
+        self.revision = state.get("revision", "-")  # earlier versions wrote none
 
     def result(self) -> RunResult:
         """Return the numbers of the run."""
@@ -241,11 +259,20 @@ class Run:
             batch_size=config.recipe.batch_size,
             device=describe_device(self.device, config.precision),
             torch=torch.__version__,
+            revision=self.revision,
             history=tuple(self.history),
         )
 
 
-def train(config: RunConfig, data: Dataset, out: Path, *, tensorboard: bool = False) -> RunResult:
+def train(
+    config: RunConfig,
+    data: Dataset,
+    out: Path,
+    *,
+    tensorboard: bool = False,
+    mode: Mode = "eager",
+    overview: Overview | None = None,
+) -> RunResult:
     """Train a run to its end, from its checkpoint if it has one; a finished run is only read.
 
     Args:
@@ -253,6 +280,8 @@ def train(config: RunConfig, data: Dataset, out: Path, *, tensorboard: bool = Fa
         data: The data set, on the device to train on.
         out: Folder of checkpoints, weights and results; a distilled student finds its teacher's weights there.
         tensorboard: Whether to write TensorBoard events under `out`.
+        mode: How the steps are run, see `cifar.engine.MODES`.
+        overview: The runs that this one belongs to; by default it stands alone.
 
     Returns:
         The run's numbers; the network's last weights lie at `RunFiles.of(out, config).weights`.
@@ -273,16 +302,25 @@ def train(config: RunConfig, data: Dataset, out: Path, *, tensorboard: bool = Fa
     # Losses with learned weights draw these from the global generator: seeded here, and left as it was found.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(2 * config.seed)
-        run = Run(config, data, teacher_weights)
+        run = Run(config, data, teacher_weights, mode=mode)
         if checkpoint is not None:
             run.load_state(checkpoint)
-        with Progress(config, out, done=len(run.history), tensorboard=tensorboard) as progress:
+        overview = Overview([config]) if overview is None else overview
+        with Progress(config, out, done=len(run.history), tensorboard=tensorboard, overview=overview) as progress:
             while len(run.history) < config.epochs:
                 progress.log(run.train_epoch(progress))
                 save_state(files.checkpoint, config, run.state())
     result = run.result()
     files.finish(config, run.model.student.state_dict(), result)
     return result
+
+
+def _can_fold(teacher: ResNet, config: RunConfig) -> bool:
+    """Whether nobody looks at what stands between a convolution and its batch norm."""
+    if config.teacher_batch_statistics:
+        return False
+    tapped = teacher.get_submodule((config.at or "").removesuffix(":input"))
+    return not isinstance(tapped, (nn.Conv2d, nn.BatchNorm2d))
 
 
 def _build(depth: int, config: RunConfig, data: Dataset, generator: torch.Generator) -> ResNet:

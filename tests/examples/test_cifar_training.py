@@ -147,7 +147,8 @@ def test_steps_are_those_of_a_plain_loop(recipe):
             loss.backward()
             sgd.step()
     for ours, theirs in zip(run.model.student.parameters(), student.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+        # The teacher's batch norms were folded in float32.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])

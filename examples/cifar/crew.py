@@ -1,0 +1,180 @@
+"""All runs of a command, one after the other or several side by side in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+
+from cifar.checkpoints import CheckpointError, RunFiles
+from cifar.data import Dataset, load_dataset
+from cifar.engine import Mode
+from cifar.progress import Overview
+from cifar.settings import RunConfig
+from cifar.steps import NonFiniteLossError
+from cifar.training import train
+
+# What a run may stop with for reasons that its message explains.
+EXPECTED = (CheckpointError, NonFiniteLossError, ImportError, OSError, ValueError)
+
+
+class RunError(Exception):
+    """A run in a process of its own stopped; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how runs are trained.
+
+    Attributes:
+        data_dir: Folder of the data sets.
+        out: Folder of all results.
+        device: Name of the device.
+        threads: Threads of the CPU per run; None leaves PyTorch's number.
+        mode: How the steps are run, see `cifar.engine.MODES`.
+        tensorboard: Whether to write TensorBoard events.
+    """
+
+    data_dir: Path
+    out: Path
+    device: str
+    threads: int | None
+    mode: Mode
+    tensorboard: bool
+
+    def prepare(self) -> None:
+        """Set PyTorch up in this process."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        # The shapes of a run never change: the fastest convolution is looked for once.
+        torch.backends.cudnn.benchmark = True
+
+
+def train_all(
+    runs: Sequence[RunConfig],
+    place: Place,
+    datasets: Mapping[str, Dataset],
+    *,
+    jobs: int,
+    overview: Overview,
+    finished: Callable[[RunConfig], None],
+) -> None:
+    """Train every run that is not done yet; a student waits for its teacher.
+
+    Args:
+        runs: The runs; they start in this order, except that one which has to wait lets others go first.
+        place: Where and how.
+        datasets: The data sets by name, on the device; for runs in this process.
+        jobs: How many runs are trained side by side. 1 trains them in this process.
+        overview: Shows how far everything is.
+        finished: Called with each run that has come to its end, in this process.
+
+    Raises:
+        RunError: If a run in a process of its own stops before its end. The others are stopped too, and lose the
+            epoch under way.
+        CheckpointError, NonFiniteLossError, ImportError, OSError, ValueError: As `train`, for a run in this process.
+    """
+    if jobs == 1:
+        for run in runs:
+            train(
+                run, datasets[run.dataset], place.out, tensorboard=place.tensorboard, mode=place.mode, overview=overview
+            )
+            finished(run)
+        return
+    waiting = [run for run in runs if RunFiles.of(place.out, run).load_result(run) is None]
+    with overview.bar(), _Processes(place) as processes:
+        while waiting or processes.active:
+            for run in [run for run in waiting if _has_teacher(run, place.out)][: jobs - len(processes.active)]:
+                waiting.remove(run)
+                processes.start(run, overview.names[run.run_id])
+            if not processes.active:
+                raise RunError(f"{waiting[0].run_id} waits for the teacher of another command; run it first")
+            for run, message in processes.messages():
+                if message is None:
+                    finished(run)
+                else:
+                    overview.show(run, *message)
+
+
+def _has_teacher(run: RunConfig, out: Path) -> bool:
+    return run.teacher is None or RunFiles.of(out, run.teacher_config()).result.exists()
+
+
+class _Processes:
+    """The processes of the runs under way; leaving the context stops them."""
+
+    def __init__(self, place: Place) -> None:
+        self.active: dict[Connection, tuple[multiprocessing.process.BaseProcess, RunConfig]] = {}
+        self._place = place
+        self._context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, _run in self.active.values():
+            process.terminate()
+        for process, _run in self.active.values():
+            process.join()
+
+    def start(self, run: RunConfig, name: str) -> None:
+        here, there = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_work, args=(run, name, self._place, there), daemon=True)
+        process.start()
+        there.close()  # the other process has it now; its end is seen as the end of the pipe
+        self.active[here] = process, run
+
+    def messages(self) -> Iterator[tuple[RunConfig, tuple[float, str] | None]]:
+        """Wait for news: epochs done and a line of text, or None when the run has come to its end."""
+        ready = wait(list(self.active))
+        for connection in list(self.active):
+            if connection not in ready:
+                continue
+            process, run = self.active[connection]
+            try:
+                kind, *content = connection.recv()
+            except EOFError:
+                kind, content = "end", []
+            if kind == "shown":
+                yield run, (content[0], content[1])
+                continue
+            process.join()
+            del self.active[connection]
+            if kind == "error":
+                raise RunError(content[0])
+            if process.exitcode != 0:
+                raise RunError(
+                    f"the process that trained {run.run_id} ended with exit code {process.exitcode}; "
+                    "the same command goes on after its last whole epoch"
+                )
+            yield run, None
+
+
+def _work(run: RunConfig, name: str, place: Place, connection: Connection) -> None:
+    """Train one run in this process and tell the parent about it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    place.prepare()
+    tell = lambda epochs, text: connection.send(("shown", epochs, text))  # noqa: E731
+    overview = Overview([run], names={run.run_id: name}, tell=tell)
+    try:
+        data = load_dataset(run.dataset, place.data_dir).to(torch.device(place.device))
+        train(run, data, place.out, tensorboard=place.tensorboard, mode=place.mode, overview=overview)
+    except EXPECTED as error:
+        connection.send(("error", f"{name}: {error}"))
+        raise SystemExit(1) from error
+
+
+def _end_with_parent() -> None:
+    """A killed parent must not leave processes behind that write into a folder which its next call uses."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
