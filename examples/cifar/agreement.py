@@ -44,5 +44,5 @@ def measure_agreement(runs: Iterable[RunConfig], out: Path, datasets: Mapping[st
             predictions[asked] = predict(build_teacher(asked, data, weights), data, run.precision)
         student = build_student(run, data)
         student.load_state_dict(files.load_weights(run))
-        same = (predict(student, data, run.precision) == predictions[asked]).float().mean()
-        files.save_result(dataclasses.replace(result, agreement=100 * float(same)))
+        same = int((predict(student, data, run.precision) == predictions[asked]).sum())
+        files.save_result(dataclasses.replace(result, agreement=100 * same / len(data.test_labels)))

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 
 from cifar.checkpoints import CheckpointError, RunFiles
 from cifar.data import Dataset, load_dataset
@@ -161,6 +162,7 @@ def _work(run: RunConfig, name: str, place: Place, connection: Connection) -> No
     """Train one run in this process and tell the parent about it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own default leaves a semaphore behind when this process is stopped
     place.prepare()
     tell = lambda epochs, text: connection.send(("shown", epochs, text))  # noqa: E731
     overview = Overview([run], names={run.run_id: name}, tell=tell)

@@ -73,7 +73,8 @@ class Overview:
             ]
             self._bar.set_description_str("; ".join(under_way), refresh=False)
             self._bar.set_postfix_str(f"left {self.left()}", refresh=False)
-            self._bar.update(100 * self._share() - self._bar.n)
+            self._bar.n = 100 * self._share()
+            self._bar.refresh()
 
     @contextmanager
     def bar(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifar import checkpoints, training
+from cifar import checkpoints, engine, training
 from cifar.checkpoints import CheckpointError, RunFiles, save_state, write_atomically
 from cifar.settings import RECIPES, find_precision
 from cifar.training import train
@@ -29,7 +29,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from cifar_runs import train_all
-from cifar import checkpoints, training
+from cifar import checkpoints, engine, training
 
 where, count, precision, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 calls = 0
@@ -44,7 +44,7 @@ def dying(function):
     return call
 
 if where == "step":
-    training.train_step = dying(training.train_step)
+    engine.train_step = dying(engine.train_step)
 else:
     checkpoints.os.fsync = dying(os.fsync)
 train_all(out, precision)
@@ -112,7 +112,7 @@ def test_a_loss_that_draws_random_numbers_goes_on_where_it_was(tmp_path, monkeyp
     monkeypatch.setattr(training, "create_loss", lambda _: Noisy())
     train_all(tmp_path / "whole", "float32")
     torch.rand(3)  # whatever the global generator is at must not matter
-    train_step, steps = training.train_step, []
+    train_step, steps = engine.train_step, []
 
     def interrupted(*args):
         steps.append(None)
@@ -120,7 +120,7 @@ def test_a_loss_that_draws_random_numbers_goes_on_where_it_was(tmp_path, monkeyp
             raise KeyboardInterrupt
         return train_step(*args)
 
-    monkeypatch.setattr(training, "train_step", interrupted)
+    monkeypatch.setattr(engine, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_all(tmp_path / "stopped", "float32")
     train_all(tmp_path / "stopped", "float32")

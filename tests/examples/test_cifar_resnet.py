@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cifar_resnet
-from cifar import training
+from cifar import engine
 from cifar.settings import RECIPES
 
 COMMAND = Path(cifar_resnet.__file__)
@@ -203,8 +203,8 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path, capsys, mo
             signal.raise_signal(signal.SIGINT)
         return train_step(*args)
 
-    train_step = training.train_step
-    monkeypatch.setattr(training, "train_step", interrupted)
+    train_step = engine.train_step
+    monkeypatch.setattr(engine, "train_step", interrupted)
     assert run(tmp_path, "--epochs", "2", "--no-baseline") == 130
     assert capsys.readouterr().err.strip() == "Stopped. The same command goes on after the last whole epoch."
     assert run(tmp_path, "--epochs", "2", "--no-baseline") == 0
@@ -223,8 +223,8 @@ def test_a_checkpoint_of_other_settings_ends_the_command_with_a_message(first, c
 
 
 def test_a_loss_that_is_not_finite_ends_the_command_with_a_message(tmp_path, capsys, monkeypatch):
-    train_step = training.train_step
-    monkeypatch.setattr(training, "train_step", lambda m, o, images, *rest: train_step(m, o, images / 0, *rest))
+    train_step = engine.train_step
+    monkeypatch.setattr(engine, "train_step", lambda m, o, images, *rest: train_step(m, o, images / 0, *rest))
     assert run(tmp_path) == 1
     assert re.fullmatch(
         r"error: the loss must stay finite, got nan in epoch 1, step 1 \(task nan\)\n", capsys.readouterr().err

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cifar import training
+from cifar import engine, training
 from cifar.checkpoints import CheckpointError, RunFiles
 from cifar.data import Dataset, normalize
 from cifar.models import resnet
+from cifar.progress import Overview, Progress
 from cifar.report import EpochRecord, RunResult
 from cifar.settings import RECIPES, TEACHER_SEED
 from cifar.steps import EpochMeter, NonFiniteLossError, batches, evaluate, train_step
@@ -76,7 +77,8 @@ def test_training_draws_nothing_from_the_generator_of_the_batches(tmp_path):
     config, baseline = make_config(epochs=1), make_config("baseline", epochs=1)
     runs = [Run(config, data, make_teacher(config, data)), Run(baseline, data, None)]
     for run in runs:
-        with training.Progress(run.config, tmp_path, done=0, tensorboard=False) as progress:
+        overview = Overview([run.config])
+        with Progress(run.config, tmp_path, done=0, tensorboard=False, overview=overview) as progress:
             run.train_epoch(progress)
     assert torch.equal(*(run.generator.get_state() for run in runs))
 
@@ -246,7 +248,7 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_the_last_whole_epoch(tmp
         epoch_two = optimizer.param_groups[0]["lr"] < 0.1
         return train_step(model, optimizer, images * float("nan") if epoch_two else images, labels, precision)
 
-    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(engine, "train_step", step)
     with pytest.raises(NonFiniteLossError, match=r"got nan in epoch 2, step 1 \(task nan\)"):
         train(config, data, tmp_path)
     files = RunFiles.of(tmp_path, config)

@@ -1,0 +1,231 @@
+"""Tests of runs side by side: examples/cifar/crew.py, agreement.py, and what the Overview says of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import cifar_resnet
+from cifar.agreement import measure_agreement
+from cifar.checkpoints import RunFiles
+from cifar.data import normalize
+from cifar.progress import Overview
+from cifar.report import read_results
+from cifar.training import build_student, train
+from cifar_runs import make_config, make_data
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = ["--student", "8", "--teacher", "8", "--epochs", "2", "--device", "cpu", "--threads", "1"]
+
+
+def command(out, *options):
+    return [sys.executable, str(ROOT / "examples/cifar_resnet.py"), *OPTIONS, "--out", str(out), *options]
+
+
+def weights(out):
+    return {path.name: torch.load(path, weights_only=True)["model"] for path in sorted((out / "weights").glob("*.pt"))}
+
+
+def assert_same_weights(out, other):
+    ours, theirs = weights(out), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, model in ours.items():
+        assert all(torch.equal(model[key], theirs[name][key]) for key in model), name
+
+
+def measured(out):
+    """The table without clocks, in any order of the runs."""
+    return sorted((r.method, r.seed, r.acc, r.acc_last, r.agreement) for r in read_results(out))
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "runs"
+    assert cifar_resnet.main([*OPTIONS, "--out", str(out)]) == 0
+    return out
+
+
+def test_side_by_side_gives_the_same_networks_and_table_as_one_by_one(one_by_one, tmp_path):
+    done = subprocess.run(command(tmp_path, "--jobs", "2"), capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "3 (0 done), 2 side by side" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if "  epoch " in line]
+    assert len(lines) == 3 * 2
+    assert all(", all runs " in line for line in lines)
+    assert lines[-1].startswith("logit seed 0  epoch 2/2")  # it had to wait for its teacher
+    assert_same_weights(tmp_path, one_by_one)
+    assert measured(tmp_path) == measured(one_by_one)
+
+
+def test_killed_side_by_side_it_goes_on_and_ends_the_same(tmp_path):
+    options = ["--jobs", "2", "--epochs", "6"]
+    with subprocess.Popen(command(tmp_path, *options), stdout=subprocess.DEVNULL) as process:
+        until(lambda: list(tmp_path.glob("checkpoints/*.pt")))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGKILL)
+    # The processes that train must end too, or they would train beside those of the next call.
+    assert children
+    until(lambda: not any(alive(int(pid)) for pid in children))
+    done = subprocess.run(command(tmp_path, *options), capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "goes on after epoch" in done.stdout
+    assert cifar_resnet.main([*OPTIONS, "--epochs", "6", "--out", str(tmp_path / "whole")]) == 0
+    assert_same_weights(tmp_path, tmp_path / "whole")
+    assert measured(tmp_path) == measured(tmp_path / "whole")
+
+
+def until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_ctrl_c_stops_every_process(tmp_path):
+    with subprocess.Popen(
+        command(tmp_path, "--jobs", "2", "--epochs", "1000"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        until(lambda: list(tmp_path.glob("checkpoints/*.pt")))
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.strip() == "Stopped. The same command goes on after the last whole epoch."
+    until(lambda: not group_exists(process.pid))
+
+
+def group_exists(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_run_that_fails_is_named_and_ends_the_command(one_by_one, tmp_path):
+    # A checkpoint of other settings, which only the process that trains that run opens.
+    name = next((one_by_one / "weights").glob("*baseline*")).name
+    (tmp_path / "checkpoints").mkdir(parents=True)
+    torch.save({"config": {}}, tmp_path / "checkpoints" / name)
+    done = subprocess.run(command(tmp_path, "--jobs", "2"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: baseline seed 0: ")
+    assert f"{name} belongs to a run with other settings" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_process_that_dies_is_named(monkeypatch, tmp_path, capsys):
+    killer = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    (tmp_path / "sitecustomize.py").write_text(killer)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    # The parent is this process, so only the children meet the killer.
+    monkeypatch.setattr(os, "environ", environment)
+    os.putenv("PYTHONPATH", str(tmp_path))
+    try:
+        assert cifar_resnet.main([*OPTIONS, "--jobs", "2", "--out", str(tmp_path / "runs")]) == 1
+    finally:
+        os.putenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    assert "ended with exit code -9; the same command goes on after its last whole epoch" in capsys.readouterr().err
+
+
+# --- agreement
+
+
+def test_agreement_is_the_share_of_equal_predictions(tmp_path):
+    data = make_data(test=200)
+    student, baseline = make_config(epochs=1), make_config("baseline", epochs=1)
+    runs = [student.teacher_config(), baseline, student]
+    for run in runs[:2]:
+        train(run, data, tmp_path)
+    measure_agreement(runs, tmp_path, {"tiny": data})
+    train(student, data, tmp_path)
+    measure_agreement(runs, tmp_path, {"tiny": data})
+
+    def predictions(run):
+        model = build_student(run, data).eval()
+        model.load_state_dict(RunFiles.of(tmp_path, run).load_weights(run))
+        with torch.no_grad():
+            return model(normalize(data.test_images, data.mean, data.std)).argmax(1)
+
+    for run in runs[1:]:
+        expected = 100 * (predictions(run) == predictions(runs[0])).double().mean()
+        assert RunFiles.of(tmp_path, run).load_result(run).agreement == pytest.approx(float(expected))
+    assert RunFiles.of(tmp_path, runs[0]).load_result(runs[0]).agreement is None
+
+
+def test_agreement_waits_for_the_teacher_and_is_measured_once(tmp_path, monkeypatch):
+    data, config = make_data(), make_config("baseline", epochs=1)
+    train(config, data, tmp_path)
+    measure_agreement([config], tmp_path, {"tiny": data})
+    result = RunFiles.of(tmp_path, config).result
+    assert json.loads(result.read_text())["agreement"] is None
+    train(config.teacher_config(), data, tmp_path)
+    measure_agreement([config], tmp_path, {"tiny": data})
+    before = result.stat().st_mtime_ns
+    assert 0 <= json.loads(result.read_text())["agreement"] <= 100
+    monkeypatch.setattr("cifar.agreement.predict", None)
+    measure_agreement([config], tmp_path, {"tiny": data})
+    assert result.stat().st_mtime_ns == before
+
+
+# --- overview
+
+
+def test_the_time_left_follows_the_work_and_not_what_was_done_before(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr("cifar.progress.time.perf_counter", lambda: now)
+    small, large = make_config("baseline", student=20, epochs=10), make_config("baseline", student=110, epochs=10)
+    done = make_config("baseline", seed=5, student=20, epochs=10)
+    overview = Overview([small, large, done], {done.run_id})
+    assert overview.left() == "?"
+    overview.show(small, 4)  # by an earlier invocation
+    assert overview.left() == "?"
+    now = 100.0
+    overview.show(small, 6, "line")
+    # 2 epochs of 18 blocks' work each took 100 s; 4 such epochs and 10 of 108 remain: 200 s and 3000 s.
+    assert overview.left() == "53:20"
+    assert capsys.readouterr().out == "line, all runs 53:20\n"
+    overview.show(large, 0)
+    overview.show(large, 10)
+    overview.show(small, 10)
+    assert overview.left() == "00:00"
+
+
+def test_names_tell_runs_of_several_settings_apart():
+    student = make_config(student=8, teacher=14, epochs=1)
+    assert list(Overview([student.teacher_config(), student]).names.values()) == ["teacher", "logit seed 0"]
+    other = make_config(student=8, teacher=14, dataset="large")
+    names = Overview([student.teacher_config(), student, other]).names
+    assert names[student.run_id] == "tiny resnet8 from resnet14 logit seed 0"
+    assert len(set(names.values())) == 3
+
+
+def test_one_bar_shows_what_is_under_way(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    first, second = make_config("baseline", epochs=4), make_config("baseline", seed=1, epochs=4)
+    overview = Overview([first, second])
+    with overview.bar():
+        overview.show(first, 0)
+        overview.show(second, 0)
+        overview.show(first, 1.5)
+        overview.show(second, 4)
+    screen = capsys.readouterr().err
+    assert "baseline seed 0 1.5/4" in screen
+    assert " 69%|" in screen
+    assert "baseline seed 1 4" not in screen
