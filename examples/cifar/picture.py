@@ -13,7 +13,6 @@ from PIL import Image
 from cifar.records import KIND, SETTING, TITLE, RunResult, group_runs, mean_and_deviation
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: colour-blind safe
-_WIDTHS = (6.5, 4.5, 4.5)  # in inches: the whole course, its end, the agreement
 
 
 def draw_picture(results: Sequence[RunResult]) -> bytes:
@@ -27,14 +26,13 @@ def draw_picture(results: Sequence[RunResult]) -> bytes:
     """
     settings = group_runs(results, *SETTING)
     agreement = any(run.agreement is not None for run in results)
-    widths = _WIDTHS if agreement else _WIDTHS[:2]
+    widths = (6.5, 4.5, 4.5) if agreement else (7.2, 4.8)  # in inches: the whole course, its end, the agreement
     figure = Figure(figsize=(sum(widths), 5 * len(settings)), dpi=100, layout="constrained")
     grid = figure.add_gridspec(len(settings), len(widths), width_ratios=widths)
     for row, (setting, runs) in enumerate(settings.items()):
         nepoch = runs[0].nepoch
         # The whole course but for its steep start and, of a longer one, the last quarter: there the lines differ.
         last = nepoch + 1 - math.ceil(nepoch / 4) if nepoch >= 8 else 0
-        measured = any(run.agreement is not None for run in runs)
         whole = figure.add_subplot(grid[row, 0] if last else grid[row, :2])
         draw_curves(whole, runs, shown_from=1, fitted_from=1 + nepoch // 20)
         whole.set(title=TITLE.format(*setting), ylabel="accuracy on all test images (%)")
@@ -42,7 +40,7 @@ def draw_picture(results: Sequence[RunResult]) -> bytes:
         whole.legend(title=f"% after the last epoch{band}", loc="lower right" if last else "best", fontsize="small")
         if last:
             draw_curves(figure.add_subplot(grid[row, 1], title=f"epochs {last} to {nepoch}"), runs, last, last)
-        if measured:
+        if any(run.agreement is not None for run in runs):
             draw_agreement(figure.add_subplot(grid[row, 2]), runs)
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", dpi="figure")
@@ -67,7 +65,7 @@ def draw_curves(axes: Axes, runs: Sequence[RunResult], shown_from: int, fitted_f
         colour = COLOURS[no % len(COLOURS)]
         name = f"{method} {student}" + ("" if weight is None else f" from {teacher}, weight {weight:g}")
         label = f"{name}: {mean_and_deviation(seeds[-1])}"
-        axes.plot(epochs, [*map(statistics.fmean, seeds)], style, color=colour, label=label, markersize=4)
+        axes.plot(epochs, [*map(statistics.fmean, seeds)], style, color=colour, label=label)
         if len(same) > 1:
             axes.fill_between(epochs, [*map(min, seeds)], [*map(max, seeds)], color=colour, alpha=0.2, linewidth=0)
     fitted = [record.test_acc_all for run in runs for record in run.history[fitted_from - 1 :]]
@@ -93,13 +91,14 @@ def draw_agreement(axes: Axes, runs: Sequence[RunResult]) -> None:
         # The text stands above its dots: as a tick label beside them it would take half of the panel.
         text = f"{method} {student}, teacher {student if teacher == '-' else teacher}: {mean_and_deviation(values)}"
         left = axes.get_yaxis_transform()  # x in parts of the panel's width
-        axes.annotate(text, (0.03, shown), (0, 12), left, "offset points", fontsize="small")
-        axes.plot([statistics.fmean(values)], [shown], "|", color=colour, markersize=18, markeredgewidth=2)
+        axes.annotate(text, (0.03, shown), (0, 13), left, "offset points", fontsize="small")
         axes.plot(values, [shown] * len(values), "o", color=colour, alpha=0.6, markersize=7, markeredgewidth=0)
+        if len(values) > 1:
+            axes.plot([statistics.fmean(values)], [shown], "|", color=colour, markersize=18, markeredgewidth=2)
         shown += 1
     axes.set(
         title="agreement with the teacher, last epoch",
-        xlabel="test images put into the same class (%); dot: seed, bar: mean",
+        xlabel="test images in the same class (%); dot: seed, bar: mean",
         ylim=(shown - 0.5, -0.5),
         yticks=[],
     )

@@ -196,7 +196,7 @@ def _beside_reference(results: Sequence[RunResult]) -> Iterator[str]:
             "epochs": str(first.nepoch),
             "weight": "-" if first.weight is None else f"{first.weight:g}",
             "lr": f"{first.lr:g}",
-            "batch": str(first.batch_size),
+            "batch size": str(first.batch_size),
             "runs": str(len(same)),
             "acc": mean_and_deviation([run.acc for run in same]),
             "reference acc": mean_and_deviation(published),
@@ -207,7 +207,7 @@ def _beside_reference(results: Sequence[RunResult]) -> Iterator[str]:
             "gain in acc_last": _gain(same, baselines, "acc_last"),
             "agreement": _agreement(same),
             # With a teacher of another depth, the baseline was compared with another network than the student.
-            "baseline's": _agreement(baselines) if first.student == first.teacher else "-",
+            "baseline's agreement": _agreement(baselines) if first.student == first.teacher else "-",
             "time per run": _duration(statistics.fmean(run.seconds for run in same)),
         }
         if len(made_with) > 1:
