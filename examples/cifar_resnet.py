@@ -33,7 +33,8 @@ from cifar.crew import EXPECTED, Place, RunError, train_all
 from cifar.data import Dataset, load_dataset
 from cifar.engine import MODES, find_mode
 from cifar.progress import Overview
-from cifar.report import RunResult, write_report
+from cifar.records import RunResult
+from cifar.report import write_report
 from cifar.reproduce import RUNS, Setting, published_settings
 from cifar.settings import RECIPES, TEACHER_SEED, RunConfig, describe_device, find_device, find_precision
 from cifar.training import check_student

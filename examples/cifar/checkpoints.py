@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import torch
 
-from cifar.report import RunResult
+from cifar.records import RunResult
 from cifar.settings import RunConfig
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 
-from cifar.report import EpochRecord
+from cifar.records import EpochRecord
 from cifar.settings import RunConfig
 
 if TYPE_CHECKING:

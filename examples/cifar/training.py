@@ -15,7 +15,7 @@ from cifar.data import Dataset, normalize
 from cifar.engine import Engine, Mode
 from cifar.models import ResNet, fold_batch_norms, resnet
 from cifar.progress import Overview, Progress
-from cifar.report import EpochRecord, RunResult
+from cifar.records import EpochRecord, RunResult
 from cifar.settings import RunConfig, describe_device, find_revision
 from cifar.steps import CrossEntropy, epoch_order, evaluate
 from distill import Distiller, Term, create_loss
