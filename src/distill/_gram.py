@@ -1,5 +1,6 @@
 """The squared difference of two linear heads' logits: what it costs and how it is computed without forming them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,16 +13,16 @@ _ROWS = 1024
 # Logits that are formed at a time: 4 MB in float32, which stay in a CPU's cache; a GPU wants larger products.
 _LOGITS = 2**20
 _LOGITS_ON_GPU = 2**25
-# A float64 multiply-add, in those of float32: measured on a CPU, and at full rate on the GPUs built for it.
-_WIDE = 1.8
+# A float64 multiply-add in those of float32: GPUs that compute it at full rate, and others.
 _GPUS_WITH_FULL_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
-_WIDE_ON_OTHER_GPUS = 64.0
+_FLOAT64_COST = {True: 2.0, False: 64.0}
 # What it costs to write, subtract and square one logit, in multiply-adds; measured on a CPU.
 _PER_LOGIT = 100.0
 # Calls over which the factor, computed once, is expected to be used.
 _CALLS = 100
-# The relative rounding of a gradient in float32 that is let pass before it is computed in float64.
-_TOLERANCE = 1e-4
+# The smallest squared difference, relative to the squares of the logits, that float32 gives to 1e-4; measured.
+_SMALLEST_BY_GRAM = 1e-3
+_SMALLEST_BY_FACTOR = 1e-5
 
 
 class Heads(NamedTuple):
@@ -41,7 +42,7 @@ class Factor(NamedTuple):
 
     student: Tensor  # (k, a), k at most a
     teacher: Tensor  # (k, d_t)
-    rest: Tensor  # (., d_t): what no student's hidden state can reach
+    rest: list[Tensor]  # what no student's hidden state can reach: a triangle, in slabs without their leading zeros
 
 
 class Plan(NamedTuple):
@@ -63,11 +64,11 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def float64_cost(device: torch.device) -> float:
-    """The price of a float64 multiply-add in those of float32."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) not in _GPUS_WITH_FULL_FLOAT64:
-        return _WIDE_ON_OTHER_GPUS
-    return _WIDE
+def _float64_cost(device: torch.device) -> float:
+    # A CPU computes in float32 first, and seldom again.
+    if device.type != "cuda":
+        return 1.0
+    return _FLOAT64_COST[torch.cuda.get_device_capability(device) in _GPUS_WITH_FULL_FLOAT64]
 
 
 def make_plan(
@@ -100,7 +101,7 @@ def make_plan(
     logits = n * v * (a + t + _PER_LOGIT)
     costs = {"blocks": logits + n * v * a + (logits + n * v * a if trains else 0)}
     if has_float64(device):
-        wide = float64_cost(device)
+        wide = _float64_cost(device)
         # Products of hidden states forward, and backward for the hidden states.
         small = n * (a * (a + t) + t * t) + n * a * a
         gram = v * a * (a + t) + (0 if keeps_teacher else v * t * t)
@@ -121,7 +122,7 @@ def make_plan(
 
 def teacher_gram(teacher: Tensor) -> Tensor:
     """`W_t^T W_t` in float64, (d_t, d_t)."""
-    return _left_gram([teacher], teacher.shape[1])
+    return _left_gram([teacher], teacher.shape[1], torch.float64)
 
 
 def factorise(heads: Heads) -> Factor:
@@ -135,26 +136,37 @@ def factorise(heads: Heads) -> Factor:
     rows = max(4 * width, _ROWS)
     r = heads.student.new_empty(0, width, dtype=torch.float64)
     for start in range(0, len(heads.student), rows):
-        r = torch.linalg.qr(torch.cat([r, _stack(parts, start, rows)]), mode="r").R
+        r = torch.linalg.qr(torch.cat([r, _stack(parts, start, rows, torch.float64)]), mode="r").R
     # Copies, so that the kept factor holds no memory that nobody reads.
-    return Factor(r[:columns, :columns].clone(), -r[:columns, columns:], r[columns:, columns:].clone())
+    return Factor(
+        r[:columns, :columns].clone(),
+        -r[:columns, columns:],
+        [slab.clone() for _, slab in _slabs(r[columns:, columns:])],
+    )
 
 
 def by_factor(student: Tensor, teacher: Tensor, factor: Factor) -> Tensor:
-    """Sums over the vocabulary of the squared differences, (N,), from a factor: never negative, nothing cancels.
+    """Sums over the vocabulary of the squared differences, (N,), from a factor: never negative.
 
     Args:
-        student: `[h_s, 1]`, or `h_s` where there are no biases, (N, a).
-        teacher: `h_t`, (N, d_t).
+        student: `[h_s, 1]`, or `h_s` where there are no biases, (N, a), in float32 or float64.
+        teacher: `h_t`, (N, d_t), in that dtype.
         factor: What `factorise` gives.
     """
-    student, teacher = student.double(), teacher.double()
-    reached = student @ factor.student.T + teacher @ factor.teacher.T
-    return reached.square().sum(-1) + (teacher @ factor.rest.T).square().sum(-1)
+
+    def compute(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        h_s, h_t = student.to(dtype), teacher.to(dtype)
+        s, t = h_s @ factor.student.to(dtype).T, h_t @ factor.teacher.to(dtype).T
+        rest = h_t.new_zeros(len(h_t))
+        for slab in factor.rest:
+            rest = rest + (h_t[:, -slab.shape[1] :] @ slab.to(dtype).T).square().sum(-1)
+        return (s + t).square().sum(-1) + rest, s.detach().square().sum(-1) + t.square().sum(-1) + rest
+
+    return _precisely(compute, student, _SMALLEST_BY_FACTOR)
 
 
 def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tensor:
-    """Sums over the vocabulary of the squared differences, (N,), from Gram matrices in float64.
+    """Sums over the vocabulary of the squared differences, (N,), from Gram matrices.
 
     Args:
         student: As in `by_factor`.
@@ -162,13 +174,22 @@ def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tens
         heads: The heads.
         own: What `teacher_gram` gives.
     """
-    student, teacher = student.double(), teacher.double()
-    gram: Tensor = _Gram.apply(heads.student, heads.column, heads.teacher)  # type: ignore[no-untyped-call]
-    columns = student.shape[-1]
-    cross = student @ gram[:, :columns] - 2 * (teacher @ gram[:, columns:].T)
-    values = (cross * student).sum(-1) + ((teacher @ own) * teacher).sum(-1)
+
+    def compute(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        h_s, h_t = student.to(dtype), teacher.to(dtype)
+        gram: Tensor = _Gram.apply(heads.student, heads.column, heads.teacher, dtype)  # type: ignore[no-untyped-call]
+        columns = h_s.shape[-1]
+        s, t = h_s @ gram[:, :columns], h_t @ gram[:, columns:].T
+        rest = h_t.new_zeros(len(h_t))
+        for rows, slab in _slabs(own.to(dtype)):  # symmetric: once its diagonal blocks, twice what is right of them
+            doubled = torch.cat([slab[:, : len(slab)], 2 * slab[:, len(slab) :]], 1)
+            rest = rest + ((h_t[:, -slab.shape[1] :] @ doubled.T) * h_t[:, rows]).sum(-1)
+        return ((s - 2 * t) * h_s).sum(-1) + rest, (s.detach() * h_s.detach()).sum(-1) + rest
+
+    values = _precisely(compute, student, _SMALLEST_BY_GRAM)
     # What rounding leaves below zero goes, and the gradient stays.
-    return values - values.detach().clamp(max=0)
+    positive: Tensor = values - values.detach().clamp(max=0)
+    return positive
 
 
 def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
@@ -185,41 +206,34 @@ def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
 
 
 class _Gram(Function):
-    """`L^T [L, W_t]` with `L = [W_s, c]` in float64, (a, a + d_t), from blocks of rows that are widened and dropped."""
+    """`L^T [L, W_t]` with `L = [W_s, c]`, (a, a + d_t), from blocks of rows that are widened and dropped."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @override
-    def forward(student: Tensor, column: Tensor | None, teacher: Tensor) -> Tensor:
+    def forward(student: Tensor, column: Tensor | None, teacher: Tensor, dtype: torch.dtype) -> Tensor:
         left = Heads(student, teacher, column).left()
-        return _left_gram([*left, teacher], sum(part.shape[1] for part in left))
+        return _left_gram([*left, teacher], sum(part.shape[1] for part in left), dtype)
 
     @staticmethod
     @override
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        student, column, teacher, gram = ctx.saved_tensors
+        student, column, teacher = ctx.saved_tensors
         parts = [*Heads(student, teacher, column).left(), teacher]
-        a = len(grad)
+        a, width = len(grad), student.shape[1]
         right = torch.cat([grad[:, :a] + grad[:, :a].T, grad[:, a:].T])
-        if _must_stay_differentiable():
-            both = _stack(parts, 0, len(student)) @ right
-            ours = both[:, : student.shape[1]].to(student.dtype)
-            biases = None if column is None else both[:, student.shape[1] :].to(column.dtype)
-        elif student.device.type == "cpu" and student.dtype != torch.float64 and not torch.compiler.is_compiling():
-            # The student's and the teacher's part cancel as the two agree; on a CPU it costs nothing to look.
-            ours, biases = _combine(parts, right.float(), student, column)
-            part = (right[:a] * (gram[:, :a] @ right[:a])).sum().clamp(min=0).sqrt()
-            if torch.linalg.vector_norm(ours) * _TOLERANCE < part * torch.finfo(torch.float32).eps:
-                ours, biases = _combine(parts, right, student, column)
-        else:
-            ours, biases = _combine(parts, right, student, column)
-        return ours, biases, None
+        with torch.autocast(grad.device.type, enabled=False):
+            if _must_stay_differentiable():
+                both = _stack(parts, 0, len(student), right.dtype) @ right
+                biases = None if column is None else both[:, width:].to(column.dtype)
+                return both[:, :width].to(student.dtype), biases, None, None
+            return *_combine(parts, right, student, column), None, None
 
 
 class _Blocks(Function):
@@ -279,18 +293,50 @@ def _must_stay_differentiable() -> bool:
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
-def _stack(parts: list[Tensor], start: int, rows: int) -> Tensor:
-    """Some rows of matrices side by side, in float64."""
-    return torch.cat([part[start : start + rows].double() for part in parts], 1)
+def _slabs(matrix: Tensor) -> list[tuple[slice, Tensor]]:
+    """Which rows, and of those rows what is not left of the diagonal: some rows at a time."""
+    step = max(128, matrix.shape[1] // 8)
+    starts = range(0, len(matrix), step)
+    return [(slice(start, start + step), matrix[start : start + step, start:]) for start in starts]
 
 
-def _left_gram(parts: list[Tensor], columns: int) -> Tensor:
-    """`X[:, :columns]^T X` of matrices side by side, in float64."""
-    total = None
+def _precisely(compute: Callable[[torch.dtype], tuple[Tensor, Tensor]], hidden: Tensor, smallest: float) -> Tensor:
+    """Values in float64, or in float32 where that is faster and enough.
+
+    Student and teacher cancel as they agree. On a CPU it costs nothing to look whether they did; on a GPU a look would
+    wait for the device, and what is traced cannot branch on a value.
+    """
+    if (
+        hidden.device.type != "cpu"
+        or hidden.dtype == torch.float64
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return compute(torch.float64)[0]
+    values, sizes = compute(torch.float32)
+    if (values.detach() < smallest * sizes.detach()).any():
+        return compute(torch.float64)[0]
+    return values
+
+
+def _stack(parts: list[Tensor], start: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """Some rows of matrices side by side."""
+    return torch.cat([part[start : start + rows].to(dtype) for part in parts], 1)
+
+
+def _left_gram(parts: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+    """`X[:, :columns]^T X` of matrices side by side."""
+    if torch._C._are_functorch_transforms_active():
+        x = _stack(parts, 0, len(parts[0]), dtype)
+        return x[:, :columns].T @ x
+    widths = [part.shape[1] for part in parts]
+    total = parts[0].new_zeros(columns, sum(widths), dtype=dtype)
+    buffer = parts[0].new_empty(_ROWS, sum(widths), dtype=dtype)
     for start in range(0, len(parts[0]), _ROWS):
-        x = _stack(parts, start, _ROWS)
-        product = x[:, :columns].T @ x
-        total = product if total is None else total + product
+        x = buffer[: len(parts[0]) - start]
+        for part, target in zip(parts, x.split(widths, 1), strict=True):  # type: ignore[no-untyped-call]
+            target.copy_(part[start : start + _ROWS])
+        total.addmm_(x[:, :columns].T, x)
     return total
 
 
@@ -298,7 +344,7 @@ def _combine(
     parts: list[Tensor], right: Tensor, student: Tensor, column: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`X right` for matrices X side by side, in the dtype of `right`: what the student's matrix and the biases get."""
-    factors = right.split([part.shape[1] for part in parts])
+    factors = right.split([part.shape[1] for part in parts])  # type: ignore[no-untyped-call]
     ours, biases = torch.empty_like(student), None if column is None else torch.empty_like(column)
     for start in range(0, len(student), _ROWS):
         rows = slice(start, start + _ROWS)

@@ -305,8 +305,9 @@ class _Problem(NamedTuple):
         self.check_possible(method)
         student, teacher, heads = self.student, self.teacher, self.heads
         with torch.autocast(student.device.type, enabled=False):
+            student, teacher = student.to(self.dtype), teacher.to(self.dtype)
             if method == "blocks":
-                values = by_blocks(student.to(self.dtype), teacher.to(self.dtype), heads)
+                values = by_blocks(student, teacher, heads)
             else:
                 if heads.column is not None:
                     ones = student.new_ones(len(student), 1)
@@ -360,7 +361,7 @@ def _check(
                 f"{name} must have one value per row of its weight, {len(matrix)}, got shape {tuple(vector.shape)}"
             )
     wide = torch.float64 if has_float64(student.device) else torch.float32
-    column = None if bias is None else bias[:size, None].to(wide)
+    column = None if bias is None else _first(bias, size)[:, None].to(wide)
     if teacher_bias is not None:
         theirs = teacher_bias.detach()[:size, None].to(wide)
         column = -theirs if column is None else column - theirs
@@ -370,11 +371,16 @@ def _check(
     return _Problem(
         student.reshape(-1, student.shape[-1]),
         teacher.detach().reshape(-1, teacher.shape[-1]),
-        Heads(weight[:size], teacher_weight.detach()[:size], column),
+        Heads(_first(weight, size), _first(teacher_weight.detach(), size), column),
         torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)),
         student.shape[:-1],
         dtype,
     )
+
+
+def _first(tensor: Tensor, size: int) -> Tensor:
+    # A slice of all rows would cost one more gradient of the weight's size in backward.
+    return tensor if len(tensor) == size else tensor[:size]
 
 
 def _check_vocabulary(student: int, teacher: int, size: int | None) -> int:
