@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from typing_extensions import override
 
-# Rows of the weights that are widened to float64 at a time.
-_ROWS = 1024
+# Rows of the weights that are multiplied at a time. Fewer round less, and more are no faster.
+_ROWS = 512
 # Logits that are formed at a time: 4 MB in float32, which stay in a CPU's cache; a GPU wants larger products.
 _LOGITS = 2**20
 _LOGITS_ON_GPU = 2**25
@@ -20,8 +20,9 @@ _FLOAT64_COST = {True: 2.0, False: 64.0}
 _PER_LOGIT = 100.0
 # Calls over which the factor, computed once, is expected to be used.
 _CALLS = 100
-# The smallest squared difference, relative to the squares of the logits, that float32 gives to 1e-4; measured.
-_SMALLEST_BY_GRAM = 1e-3
+# The smallest squared difference, relative to the squares of the logits, that a form gives to better than 1e-3, as
+# benchmarks/agreement.py measures: Gram matrices err by some eps / r^2, a factor by some eps / r.
+_SMALLEST_BY_GRAM = {torch.float32: 1e-3, torch.float64: 1e-10}
 _SMALLEST_BY_FACTOR = 1e-5
 
 
@@ -162,7 +163,7 @@ def by_factor(student: Tensor, teacher: Tensor, factor: Factor) -> Tensor:
             rest = rest + (h_t[:, -slab.shape[1] :] @ slab.to(dtype).T).square().sum(-1)
         return (s + t).square().sum(-1) + rest, s.detach().square().sum(-1) + t.square().sum(-1) + rest
 
-    return _precisely(compute, student, _SMALLEST_BY_FACTOR)
+    return _precisely(compute, student, _SMALLEST_BY_FACTOR)[0]
 
 
 def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tensor:
@@ -186,10 +187,14 @@ def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tens
             rest = rest + ((h_t[:, -slab.shape[1] :] @ doubled.T) * h_t[:, rows]).sum(-1)
         return ((s - 2 * t) * h_s).sum(-1) + rest, (s.detach() * h_s.detach()).sum(-1) + rest
 
-    values = _precisely(compute, student, _SMALLEST_BY_GRAM)
-    # What rounding leaves below zero goes, and the gradient stays.
-    positive: Tensor = values - values.detach().clamp(max=0)
-    return positive
+    values, sizes = _precisely(compute, student, _SMALLEST_BY_GRAM[torch.float32])
+    # Values that float64 does not save come from the factor. The gradient, which errs by eps / r only, stays.
+    with torch.no_grad():
+        if _may_look(student) and (values < _SMALLEST_BY_GRAM[torch.float64] * sizes).any():
+            better = by_factor(student, teacher, factorise(heads))
+        else:
+            better = values.clamp(min=0)
+    return values + (better - values).detach()
 
 
 def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
@@ -300,23 +305,22 @@ def _slabs(matrix: Tensor) -> list[tuple[slice, Tensor]]:
     return [(slice(start, start + step), matrix[start : start + step, start:]) for start in starts]
 
 
-def _precisely(compute: Callable[[torch.dtype], tuple[Tensor, Tensor]], hidden: Tensor, smallest: float) -> Tensor:
-    """Values in float64, or in float32 where that is faster and enough.
-
-    Student and teacher cancel as they agree. On a CPU it costs nothing to look whether they did; on a GPU a look would
-    wait for the device, and what is traced cannot branch on a value.
-    """
-    if (
-        hidden.device.type != "cpu"
-        or hidden.dtype == torch.float64
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return compute(torch.float64)[0]
+def _precisely(
+    compute: Callable[[torch.dtype], tuple[Tensor, Tensor]], hidden: Tensor, smallest: float
+) -> tuple[Tensor, Tensor]:
+    """Values and the squares of the logits in float64, or in float32 where that is faster and enough."""
+    if hidden.dtype == torch.float64 or not _may_look(hidden):
+        return compute(torch.float64)
     values, sizes = compute(torch.float32)
     if (values.detach() < smallest * sizes.detach()).any():
-        return compute(torch.float64)[0]
-    return values
+        return compute(torch.float64)
+    return values, sizes
+
+
+def _may_look(hidden: Tensor) -> bool:
+    """Whether to branch on a value: on a GPU it would wait for the device, and what is traced cannot."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return hidden.device.type == "cpu" and not traced
 
 
 def _stack(parts: list[Tensor], start: int, rows: int, dtype: torch.dtype) -> Tensor:
@@ -330,14 +334,18 @@ def _left_gram(parts: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
         x = _stack(parts, 0, len(parts[0]), dtype)
         return x[:, :columns].T @ x
     widths = [part.shape[1] for part in parts]
-    total = parts[0].new_zeros(columns, sum(widths), dtype=dtype)
+    sums: list[tuple[int, Tensor]] = []  # of so many blocks each, added up in pairs: rounding grows with the logarithm
     buffer = parts[0].new_empty(_ROWS, sum(widths), dtype=dtype)
     for start in range(0, len(parts[0]), _ROWS):
         x = buffer[: len(parts[0]) - start]
         for part, target in zip(parts, x.split(widths, 1), strict=True):  # type: ignore[no-untyped-call]
             target.copy_(part[start : start + _ROWS])
-        total.addmm_(x[:, :columns].T, x)
-    return total
+        blocks, product = 1, x[:, :columns].T @ x
+        while sums and (sums[-1][0] == blocks or start + _ROWS >= len(parts[0])):
+            more, other = sums.pop()
+            blocks, product = blocks + more, product.add_(other)
+        sums.append((blocks, product))
+    return sums[0][1]
 
 
 def _combine(
