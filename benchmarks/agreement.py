@@ -1,9 +1,9 @@
 """How the error of `linear_logit_loss` in float32 grows as student and teacher agree, beside formed logits.
 
-Two pairs of heads: of equal size, where the student's weight and hidden states approach the teacher's, and of different
-sizes, where the same logits come from 64 and from 128 dimensions. Printed is, for logits that differ by r of their size,
-the relative error against float64: of the values (the worst of 256 samples), of the gradient for the hidden states and of
-that for the weight (in norm). `plain` is the Gram formula written out in float32.
+Two pairs of heads: of equal size, where the student's weight and hidden states approach the teacher's, and of
+different sizes, where the same logits come from 64 and from 128 dimensions. Printed is, for logits that differ by r of
+their size, the relative error against float64: of the values (the worst of 256 samples), of the gradient for the hidden
+states and of that for the weight (in norm). `plain` is the Gram formula written out in float32.
 """
 
 import torch

@@ -13,6 +13,8 @@ _ROWS = 512
 # Logits that are formed at a time: 4 MB in float32, which stay in a CPU's cache; a GPU wants larger products.
 _LOGITS = 2**20
 _LOGITS_ON_GPU = 2**25
+# Differences of logits that are kept for backward: 128 MB in float32. More are computed again.
+_KEPT = 2**25
 # A float64 multiply-add in those of float32: GPUs that compute it at full rate, and others.
 _GPUS_WITH_FULL_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 _FLOAT64_COST = {True: 2.0, False: 64.0}
@@ -100,7 +102,8 @@ def make_plan(
     """
     n, v, a, t = samples, vocabulary, student, teacher
     logits = n * v * (a + t + _PER_LOGIT)
-    costs = {"blocks": logits + n * v * a + (logits + n * v * a if trains else 0)}
+    again = logits if n * v > _KEPT else 0
+    costs = {"blocks": logits + n * v * a + (again + n * v * a if trains else 0)}
     if has_float64(device):
         wide = _float64_cost(device)
         # Products of hidden states forward, and backward for the hidden states.
@@ -205,8 +208,13 @@ def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
         teacher: `h_t`, (N, d_t), in that dtype.
         heads: The heads.
     """
-    wanted = torch.is_grad_enabled() and student.requires_grad
-    values: Tensor = _Blocks.apply(student, heads.student, heads.column, teacher, heads.teacher, wanted)[0]  # type: ignore[no-untyped-call]
+    wanted = False, False
+    if torch.is_grad_enabled():
+        trains = heads.student.requires_grad or (heads.column is not None and heads.column.requires_grad)
+        traced = torch._C._are_functorch_transforms_active()
+        wanted = student.requires_grad, trains and not traced and len(student) * len(heads.student) <= _KEPT
+    outputs = _Blocks.apply(student, heads.student, heads.column, teacher, heads.teacher, *wanted)  # type: ignore[no-untyped-call]
+    values: Tensor = outputs[0]
     return values
 
 
@@ -242,52 +250,66 @@ class _Gram(Function):
 
 
 class _Blocks(Function):
-    """Sums of squared differences, (N,), and half their gradient for the student's hidden states, (N, d_s)."""
+    """Sums of squared differences, (N,); for backward half their gradient, (N, d_s), and the differences, (N, V)."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @override
     def forward(
-        hidden: Tensor, student: Tensor, column: Tensor | None, theirs: Tensor, teacher: Tensor, wanted: bool
-    ) -> tuple[Tensor, Tensor]:
+        hidden: Tensor,
+        student: Tensor,
+        column: Tensor | None,
+        theirs: Tensor,
+        teacher: Tensor,
+        wants_gradient: bool,
+        keeps_differences: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         heads = Heads(student, teacher, column)
         values, gradient = hidden.new_zeros(len(hidden)), hidden.new_zeros(0)
+        kept = hidden.new_empty(len(hidden), len(student) if keeps_differences else 0)
         for start, stop in _classes(heads, len(hidden)):
             difference, weight = _difference(hidden, theirs, heads, start, stop)
             values = values + difference.square().sum(-1)
-            if wanted:
+            if wants_gradient:
                 gradient = torch.addmm(gradient, difference, weight) if start else difference @ weight
-        return values, gradient
+            if keeps_differences:
+                kept[:, start:stop] = difference
+        return values, gradient, kept
 
     @staticmethod
     @override
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:5], output[1])
-        ctx.mark_non_differentiable(output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:5], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @override
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, student, column, theirs, teacher, gradient = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden, student, column, theirs, teacher, gradient, kept = ctx.saved_tensors
         heads = Heads(student, teacher, column)
         scale = 2 * grad.unsqueeze(-1)
+        nothing = None, None, None, None
         with torch.autocast(hidden.device.type, enabled=False):
+            scaled = scale * hidden
             if _must_stay_differentiable():
                 difference, weight = _difference(hidden, theirs, heads, 0, len(student))
-                difference = scale * difference
-                biases = None if column is None else difference.sum(0).unsqueeze(-1).to(column.dtype)
-                ours = (difference.T @ hidden).to(student.dtype)
-                return difference @ weight, ours, biases, None, None, None
+                ours = (difference.T @ scaled).to(student.dtype)
+                biases = None if column is None else (difference.T @ scale).to(column.dtype)
+                return scale * (difference @ weight), ours, biases, *nothing
             ours = biases = None
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 ours, biases = torch.empty_like(student), None if column is None else torch.empty_like(column)
                 for start, stop in _classes(heads, len(hidden)):
-                    difference = scale * _difference(hidden, theirs, heads, start, stop)[0]
-                    ours[start:stop] = difference.T @ hidden
+                    if kept.numel():
+                        difference = kept[:, start:stop]
+                    else:
+                        difference = _difference(hidden, theirs, heads, start, stop)[0]
+                    ours[start:stop] = difference.T @ scaled
                     if biases is not None:
-                        biases[start:stop, 0] = difference.sum(0)
-            return scale * gradient if ctx.needs_input_grad[0] else None, ours, biases, None, None, None
+                        biases[start:stop] = difference.T @ scale
+            return scale * gradient if ctx.needs_input_grad[0] else None, ours, biases, *nothing
 
 
 def _must_stay_differentiable() -> bool:
