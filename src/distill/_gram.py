@@ -282,11 +282,13 @@ class _Blocks(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:5], *output[1:])
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # zeros for the differences, which want no gradient, would be large
 
     @staticmethod
     @override
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:  # which PyTorch passes where nothing reached the values
+            return (None,) * 7
         hidden, student, column, theirs, teacher, gradient, kept = ctx.saved_tensors
         heads = Heads(student, teacher, column)
         scale = 2 * grad.unsqueeze(-1)

@@ -56,8 +56,8 @@ def linear_logit_loss(
 
     The terms cancel as student and teacher agree. On a CPU, float32 inputs are computed in float32 as long as that is
     enough, and otherwise in float64, values of `"gram"` in the last resort by `"factor"`: down to logits that differ by
-    1e-6 of their size, values err by less than 1e-3 and gradients by less than 1e-4 (benchmarks/agreement.py). Elsewhere
-    both compute in float64 at once. `"blocks"` errs as formed logits do. No value is negative.
+    1e-6 of their size, values err by less than 1e-3 and gradients by less than 1e-4 (benchmarks/agreement.py). On other
+    devices and in traced code both compute in float64. `"blocks"` errs as formed logits do. No value is negative.
 
     Differentiating twice and `torch.func` work, in memory for V times the hidden sizes (`"gram"`) or N times V
     (`"blocks"`); `torch.compile` traces all forms.
@@ -93,8 +93,8 @@ def linear_logit_loss(
 
     Reference:
         Pascal Vincent, Alexandre de Brebisson and Xavier Bouthillier, "Efficient Exact Gradient Update for training
-        Deep Networks with Very Large Sparse Targets", NIPS 2015, section 3 (the squared error from W^T W), for the loss
-        of Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, section 2.2.
+        Deep Networks with Very Large Sparse Targets", NIPS 2015 (the squared error of a linear layer from W^T W), for
+        the loss of Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, section 2.2.
     """
     _check_method(method)
     problem = _check(
@@ -196,7 +196,7 @@ class LinearLogitLoss(nn.Module):
             ValueError: As `linear_logit_loss`, and if the mask has another shape than the per-sample values.
         """
         problem = self._problem(student, teacher)
-        chosen = self._plan(problem).method if self.method == "auto" else self.method
+        chosen = self._plan(problem).method
         problem.check_possible(chosen)
         factor = own = None
         if chosen == "factor":
@@ -212,9 +212,8 @@ class LinearLogitLoss(nn.Module):
             samples: How many hidden states a call has, N.
 
         Returns:
-            A tuple: `method`, which is `"factor"`, `"gram"` or `"blocks"`; `costs`, the estimate for every possible form
-            in 10^9 float32 multiply-adds; and `reason`, the same in words. A loss that was built with another `method`
-            than `"auto"` takes that one, whatever the plan.
+            A tuple: `method`, which is `"factor"`, `"gram"` or `"blocks"`; `costs`, estimates for the possible forms
+            in 10^9 float32 multiply-adds; and `reason`, the same in words.
 
         Raises:
             ValueError: If `samples` is not positive.
@@ -253,10 +252,13 @@ class LinearLogitLoss(nn.Module):
     def _plan(self, problem: "_Problem") -> Plan:
         weight, bias, teacher_weight, teacher_bias = self._tensors()
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-        return problem.plan(
+        plan = problem.plan(
             may_factor=frozen and _can_keep([weight, bias, teacher_weight, teacher_bias]),
             keeps_teacher=_can_keep([teacher_weight]),
         )
+        if self.method != "auto":
+            plan = plan._replace(method=self.method, reason=f"as asked for; by cost it would be {plan.reason}")
+        return plan
 
     def _keep(self, name: str, tensors: list[Any], compute: Callable[[], Any]) -> Any:
         """What `compute` gives, from the last call if the tensors are what they were then."""
