@@ -44,14 +44,15 @@ class Problem:
         value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         gradients = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).item() for gradient in gradients]
-        self._forget()
+        self.forget()
         return value.item(), sum(norm**2 for norm in norms) ** 0.5
 
     def _step(self, name: str) -> None:
         self.forward[name]().backward()  # type: ignore[no-untyped-call]
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop the gradients."""
         for leaf in self.leaves:
             leaf.grad = None
 
@@ -201,15 +202,14 @@ def _liger_linear(student: Tensor, student_weight: Tensor, teacher: Tensor, teac
 
 # --- the list -------------------------------------------------------------------------------------------------------
 
-# Shapes, and whether they are measured with --full only. The samples of the sweep over classes are always 1024.
-LOGITS = {(128, 10): False, (1024, 10): True, (1024, 1000): False, (1024, 10000): True, (1024, 32000): True,
-          (2048, 32000): False, (1024, 128256): False, (4096, 128256): True}  # fmt: skip
-LINEAR = {(1024, 10, 256, 512): True, (1024, 1000, 256, 512): True, (1024, 10000, 256, 512): True,
-          (1024, 32000, 256, 512): True, (1024, 128256, 256, 512): True, (2048, 1000, 768, 1024): False,
-          (2048, 32000, 256, 512): False, (2048, 50257, 768, 1024): False}  # fmt: skip
-LINEAR_BFLOAT16 = {(2048, 32000, 256, 512): True}
-CUDA_LOGITS = {(8192, 128256): False}
-CUDA_LINEAR = {(16384, 128256, 2048, 4096): False}
+SWEEP = (10, 100, 1000, 10000, 32000, 128256)  # classes at 1024 samples, for the picture
+LOGITS = ((128, 10), *((1024, classes) for classes in SWEEP), (2048, 32000), (4096, 128256))
+LINEAR = (*((1024, classes, 256, 512) for classes in SWEEP),
+          (2048, 1000, 768, 1024), (2048, 32000, 256, 512), (2048, 50257, 768, 1024))  # fmt: skip
+LINEAR_BFLOAT16 = ((2048, 32000, 256, 512),)
+CUDA_LOGITS = ((8192, 128256),)
+CUDA_LINEAR = ((16384, 128256, 2048, 4096),)
+FULL = {*((1024, classes) for classes in (10, 100, 10000, 32000)), (4096, 128256), *LINEAR[: len(SWEEP)]}
 
 
 def list_cases(device: torch.device) -> list[Case]:
@@ -219,20 +219,20 @@ def list_cases(device: torch.device) -> list[Case]:
         device: On CUDA there are larger ones beside the others.
     """
     cuda = device.type == "cuda"
-    logit_shapes = LOGITS | (CUDA_LOGITS if cuda else {})
-    linear_shapes = LINEAR | (CUDA_LINEAR if cuda else {}), LINEAR_BFLOAT16 | (CUDA_LINEAR if cuda else {})
+    logit_shapes = LOGITS + CUDA_LOGITS * cuda
+    linear_shapes = LINEAR + CUDA_LINEAR * cuda, LINEAR_BFLOAT16 + CUDA_LINEAR * cuda
     dtypes = (torch.float32, torch.bfloat16)
     cases = [
-        Case("logits", loss, shape, dtype, full, build_loss)
+        Case("logits", loss, shape, dtype, shape in FULL, build_loss)
         for loss in ("logit", "kl")
         for dtype in dtypes
-        for shape, full in logit_shapes.items()
+        for shape in logit_shapes
     ]
     cases += [
-        Case("linear", heads, shape, dtype, full, partial(build_linear, train_heads=heads == "trained"))
+        Case("linear", heads, shape, dtype, shape in FULL, partial(build_linear, train_heads=heads == "trained"))
         for heads in ("trained", "frozen")
         for dtype, shapes in zip(dtypes, linear_shapes, strict=True)
-        for shape, full in shapes.items()
+        for shape in shapes
     ]
     return cases + [
         Case("losses", loss, plain.shape, torch.float32, False, build_loss) for loss, plain in PLAIN.items()

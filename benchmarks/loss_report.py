@@ -263,7 +263,9 @@ def _picture(rows: Sequence[Row]) -> bytes:
                 lines.setdefault(row.way, []).append(row)
             elif row.table == loss == "linear" and row.way == OURS:
                 lines.setdefault("ours frozen", []).append(row)
-        for place, (field, label) in enumerate((("ms", "ms, forward and backward"), ("extra_mb", "extra memory, MB"))):
+        for place, (field, label) in enumerate(
+            (("ms", "ms, forward and backward"), ("extra_mb", "extra memory, MB (1: at most 1)"))
+        ):
             axes = figure.add_subplot(2, 3, 1 + column + 3 * place)
             for way in (way for way in STYLES if way in lines):
                 shown |= {STYLES[way][0]: _draw(axes, lines[way], field, way)}

@@ -56,11 +56,10 @@ def measure_case(case: Case, device: torch.device, budget: float) -> list[Row]:
         RuntimeError: If the ways do not compute the same loss and gradient.
     """
     problem = case.build(case, device)
-    notes = _drop_failing(problem, device) | problem.notes
-    _check_agreement(problem, case)
+    notes = _try_all(problem, case, device) | problem.notes
     steps, clock = problem.steps(), find_clock(device)
-    first = time_steps(steps, 2, 1, clock)
-    repeats, inner = find_repeats([min(values) for values in first.values()], budget)
+    once = time_steps(steps, 1, 1, clock)
+    repeats, inner = find_repeats([values[0] for values in once.values()], budget)
     seconds = time_steps(steps, repeats, inner, clock)
     gradient = sum(leaf.numel() * leaf.element_size() for leaf in problem.leaves)
 
@@ -83,33 +82,29 @@ def measure_case(case: Case, device: torch.device, budget: float) -> list[Row]:
     return rows + [Row.from_dict({**described, "way": way, "note": note}) for way, note in notes.items()]
 
 
-def _drop_failing(problem: Problem, device: torch.device) -> dict[str, str]:
-    """Run every way once; those that cannot run are dropped, and their first line of complaint returned."""
-    notes = {}
+def _try_all(problem: Problem, case: Case, device: torch.device) -> dict[str, str]:
+    """Run every way once and compare; those that cannot run are dropped, and their first line of complaint returned."""
+    notes, results = {}, {}
     for way in list(problem.forward):
         try:
-            problem.result(way)
+            results[way] = problem.result(way)
         except (RuntimeError, MemoryError) as error:  # what allocators and compilers raise, torch's own included
             if way == OURS:
                 raise
             del problem.forward[way]
+            problem.forget()
             notes[way] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            problem.result(OURS)  # frees the gradients that the failing way has left
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return notes
-
-
-def _check_agreement(problem: Problem, case: Case) -> None:
     tolerance = 1e-3 if case.dtype == torch.float32 else 5e-2  # plain forms round to bfloat16 on the way
-    results = {way: problem.result(way) for way in problem.forward if way not in problem.other}
     for way, result in results.items():
         for got, expected in zip(result, results[OURS], strict=True):
-            if not abs(got - expected) <= tolerance * abs(expected):
+            if way not in problem.other and not abs(got - expected) <= tolerance * abs(expected):
                 raise RuntimeError(
                     f"{case.name}: {way} must compute the same (loss, norm of gradient) as ours to be compared, "
                     f"got {result} and {results[OURS]}"
                 )
+    return notes
 
 
 def _revision() -> str:
