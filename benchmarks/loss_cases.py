@@ -31,7 +31,7 @@ class Problem:
     leaves: tuple[Tensor, ...]  # whose gradients are wanted
     floor: Callable[[], object] | None = None  # moves the bytes that any way must move
     other: tuple[str, ...] = ()  # ways that compute something else, for comparison, so that values may differ
-    notes: dict[str, str] = field(default_factory=dict)  # by name of a way that is not there: why
+    notes: dict[str, str] = field(default_factory=dict)  # by name of a way: which form it takes, or why it is not there
 
     def steps(self) -> dict[str, Callable[[], object]]:
         """Return forward and backward of every way, and the floor."""
@@ -113,6 +113,8 @@ def liger_kl(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tens
     return value
 
 
+ELSEWHERE = {"linear_logit"}  # registered losses that a table of their own shows
+
 LIGER_FORMS: dict[str, Form] = {"kl": liger_kl}
 
 
@@ -189,6 +191,7 @@ def build_linear(case: Case, device: torch.device, *, train_heads: bool) -> Prob
     if not train_heads:
         forward[FIRST] = lambda: distill.LinearLogitLoss(student_head, teacher_head)(student, teacher)
     problem = Problem(forward, (student, student_head.weight) if train_heads else (student,), other=(LIGER,))
+    problem.notes[OURS] = ours.plan(samples).method
     _add_liger(problem, lambda: _liger_linear(*inputs), device)
     return problem
 

@@ -228,6 +228,7 @@ def _lines(rows: Sequence[Row], head: str, *, by_loss: bool) -> Iterator[dict[st
         empty = dataclasses.replace(ours, ms=None, over_ours=None, extra_mb=None)
         line = {"loss": f"`{ours.loss}`"} if by_loss else {}
         line |= {head: ours.shape.replace("x", ", "), "dtype": ours.dtype, "ours, ms": _digits(ours.ms)}
+        line |= {"form": ours.note} if ours.table == "linear" else {}
         for way in ways[1:]:
             row = case.get(way, empty)
             line["ours / floor" if way == FLOOR else f"{way} / ours"] = _ratio(row, inverted=way == FLOOR)

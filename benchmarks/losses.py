@@ -78,7 +78,7 @@ def measure_case(case: Case, device: torch.device, budget: float) -> list[Row]:
             **dict(zip(("over_ours", "over_ours_low", "over_ours_high"), quartiles(ratios), strict=True)),
             **{"repeats": repeats, "inner": inner, "extra_mb": None if extra is None else extra / 1e6},
         }
-        rows.append(Row.from_dict({**described, "way": way, **numbers}))
+        rows.append(Row.from_dict({**described, "way": way, "note": notes.pop(way, ""), **numbers}))
     return rows + [Row.from_dict({**described, "way": way, "note": note}) for way, note in notes.items()]
 
 
