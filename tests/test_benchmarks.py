@@ -186,6 +186,17 @@ def test_linear_heads_are_measured_beside_formed_logits(heads, dtype, no_compile
     assert rows["ours"].gradient_mb == pytest.approx((16 * 4 + 40 * 4 * (heads == "trained")) * dtype.itemsize / 1e6)
 
 
+def test_numbers_of_a_row_are_those_of_the_times(monkeypatch, no_compiler):
+    times = {"ours": [1.0, 2.0, 3.0], "eager": [4.0, 2.0, 9.0], "torch.compile": [0.5, 1.0, 1.5], "floor": [0.1] * 3}
+    monkeypatch.setattr(losses, "time_steps", lambda *_: times)
+    monkeypatch.setattr(losses, "find_repeats", lambda *_: (3, 7))
+    rows = {row.way: row for row in losses.measure_case(tiny(first_case("logits", "logit"), (4, 3)), CPU, 0.0)}
+    eager = rows["eager"]
+    assert (eager.ms, eager.ms_low, eager.ms_high) == (4000.0, 3000.0, 6500.0)
+    assert (eager.over_ours, eager.over_ours_low, eager.over_ours_high) == (3.0, 2.0, 3.5)  # of 4, 1 and 3
+    assert (eager.repeats, eager.inner, rows["torch.compile"].over_ours) == (3, 7, 0.5)
+
+
 def test_ways_that_disagree_are_refused(monkeypatch, no_compiler):
     half = dataclasses.replace(loss_cases.PLAIN["logit"], form=lambda s, t: F.mse_loss(s, t) / 2)
     monkeypatch.setitem(loss_cases.PLAIN, "logit", half)
