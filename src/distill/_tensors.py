@@ -24,8 +24,8 @@ def check_positive(name: str, value: float) -> float:
     return value
 
 
-def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
-    """Check that two tensors can be compared along `dim`, and make them ready for it.
+def check_inputs(student: Tensor, teacher: Tensor, *, dim: int) -> torch.dtype:
+    """Check that two tensors can be compared along `dim`, and say in which dtype.
 
     Args:
         student: The student's tensor, any shape with a dimension `dim`.
@@ -33,8 +33,7 @@ def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, T
         dim: The dimension that the loss sums over.
 
     Returns:
-        The student and the detached teacher, both in the dtype in which the loss is computed: the wider one of the
-        two, and at least float32.
+        The dtype in which the loss is computed: the wider one of the two, and at least float32.
 
     Raises:
         ValueError: If the shapes differ (they are never broadcast), an input is not floating-point, the devices
@@ -53,8 +52,38 @@ def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, T
         raise ValueError(f"student and teacher must not be empty, got shape {tuple(student.shape)}")
     if not -student.ndim <= dim < student.ndim:
         raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    if student.dtype == teacher.dtype == torch.float32:  # the usual case, and half a microsecond cheaper
+        return torch.float32
+    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+
+
+def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
+    """Check that two tensors can be compared along `dim`, and make them ready for it.
+
+    Args:
+        student: The student's tensor, any shape with a dimension `dim`.
+        teacher: The teacher's tensor, of the same shape.
+        dim: The dimension that the loss sums over.
+
+    Returns:
+        The student and the detached teacher, both in the dtype in which the loss is computed: the wider one of the
+        two, and at least float32.
+
+    Raises:
+        ValueError: As `check_inputs`.
+    """
+    dtype = check_inputs(student, teacher, dim=dim)
     return student.to(dtype), teacher.detach().to(dtype)
+
+
+def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Raise ValueError if the mask has not the shape and device of the per-sample values, or is complex."""
+    if mask.shape != shape:
+        raise ValueError(f"mask must be shaped like the per-sample values, {tuple(shape)}, got {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"mask must be on the device of the values, {device}, got {mask.device}")
+    if mask.is_complex():
+        raise ValueError(f"mask must be bool or real weights, got {mask.dtype}")
 
 
 def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> Tensor:
@@ -76,14 +105,7 @@ def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> 
     """
     if mask is None:
         return values.mean() if reduction == "mean" else values.sum() if reduction == "sum" else values
-    if mask.shape != values.shape:
-        raise ValueError(
-            f"mask must be shaped like the per-sample values, {tuple(values.shape)}, got {tuple(mask.shape)}"
-        )
-    if mask.device != values.device:
-        raise ValueError(f"mask must be on the device of the values, {values.device}, got {mask.device}")
-    if mask.is_complex():
-        raise ValueError(f"mask must be bool or real weights, got {mask.dtype}")
+    check_mask(mask, values.shape, values.device)
     weights = mask.to(values.dtype)
     weighted = torch.where(weights == 0, 0.0, values * weights)
     if reduction == "none":
@@ -92,3 +114,21 @@ def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> 
         return weighted.sum()
     total = weights.sum()
     return weighted.sum() / torch.where(total == 0, 1.0, total)
+
+
+def row_weights(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> Tensor:
+    """Give what each value counts for in `reduce(values, reduction, mask)`: its derivative there.
+
+    Args:
+        values: Only their shape, dtype and device matter.
+        reduction: As in `reduce`.
+        mask: As in `reduce`, and checked.
+
+    Returns:
+        The weights, shaped like the values and in their dtype.
+    """
+    weights = torch.ones_like(values) if mask is None else mask.to(values.dtype)
+    if reduction != "mean":
+        return weights
+    total = weights.sum()
+    return weights / torch.where(total == 0, 1.0, total)
