@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.autograd import Function
 from typing_extensions import override
 
-# Rows of the weights that are widened to float64 at a time.
-_ROWS = 1024
+# Rows of the weights that are multiplied at a time. Fewer round less, and more are no faster.
+_ROWS = 512
 # Logits that are formed at a time: 4 MB in float32, which stay in a CPU's cache; a GPU wants larger products.
 _LOGITS = 2**20
 _LOGITS_ON_GPU = 2**25
+# Differences of logits that are kept for backward: 128 MB in float32. More are computed again.
+_KEPT = 2**25
 # A float64 multiply-add in those of float32: GPUs that compute it at full rate, and others.
 _GPUS_WITH_FULL_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 _FLOAT64_COST = {True: 2.0, False: 64.0}
@@ -20,8 +22,9 @@ _FLOAT64_COST = {True: 2.0, False: 64.0}
 _PER_LOGIT = 100.0
 # Calls over which the factor, computed once, is expected to be used.
 _CALLS = 100
-# The smallest squared difference, relative to the squares of the logits, that float32 gives to 1e-4; measured.
-_SMALLEST_BY_GRAM = 1e-3
+# The smallest squared difference, relative to the squares of the logits, that a form gives to better than 1e-3, as
+# benchmarks/agreement.py measures: Gram matrices err by some eps / r^2, a factor by some eps / r.
+_SMALLEST_BY_GRAM = {torch.float32: 1e-3, torch.float64: 1e-10}
 _SMALLEST_BY_FACTOR = 1e-5
 
 
@@ -99,7 +102,8 @@ def make_plan(
     """
     n, v, a, t = samples, vocabulary, student, teacher
     logits = n * v * (a + t + _PER_LOGIT)
-    costs = {"blocks": logits + n * v * a + (logits + n * v * a if trains else 0)}
+    again = logits if n * v > _KEPT else 0
+    costs = {"blocks": logits + n * v * a + (again + n * v * a if trains else 0)}
     if has_float64(device):
         wide = _float64_cost(device)
         # Products of hidden states forward, and backward for the hidden states.
@@ -162,7 +166,7 @@ def by_factor(student: Tensor, teacher: Tensor, factor: Factor) -> Tensor:
             rest = rest + (h_t[:, -slab.shape[1] :] @ slab.to(dtype).T).square().sum(-1)
         return (s + t).square().sum(-1) + rest, s.detach().square().sum(-1) + t.square().sum(-1) + rest
 
-    return _precisely(compute, student, _SMALLEST_BY_FACTOR)
+    return _precisely(compute, student, _SMALLEST_BY_FACTOR)[0]
 
 
 def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tensor:
@@ -186,10 +190,14 @@ def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tens
             rest = rest + ((h_t[:, -slab.shape[1] :] @ doubled.T) * h_t[:, rows]).sum(-1)
         return ((s - 2 * t) * h_s).sum(-1) + rest, (s.detach() * h_s.detach()).sum(-1) + rest
 
-    values = _precisely(compute, student, _SMALLEST_BY_GRAM)
-    # What rounding leaves below zero goes, and the gradient stays.
-    positive: Tensor = values - values.detach().clamp(max=0)
-    return positive
+    values, sizes = _precisely(compute, student, _SMALLEST_BY_GRAM[torch.float32])
+    # Values that float64 does not save come from the factor. The gradient, which errs by eps / r only, stays.
+    with torch.no_grad():
+        if _may_look(student) and (values < _SMALLEST_BY_GRAM[torch.float64] * sizes).any():
+            better = by_factor(student, teacher, factorise(heads))
+        else:
+            better = values.clamp(min=0)
+    return values + (better - values).detach()
 
 
 def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
@@ -200,8 +208,13 @@ def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
         teacher: `h_t`, (N, d_t), in that dtype.
         heads: The heads.
     """
-    wanted = torch.is_grad_enabled() and student.requires_grad
-    values: Tensor = _Blocks.apply(student, heads.student, heads.column, teacher, heads.teacher, wanted)[0]  # type: ignore[no-untyped-call]
+    wanted = False, False
+    if torch.is_grad_enabled():
+        trains = heads.student.requires_grad or (heads.column is not None and heads.column.requires_grad)
+        traced = torch._C._are_functorch_transforms_active()
+        wanted = student.requires_grad, trains and not traced and len(student) * len(heads.student) <= _KEPT
+    outputs = _Blocks.apply(student, heads.student, heads.column, teacher, heads.teacher, *wanted)  # type: ignore[no-untyped-call]
+    values: Tensor = outputs[0]
     return values
 
 
@@ -237,52 +250,68 @@ class _Gram(Function):
 
 
 class _Blocks(Function):
-    """Sums of squared differences, (N,), and half their gradient for the student's hidden states, (N, d_s)."""
+    """Sums of squared differences, (N,); for backward half their gradient, (N, d_s), and the differences, (N, V)."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @override
     def forward(
-        hidden: Tensor, student: Tensor, column: Tensor | None, theirs: Tensor, teacher: Tensor, wanted: bool
-    ) -> tuple[Tensor, Tensor]:
+        hidden: Tensor,
+        student: Tensor,
+        column: Tensor | None,
+        theirs: Tensor,
+        teacher: Tensor,
+        wants_gradient: bool,
+        keeps_differences: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         heads = Heads(student, teacher, column)
         values, gradient = hidden.new_zeros(len(hidden)), hidden.new_zeros(0)
+        kept = hidden.new_empty(len(hidden), len(student) if keeps_differences else 0)
         for start, stop in _classes(heads, len(hidden)):
             difference, weight = _difference(hidden, theirs, heads, start, stop)
             values = values + difference.square().sum(-1)
-            if wanted:
+            if wants_gradient:
                 gradient = torch.addmm(gradient, difference, weight) if start else difference @ weight
-        return values, gradient
+            if keeps_differences:
+                kept[:, start:stop] = difference
+        return values, gradient, kept
 
     @staticmethod
     @override
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:5], output[1])
-        ctx.mark_non_differentiable(output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:5], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for the differences, which want no gradient, would be large
 
     @staticmethod
     @override
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, student, column, theirs, teacher, gradient = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:  # which PyTorch passes where nothing reached the values
+            return (None,) * 7
+        hidden, student, column, theirs, teacher, gradient, kept = ctx.saved_tensors
         heads = Heads(student, teacher, column)
         scale = 2 * grad.unsqueeze(-1)
+        nothing = None, None, None, None
         with torch.autocast(hidden.device.type, enabled=False):
+            scaled = scale * hidden
             if _must_stay_differentiable():
                 difference, weight = _difference(hidden, theirs, heads, 0, len(student))
-                difference = scale * difference
-                biases = None if column is None else difference.sum(0).unsqueeze(-1).to(column.dtype)
-                ours = (difference.T @ hidden).to(student.dtype)
-                return difference @ weight, ours, biases, None, None, None
+                ours = (difference.T @ scaled).to(student.dtype)
+                biases = None if column is None else (difference.T @ scale).to(column.dtype)
+                return scale * (difference @ weight), ours, biases, *nothing
             ours = biases = None
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 ours, biases = torch.empty_like(student), None if column is None else torch.empty_like(column)
                 for start, stop in _classes(heads, len(hidden)):
-                    difference = scale * _difference(hidden, theirs, heads, start, stop)[0]
-                    ours[start:stop] = difference.T @ hidden
+                    if kept.numel():
+                        difference = kept[:, start:stop]
+                    else:
+                        difference = _difference(hidden, theirs, heads, start, stop)[0]
+                    ours[start:stop] = difference.T @ scaled
                     if biases is not None:
-                        biases[start:stop, 0] = difference.sum(0)
-            return scale * gradient if ctx.needs_input_grad[0] else None, ours, biases, None, None, None
+                        biases[start:stop] = difference.T @ scale
+            return scale * gradient if ctx.needs_input_grad[0] else None, ours, biases, *nothing
 
 
 def _must_stay_differentiable() -> bool:
@@ -300,23 +329,22 @@ def _slabs(matrix: Tensor) -> list[tuple[slice, Tensor]]:
     return [(slice(start, start + step), matrix[start : start + step, start:]) for start in starts]
 
 
-def _precisely(compute: Callable[[torch.dtype], tuple[Tensor, Tensor]], hidden: Tensor, smallest: float) -> Tensor:
-    """Values in float64, or in float32 where that is faster and enough.
-
-    Student and teacher cancel as they agree. On a CPU it costs nothing to look whether they did; on a GPU a look would
-    wait for the device, and what is traced cannot branch on a value.
-    """
-    if (
-        hidden.device.type != "cpu"
-        or hidden.dtype == torch.float64
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return compute(torch.float64)[0]
+def _precisely(
+    compute: Callable[[torch.dtype], tuple[Tensor, Tensor]], hidden: Tensor, smallest: float
+) -> tuple[Tensor, Tensor]:
+    """Values and the squares of the logits in float64, or in float32 where that is faster and enough."""
+    if hidden.dtype == torch.float64 or not _may_look(hidden):
+        return compute(torch.float64)
     values, sizes = compute(torch.float32)
     if (values.detach() < smallest * sizes.detach()).any():
-        return compute(torch.float64)[0]
-    return values
+        return compute(torch.float64)
+    return values, sizes
+
+
+def _may_look(hidden: Tensor) -> bool:
+    """Whether to branch on a value: on a GPU it would wait for the device, and what is traced cannot."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return hidden.device.type == "cpu" and not traced
 
 
 def _stack(parts: list[Tensor], start: int, rows: int, dtype: torch.dtype) -> Tensor:
@@ -330,14 +358,18 @@ def _left_gram(parts: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
         x = _stack(parts, 0, len(parts[0]), dtype)
         return x[:, :columns].T @ x
     widths = [part.shape[1] for part in parts]
-    total = parts[0].new_zeros(columns, sum(widths), dtype=dtype)
+    sums: list[tuple[int, Tensor]] = []  # of so many blocks each, added up in pairs: rounding grows with the logarithm
     buffer = parts[0].new_empty(_ROWS, sum(widths), dtype=dtype)
     for start in range(0, len(parts[0]), _ROWS):
         x = buffer[: len(parts[0]) - start]
         for part, target in zip(parts, x.split(widths, 1), strict=True):  # type: ignore[no-untyped-call]
             target.copy_(part[start : start + _ROWS])
-        total.addmm_(x[:, :columns].T, x)
-    return total
+        blocks, product = 1, x[:, :columns].T @ x
+        while sums and (sums[-1][0] == blocks or start + _ROWS >= len(parts[0])):
+            more, other = sums.pop()
+            blocks, product = blocks + more, product.add_(other)
+        sums.append((blocks, product))
+    return sums[0][1]
 
 
 def _combine(

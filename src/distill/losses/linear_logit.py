@@ -47,18 +47,20 @@ def linear_logit_loss(
     Exact, not an approximation: what `logit_loss(s, t)` gives, with gradients for the student's hidden states, weight
     and bias. The published weights are those of `logit_loss`.
 
-    Three forms give the same value. `"gram"` computes the formula above in float64: O((N + V) d^2) time and
-    O(N d + d^2) memory beside the gradients instead of O(N V d) and O(N V). `"factor"`, for heads that are not trained,
-    needs R from a QR factorisation of `[W_s, -W_t]` in float64 and gives `|R [h_s, h_t]|^2`, where nothing cancels and
-    the vocabulary is gone; it pays where R is kept, as `LinearLogitLoss` does. `"blocks"` forms the logits of some
-    classes at a time in the inputs' precision, and again in backward if the head trains. `"auto"` takes the cheapest by
-    an estimate of its cost, which `LinearLogitLoss.plan` shows.
+    Three forms give the same value. `"gram"` computes the formula above: O((N + V) d^2) time and O(N d + d^2) memory
+    beside the gradients, instead of O(N V d) and O(N V). `"factor"`, for heads that are not trained, takes R from a QR
+    factorisation of `[W_s, -W_t]` in float64 and gives `1/V * |R [h_s, h_t]|^2`, where the vocabulary is gone; it pays
+    where R is kept, as `LinearLogitLoss` does. `"blocks"` forms the logits of some classes at a time, in the inputs'
+    dtype and at least float32; if the head trains, it keeps up to 128 MB of their differences for backward, or forms
+    them again. `"auto"` takes the form whose estimated cost is lowest, as `LinearLogitLoss.plan` shows.
 
-    Rounding grows as student and teacher agree. docs/linear-heads.md has the measured error down to logits that differ
-    by 1e-6 of their size: in `"gram"` and `"factor"` it stays below that of formed float32 logits, and no value is negative.
+    The terms cancel as student and teacher agree. On a CPU, float32 inputs are computed in float32 as long as that is
+    enough, and otherwise in float64, values of `"gram"` in the last resort by `"factor"`: down to logits that differ by
+    1e-6 of their size, values err by less than 1e-3 and gradients by less than 1e-4 (benchmarks/agreement.py). On other
+    devices and in traced code both compute in float64. `"blocks"` errs as formed logits do. No value is negative.
 
-    Differentiating twice and `torch.func` work, with memory for V times the hidden sizes in `"gram"` and for N times V
-    logits in `"blocks"`.
+    Differentiating twice and `torch.func` work, in memory for V times the hidden sizes (`"gram"`) or N times V
+    (`"blocks"`); `torch.compile` traces all forms.
 
     Args:
         student_hidden: What the student's head sees, `(..., d_s)`. Any floating dtype.
@@ -91,8 +93,8 @@ def linear_logit_loss(
 
     Reference:
         Pascal Vincent, Alexandre de Brebisson and Xavier Bouthillier, "Efficient Exact Gradient Update for training
-        Deep Networks with Very Large Sparse Targets", NIPS 2015, section 3 (the squared error from W^T W), for the loss
-        of Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, section 2.2.
+        Deep Networks with Very Large Sparse Targets", NIPS 2015 (the squared error of a linear layer from W^T W), for
+        the loss of Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, section 2.2.
     """
     _check_method(method)
     problem = _check(
@@ -109,16 +111,16 @@ class LinearLogitLoss(nn.Module):
     them in models that then need not run their heads at all.
 
     The heads are `nn.Linear`, `nn.Embedding` (tied or not), or another module with a matrix `weight` of V rows and
-    possibly a `bias`, used as they are at each call. They are referred to and not owned: they are in no `parameters()` and
+    possibly a `bias`, used as they are at each call. They are referred to, not owned: they are in no `parameters()` and
     no `state_dict()` of the loss, and moving the loss does not move them. So put the student's own head in, which the
-    student trains, saves and moves. A copy or pickle of a Distiller keeps the reference, to the copied student's head; a
-    copy of the loss alone has a copy of the heads.
+    student trains, saves and moves. A copy or pickle of a Distiller refers to the head of the copied student; a copy of
+    the loss alone has copies of the heads.
 
     While nothing in the student's head needs a gradient, the factor of both heads is kept between calls; with a head
-    that trains, the teacher's own Gram matrix. Both are computed again when a weight has changed: replaced, moved, cast,
-    or written by an optimizer, `copy_` or `load_state_dict`, which PyTorch counts. Writes that it does not count, through
-    `.data`, `.numpy()` or in inference mode, cannot be seen: call `forget()` after them. Nothing is kept inside
-    `torch.compile`, nor for weights that are inference tensors or transformed by `torch.func`.
+    that trains, the teacher's own Gram matrix. Either is computed again when a weight has changed: replaced, moved,
+    cast, or written by an optimizer, `copy_` or `load_state_dict`, which PyTorch counts. Writes that it does not count
+    (through a `.data`, a NumPy view or another process) cannot be seen: call `forget()` after them. Nothing is kept
+    inside `torch.compile`, nor for weights that are no `nn.Parameter` or are inference tensors.
 
     Args:
         student_head: The student's head, (V, d_s).
@@ -194,7 +196,7 @@ class LinearLogitLoss(nn.Module):
             ValueError: As `linear_logit_loss`, and if the mask has another shape than the per-sample values.
         """
         problem = self._problem(student, teacher)
-        chosen = self._plan(problem).method if self.method == "auto" else self.method
+        chosen = self._plan(problem).method
         problem.check_possible(chosen)
         factor = own = None
         if chosen == "factor":
@@ -210,9 +212,8 @@ class LinearLogitLoss(nn.Module):
             samples: How many hidden states a call has, N.
 
         Returns:
-            A tuple: `method`, which is `"factor"`, `"gram"` or `"blocks"`; `costs`, the estimates for the possible forms in
-            10^9 float32 multiply-adds; and `reason`, the same in words. With a `method` given to the loss that is the
-            form taken, whatever the plan.
+            A tuple: `method`, which is `"factor"`, `"gram"` or `"blocks"`; `costs`, estimates for the possible forms
+            in 10^9 float32 multiply-adds; and `reason`, the same in words.
 
         Raises:
             ValueError: If `samples` is not positive.
@@ -251,10 +252,13 @@ class LinearLogitLoss(nn.Module):
     def _plan(self, problem: "_Problem") -> Plan:
         weight, bias, teacher_weight, teacher_bias = self._tensors()
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-        return problem.plan(
+        plan = problem.plan(
             may_factor=frozen and _can_keep([weight, bias, teacher_weight, teacher_bias]),
             keeps_teacher=_can_keep([teacher_weight]),
         )
+        if self.method != "auto":
+            plan = plan._replace(method=self.method, reason=f"as asked for; by cost it would be {plan.reason}")
+        return plan
 
     def _keep(self, name: str, tensors: list[Any], compute: Callable[[], Any]) -> Any:
         """What `compute` gives, from the last call if the tensors are what they were then."""
