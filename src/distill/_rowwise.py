@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from distill._tensors import Reduction, check_inputs, check_mask, reduce, row_weights
 
-SMALL = 2**17  # elements below which a few plain operations cost less than the custom one
+SMALL = 2**20  # elements below which a few plain operations cost less than the fused form
 LARGEST_ROW = 2**21  # elements of a row above which the buffers of a block would no longer be small
 
 
@@ -52,7 +52,7 @@ class RowLoss:
         dim: int,
         reduction: Reduction = "none",
         mask: Tensor | None = None,
-        **options: float,
+        **options: Any,
     ) -> Tensor:
         """Check the inputs and compute the loss, as `reduce(formula(...), reduction, mask)` would.
 
@@ -89,7 +89,7 @@ class RowLoss:
             mask = mask.to(dtype)
         call = _Call(self, options, dim, dtype, reduction)
         if torch.is_grad_enabled() and student.requires_grad:
-            value: Tensor = _Fused.apply(student, teacher, mask, call)
+            value: Tensor = _Fused.apply(student, teacher, mask, call)  # type: ignore[no-untyped-call]
             return value
         return reduce(call.run(student, teacher)[0], reduction, mask)
 
@@ -99,7 +99,7 @@ class _Call:
     """One call of a loss, but for its tensors."""
 
     loss: RowLoss
-    options: dict[str, float]
+    options: dict[str, Any]
     dim: int
     dtype: torch.dtype
     reduction: Reduction
@@ -156,8 +156,8 @@ class _Fused(torch.autograd.Function):
     """The reduced loss of large inputs.
 
     Where the reduction says what each row counts for, the gradient is formed together with the values, while the rows
-    are at hand, and kept; backward gives it away, times the factor from above. Otherwise, and if backward runs once more,
-    it is formed in backward from the inputs.
+    are at hand, and kept; backward gives it away, times the factor from above. Otherwise, and if backward runs once
+    more, it is formed in backward from the inputs.
     """
 
     @staticmethod
@@ -194,8 +194,8 @@ def _can_fuse(student: Tensor, teacher: Tensor, dim: int) -> bool:
         and type(student) in (Tensor, nn.Parameter)
         and type(teacher) is Tensor
         and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-        and forward_ad.unpack_dual(student).tangent is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad.unpack_dual(student).tangent is None  # type: ignore[no-untyped-call]
     )
 
 
@@ -237,7 +237,7 @@ def _block_by_autograd(
     factors: Tensor | None,
     gradient: Tensor,
     spare: Tensor,  # noqa: ARG001 (every block function is called alike)
-    **options: float,
+    **options: Any,
 ) -> Tensor:
     if factors is None:
         return formula(student, teacher, dim=-1, **options)

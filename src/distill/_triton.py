@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Every kernel of a loss takes the same arguments, so that `run` can launch any of them:
-#   student, teacher  rows of `columns` numbers next to each other; row r lies at (r // inner) * stride_0 + (r % inner) *
-#                     stride_1, so that logits[:, :-1] needs no copy
+#   student, teacher  rows of `columns` numbers next to each other; row r lies at
+#                     (r // inner) * stride_0 + (r % inner) * stride_1, so that logits[:, :-1] needs no copy
 #   values            the value of each row
 #   factors, gradient where WITH_GRADIENT: what each row's gradient is multiplied by, and where it goes, row after row
 

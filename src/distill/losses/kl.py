@@ -124,9 +124,7 @@ class KLLoss(nn.Module):
             ValueError: As `kl_loss`, and if the mask has another shape than the per-sample values.
         """
         check_positive("temperature", self.temperature)  # it may have been changed
-        return _ROWS(
-            student, teacher, dim=self.dim, reduction=self.reduction, mask=mask, temperature=self.temperature
-        )
+        return _ROWS(student, teacher, dim=self.dim, reduction=self.reduction, mask=mask, temperature=self.temperature)
 
     @override
     def extra_repr(self) -> str:
