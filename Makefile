@@ -18,7 +18,7 @@ help:
 	@echo "make test    the tests, with coverage"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the pages, into site/"
-	@echo "make bench   the benchmarks"
+	@echo "make bench   the benchmarks, in about XX minutes"
 	@echo "make wheel   the package, into dist/"
 	@echo "make clean   remove .venv and all that the commands above made"
 
@@ -51,6 +51,7 @@ docs: $(READY)
 
 bench: $(READY)
 	python benchmarks/train_step.py
+	python benchmarks/losses.py
 
 wheel: $(READY)
 	python -m build --wheel
