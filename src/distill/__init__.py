@@ -2,20 +2,29 @@
 
 from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
+from distill.losses.js import JSLoss, js_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
+from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
+from distill.losses.tvd import TVDLoss, tvd_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Distiller",
     "DistillerOutput",
+    "JSLoss",
     "KLLoss",
     "LogitLoss",
+    "ReverseKLLoss",
+    "TVDLoss",
     "Term",
     "create_loss",
+    "js_loss",
     "kl_loss",
     "list_losses",
     "logit_loss",
     "register_loss",
+    "reverse_kl_loss",
+    "tvd_loss",
 ]
