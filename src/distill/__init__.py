@@ -6,6 +6,8 @@ from distill.losses.js import JSLoss, js_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
 from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
+from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
+from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
 from distill.losses.tvd import TVDLoss, tvd_loss
 
 __version__ = "0.1.0"
@@ -17,6 +19,8 @@ __all__ = [
     "KLLoss",
     "LogitLoss",
     "ReverseKLLoss",
+    "SkewKLLoss",
+    "SkewReverseKLLoss",
     "TVDLoss",
     "Term",
     "create_loss",
@@ -26,5 +30,7 @@ __all__ = [
     "logit_loss",
     "register_loss",
     "reverse_kl_loss",
+    "skew_kl_loss",
+    "skew_reverse_kl_loss",
     "tvd_loss",
 ]
