@@ -2,6 +2,7 @@
 
 from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
+from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
 from distill.losses.js import JSLoss, js_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
@@ -13,6 +14,7 @@ from distill.losses.tvd import TVDLoss, tvd_loss
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlphaBetaLoss",
     "Distiller",
     "DistillerOutput",
     "JSLoss",
@@ -23,6 +25,7 @@ __all__ = [
     "SkewReverseKLLoss",
     "TVDLoss",
     "Term",
+    "alpha_beta_loss",
     "create_loss",
     "js_loss",
     "kl_loss",
