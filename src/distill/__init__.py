@@ -3,10 +3,12 @@
 from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
+from distill.losses.dist import DISTLoss, dist_loss
 from distill.losses.dkd import DKDLoss, dkd_loss
 from distill.losses.js import JSLoss, js_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
+from distill.losses.logit_std import LogitStdLoss, logit_std_loss
 from distill.losses.nkd import NKDLoss, nkd_loss
 from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
@@ -18,12 +20,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlphaBetaLoss",
+    "DISTLoss",
     "DKDLoss",
     "Distiller",
     "DistillerOutput",
     "JSLoss",
     "KLLoss",
     "LogitLoss",
+    "LogitStdLoss",
     "NKDLoss",
     "ReverseKLLoss",
     "SkewKLLoss",
@@ -33,11 +37,13 @@ __all__ = [
     "WSLDLoss",
     "alpha_beta_loss",
     "create_loss",
+    "dist_loss",
     "dkd_loss",
     "js_loss",
     "kl_loss",
     "list_losses",
     "logit_loss",
+    "logit_std_loss",
     "nkd_loss",
     "register_loss",
     "reverse_kl_loss",
