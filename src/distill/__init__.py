@@ -2,23 +2,56 @@
 
 from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
+from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
+from distill.losses.dist import DISTLoss, dist_loss
+from distill.losses.dkd import DKDLoss, dkd_loss
+from distill.losses.js import JSLoss, js_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.linear_logit import LinearLogitLoss, linear_logit_loss
 from distill.losses.logit import LogitLoss, logit_loss
+from distill.losses.logit_std import LogitStdLoss, logit_std_loss
+from distill.losses.nkd import NKDLoss, nkd_loss
+from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
+from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
+from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
+from distill.losses.tvd import TVDLoss, tvd_loss
+from distill.losses.wsld import WSLDLoss, wsld_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlphaBetaLoss",
+    "DISTLoss",
+    "DKDLoss",
     "Distiller",
     "DistillerOutput",
+    "JSLoss",
     "KLLoss",
     "LinearLogitLoss",
     "LogitLoss",
+    "LogitStdLoss",
+    "NKDLoss",
+    "ReverseKLLoss",
+    "SkewKLLoss",
+    "SkewReverseKLLoss",
+    "TVDLoss",
     "Term",
+    "WSLDLoss",
+    "alpha_beta_loss",
     "create_loss",
+    "dist_loss",
+    "dkd_loss",
+    "js_loss",
     "kl_loss",
     "linear_logit_loss",
     "list_losses",
     "logit_loss",
+    "logit_std_loss",
+    "nkd_loss",
     "register_loss",
+    "reverse_kl_loss",
+    "skew_kl_loss",
+    "skew_reverse_kl_loss",
+    "tvd_loss",
+    "wsld_loss",
 ]

@@ -24,6 +24,21 @@ def check_positive(name: str, value: float) -> float:
     return value
 
 
+def check_not_negative(name: str, value: float) -> float:
+    """Return `value` if it is zero or positive and finite, else raise ValueError that names the option."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be zero or positive and finite, got {value!r}")
+    return value
+
+
+def check_fraction(name: str, value: float, *, zero: bool = False) -> float:
+    """Return `value` if it is between 0 and 1, or with `zero` also 0, else raise ValueError that names the option."""
+    if not (0 < value < 1 or (zero and value == 0)):
+        must = "at least 0 and below 1" if zero else "above 0 and below 1"
+        raise ValueError(f"{name} must be {must}, got {value!r}")
+    return value
+
+
 def check_inputs(student: Tensor, teacher: Tensor, *, dim: int) -> torch.dtype:
     """Check that two tensors can be compared along `dim`, and say in which dtype.
 
@@ -84,6 +99,56 @@ def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
         raise ValueError(f"mask must be on the device of the values, {device}, got {mask.device}")
     if mask.is_complex():
         raise ValueError(f"mask must be bool or real weights, got {mask.dtype}")
+
+
+def check_classes(logits: Tensor, *, dim: int) -> None:
+    """Raise ValueError if there are fewer than two classes along `dim`."""
+    if logits.shape[dim] < 2:
+        raise ValueError(f"there must be at least 2 classes along dim {dim}, got shape {tuple(logits.shape)}")
+
+
+def check_labels(target: Tensor | None, logits: Tensor, *, dim: int) -> Tensor:
+    """Check class labels, and make them an index for `gather` and `scatter` along `dim`.
+
+    Args:
+        target: One class per sample: shaped like the logits without `dim`, integers from 0 to C - 1. Their range is
+            left to `gather`: looking at it here would wait for the device.
+        logits: The logits that the labels belong to.
+        dim: The dimension of the C classes.
+
+    Returns:
+        The labels as int64, with a dimension of size 1 at `dim`.
+
+    Raises:
+        ValueError: If there are no labels, or they have another shape or device or are no integers.
+    """
+    if target is None:
+        raise ValueError("target must be the class of every sample, got None")
+    shape = list(logits.shape)
+    del shape[dim]
+    if list(target.shape) != shape:
+        raise ValueError(
+            f"target must be one class per sample, of shape {tuple(shape)}, got shape {tuple(target.shape)}"
+        )
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(f"target must be integers, got {target.dtype}")
+    if target.device != logits.device:
+        raise ValueError(f"target must be on the device of the logits, {logits.device}, got {target.device}")
+    return target.long().unsqueeze(dim)
+
+
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """Divide by the temperature, and spare the pass over memory where it is 1."""
+    return logits if temperature == 1 else logits / temperature
+
+
+def log_mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Compute log(share * a + (1 - share) * b) of two distributions; `share` is above 0 and below 1.
+
+    The smallest normal number is added: it changes nothing but where a and b underflow both, and there, what a
+    divergence multiplies the logarithm by is 0 as well.
+    """
+    return (torch.lerp(b, a, share) + torch.finfo(a.dtype).tiny).log()
 
 
 def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> Tensor:
