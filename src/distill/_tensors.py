@@ -1,9 +1,11 @@
-"""What two or more losses share: option checks, shape checks and the reduction over samples."""
+"""What two or more losses share: option checks, shape checks, feature maps and the reduction over samples."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -45,16 +47,73 @@ def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, T
             "student and teacher must have the same shape (nothing is broadcast), "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
+    student, teacher = make_ready(student, teacher)
+    if not -student.ndim <= dim < student.ndim:
+        raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
+    return student, teacher
+
+
+def check_maps(student: Tensor, teacher: Tensor, *, same_channels: bool) -> tuple[Tensor, Tensor]:
+    """Check two feature maps, whose heights and widths may differ, and make them ready for a comparison.
+
+    Args:
+        student: The student's map, `(N, C, H, W)`.
+        teacher: The teacher's map, `(N, C, H, W)` of the same N.
+        same_channels: Whether C must be the same too.
+
+    Returns:
+        The student and the detached teacher as they are in size, both in the dtype in which the loss is computed: the
+        wider one of the two, and at least float32.
+
+    Raises:
+        ValueError: If an input is no map, N or C differ where they must not, an input is not floating-point, the
+            devices differ, or an input is empty.
+    """
+    same = 2 if same_channels else 1
+    if not (student.ndim == teacher.ndim == 4 and student.shape[:same] == teacher.shape[:same]):
+        raise ValueError(
+            f"student and teacher must be maps (N, C, H, W) of the same {'N and C' if same_channels else 'N'}, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    return make_ready(student, teacher)
+
+
+def make_ready(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Check what does not depend on the shapes, detach the teacher and bring both to the dtype of the loss."""
     if not (student.is_floating_point() and teacher.is_floating_point()):
         raise ValueError(f"student and teacher must be floating-point, got {student.dtype} and {teacher.dtype}")
     if student.device != teacher.device:
         raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
-    if student.numel() == 0:
-        raise ValueError(f"student and teacher must not be empty, got shape {tuple(student.shape)}")
-    if not -student.ndim <= dim < student.ndim:
-        raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
+    for tensor in (student, teacher):
+        if tensor.numel() == 0:
+            raise ValueError(f"student and teacher must not be empty, got shape {tuple(tensor.shape)}")
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
+
+
+def pool_to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool two maps `(N, C, H, W)` to the smaller of the two heights and of the two widths."""
+    height, width = (min(sizes) for sizes in zip(first.shape[2:], second.shape[2:], strict=True))
+    return _pool(first, height, width), _pool(second, height, width)
+
+
+def _pool(maps: Tensor, height: int, width: int) -> Tensor:
+    return maps if maps.shape[2:] == (height, width) else F.adaptive_avg_pool2d(maps, (height, width))
+
+
+def normalize(tensor: Tensor, *, dim: int, eps: float = 1e-12) -> Tensor:
+    """Divide by the L2 norm along `dim`; what has no norm above `eps` becomes 0 and gets no gradient.
+
+    `F.normalize` divides by `eps` there instead, and multiplies the gradient of a channel that is 0 by 1e12.
+    """
+    norm = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
+    # Two steps: where() stops the gradient of what it does not choose, but 0 times an infinite one would be NaN.
+    return tensor * torch.where(norm > eps, norm.clamp_min(eps).reciprocal(), 0.0)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast leaves products of matrices on the tensor's device in the dtype they come in."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> Tensor:
