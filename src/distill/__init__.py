@@ -2,17 +2,20 @@
 
 from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
+from distill.losses.at import ATLoss, at_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ATLoss",
     "Distiller",
     "DistillerOutput",
     "KLLoss",
     "LogitLoss",
     "Term",
+    "at_loss",
     "create_loss",
     "kl_loss",
     "list_losses",
