@@ -5,6 +5,7 @@ from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.at import ATLoss, at_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
+from distill.losses.nst import NSTLoss, nst_loss
 
 __version__ = "0.1.0"
 
@@ -14,11 +15,13 @@ __all__ = [
     "DistillerOutput",
     "KLLoss",
     "LogitLoss",
+    "NSTLoss",
     "Term",
     "at_loss",
     "create_loss",
     "kl_loss",
     "list_losses",
     "logit_loss",
+    "nst_loss",
     "register_loss",
 ]
