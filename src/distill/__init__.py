@@ -3,6 +3,7 @@
 from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.at import ATLoss, at_loss
+from distill.losses.cwd import CWDLoss, cwd_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
 from distill.losses.nst import NSTLoss, nst_loss
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATLoss",
+    "CWDLoss",
     "Distiller",
     "DistillerOutput",
     "KLLoss",
@@ -19,6 +21,7 @@ __all__ = [
     "Term",
     "at_loss",
     "create_loss",
+    "cwd_loss",
     "kl_loss",
     "list_losses",
     "logit_loss",
