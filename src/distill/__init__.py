@@ -7,6 +7,7 @@ from distill.losses.cwd import CWDLoss, cwd_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
 from distill.losses.nst import NSTLoss, nst_loss
+from distill.losses.pearson import PearsonLoss, pearson_loss
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "KLLoss",
     "LogitLoss",
     "NSTLoss",
+    "PearsonLoss",
     "Term",
     "at_loss",
     "create_loss",
@@ -26,5 +28,6 @@ __all__ = [
     "list_losses",
     "logit_loss",
     "nst_loss",
+    "pearson_loss",
     "register_loss",
 ]
