@@ -4,6 +4,7 @@ from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.at import ATLoss, at_loss
 from distill.losses.cwd import CWDLoss, cwd_loss
+from distill.losses.fsp import FSPLoss, fsp_loss
 from distill.losses.ickd import ICKDLoss, ickd_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
@@ -17,6 +18,7 @@ __all__ = [
     "CWDLoss",
     "Distiller",
     "DistillerOutput",
+    "FSPLoss",
     "ICKDLoss",
     "KLLoss",
     "LogitLoss",
@@ -26,6 +28,7 @@ __all__ = [
     "at_loss",
     "create_loss",
     "cwd_loss",
+    "fsp_loss",
     "ickd_loss",
     "kl_loss",
     "list_losses",
