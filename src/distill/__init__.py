@@ -5,6 +5,7 @@ from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.at import ATLoss, at_loss
 from distill.losses.cwd import CWDLoss, cwd_loss
 from distill.losses.fsp import FSPLoss, fsp_loss
+from distill.losses.hint import HintLoss, hint_loss
 from distill.losses.ickd import ICKDLoss, ickd_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
@@ -19,6 +20,7 @@ __all__ = [
     "Distiller",
     "DistillerOutput",
     "FSPLoss",
+    "HintLoss",
     "ICKDLoss",
     "KLLoss",
     "LogitLoss",
@@ -29,6 +31,7 @@ __all__ = [
     "create_loss",
     "cwd_loss",
     "fsp_loss",
+    "hint_loss",
     "ickd_loss",
     "kl_loss",
     "list_losses",
