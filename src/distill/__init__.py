@@ -3,14 +3,21 @@
 from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
+from distill.losses.at import ATLoss, at_loss
+from distill.losses.cwd import CWDLoss, cwd_loss
 from distill.losses.dist import DISTLoss, dist_loss
 from distill.losses.dkd import DKDLoss, dkd_loss
+from distill.losses.fsp import FSPLoss, fsp_loss
+from distill.losses.hint import HintLoss, hint_loss
+from distill.losses.ickd import ICKDLoss, ickd_loss
 from distill.losses.js import JSLoss, js_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.linear_logit import LinearLogitLoss, linear_logit_loss
 from distill.losses.logit import LogitLoss, logit_loss
 from distill.losses.logit_std import LogitStdLoss, logit_std_loss
 from distill.losses.nkd import NKDLoss, nkd_loss
+from distill.losses.nst import NSTLoss, nst_loss
+from distill.losses.pearson import PearsonLoss, pearson_loss
 from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
 from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
@@ -20,17 +27,24 @@ from distill.losses.wsld import WSLDLoss, wsld_loss
 __version__ = "0.1.0"
 
 __all__ = [
+    "ATLoss",
     "AlphaBetaLoss",
+    "CWDLoss",
     "DISTLoss",
     "DKDLoss",
     "Distiller",
     "DistillerOutput",
+    "FSPLoss",
+    "HintLoss",
+    "ICKDLoss",
     "JSLoss",
     "KLLoss",
     "LinearLogitLoss",
     "LogitLoss",
     "LogitStdLoss",
     "NKDLoss",
+    "NSTLoss",
+    "PearsonLoss",
     "ReverseKLLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
@@ -38,9 +52,14 @@ __all__ = [
     "Term",
     "WSLDLoss",
     "alpha_beta_loss",
+    "at_loss",
     "create_loss",
+    "cwd_loss",
     "dist_loss",
     "dkd_loss",
+    "fsp_loss",
+    "hint_loss",
+    "ickd_loss",
     "js_loss",
     "kl_loss",
     "linear_logit_loss",
@@ -48,6 +67,8 @@ __all__ = [
     "logit_loss",
     "logit_std_loss",
     "nkd_loss",
+    "nst_loss",
+    "pearson_loss",
     "register_loss",
     "reverse_kl_loss",
     "skew_kl_loss",

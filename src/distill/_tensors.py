@@ -1,6 +1,7 @@
 """What two or more losses share: option checks, shape checks and the reduction over samples."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
 
 import torch
@@ -39,6 +40,26 @@ def check_fraction(name: str, value: float, *, zero: bool = False) -> float:
     return value
 
 
+def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """Check what does not depend on the shapes, and return the dtype in which the loss is computed."""
+    if not (student.is_floating_point() and teacher.is_floating_point()):
+        raise ValueError(f"student and teacher must be floating-point, got {student.dtype} and {teacher.dtype}")
+    if student.device != teacher.device:
+        raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
+    if student.numel() == 0 or teacher.numel() == 0:
+        empty = student if student.numel() == 0 else teacher
+        raise ValueError(f"student and teacher must not be empty, got shape {tuple(empty.shape)}")
+    if student.dtype == teacher.dtype == torch.float32:  # the usual case, and half a microsecond cheaper
+        return torch.float32
+    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+
+
+def make_ready(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Check what does not depend on the shapes, detach the teacher and bring both to the dtype of the loss."""
+    dtype = check_kinds(student, teacher)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
 def check_inputs(student: Tensor, teacher: Tensor, *, dim: int) -> torch.dtype:
     """Check that two tensors can be compared along `dim`, and say in which dtype.
 
@@ -59,17 +80,10 @@ def check_inputs(student: Tensor, teacher: Tensor, *, dim: int) -> torch.dtype:
             "student and teacher must have the same shape (nothing is broadcast), "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    if not (student.is_floating_point() and teacher.is_floating_point()):
-        raise ValueError(f"student and teacher must be floating-point, got {student.dtype} and {teacher.dtype}")
-    if student.device != teacher.device:
-        raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
-    if student.numel() == 0:
-        raise ValueError(f"student and teacher must not be empty, got shape {tuple(student.shape)}")
+    dtype = check_kinds(student, teacher)
     if not -student.ndim <= dim < student.ndim:
         raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
-    if student.dtype == teacher.dtype == torch.float32:  # the usual case, and half a microsecond cheaper
-        return torch.float32
-    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    return dtype
 
 
 def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
@@ -149,6 +163,21 @@ def log_mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
     divergence multiplies the logarithm by is 0 as well.
     """
     return (torch.lerp(b, a, share) + torch.finfo(a.dtype).tiny).log()
+
+
+def normalize(tensor: Tensor, *, dim: int, eps: float = 1e-12) -> Tensor:
+    """Divide by the L2 norm along `dim`; what has no norm above `eps` becomes 0 and gets no gradient.
+
+    `F.normalize` divides by `eps` there instead, and multiplies the gradient of a channel that is 0 by 1e12.
+    """
+    norm = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
+    # Two steps: where() stops the gradient of what it does not choose, but 0 times an infinite one would be NaN.
+    return tensor * torch.where(norm > eps, norm.clamp_min(eps).reciprocal(), 0.0)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast leaves products of matrices on the tensor's device in the dtype they come in."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> Tensor:
