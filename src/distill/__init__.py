@@ -4,6 +4,7 @@ from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
+from distill.losses.vid import VIDLoss, vid_loss
 
 __version__ = "0.1.0"
 
@@ -13,9 +14,11 @@ __all__ = [
     "KLLoss",
     "LogitLoss",
     "Term",
+    "VIDLoss",
     "create_loss",
     "kl_loss",
     "list_losses",
     "logit_loss",
     "register_loss",
+    "vid_loss",
 ]
