@@ -4,6 +4,7 @@ from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
+from distill.losses.ofd import OFDLoss, ofd_loss, ofd_margin
 from distill.losses.vid import VIDLoss, vid_loss
 
 __version__ = "0.1.0"
@@ -13,12 +14,15 @@ __all__ = [
     "DistillerOutput",
     "KLLoss",
     "LogitLoss",
+    "OFDLoss",
     "Term",
     "VIDLoss",
     "create_loss",
     "kl_loss",
     "list_losses",
     "logit_loss",
+    "ofd_loss",
+    "ofd_margin",
     "register_loss",
     "vid_loss",
 ]
