@@ -5,6 +5,7 @@ from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
 from distill.losses.ofd import OFDLoss, ofd_loss, ofd_margin
+from distill.losses.review import ReviewLoss, review_loss
 from distill.losses.vid import VIDLoss, vid_loss
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "KLLoss",
     "LogitLoss",
     "OFDLoss",
+    "ReviewLoss",
     "Term",
     "VIDLoss",
     "create_loss",
@@ -24,5 +26,6 @@ __all__ = [
     "ofd_loss",
     "ofd_margin",
     "register_loss",
+    "review_loss",
     "vid_loss",
 ]
