@@ -4,6 +4,7 @@ from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
+from distill.losses.mgd import MGDLoss, mgd_loss
 from distill.losses.ofd import OFDLoss, ofd_loss, ofd_margin
 from distill.losses.review import ReviewLoss, review_loss
 from distill.losses.vid import VIDLoss, vid_loss
@@ -15,6 +16,7 @@ __all__ = [
     "DistillerOutput",
     "KLLoss",
     "LogitLoss",
+    "MGDLoss",
     "OFDLoss",
     "ReviewLoss",
     "Term",
@@ -23,6 +25,7 @@ __all__ = [
     "kl_loss",
     "list_losses",
     "logit_loss",
+    "mgd_loss",
     "ofd_loss",
     "ofd_margin",
     "register_loss",
