@@ -15,13 +15,17 @@ from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.linear_logit import LinearLogitLoss, linear_logit_loss
 from distill.losses.logit import LogitLoss, logit_loss
 from distill.losses.logit_std import LogitStdLoss, logit_std_loss
+from distill.losses.mgd import MGDLoss, mgd_loss
 from distill.losses.nkd import NKDLoss, nkd_loss
 from distill.losses.nst import NSTLoss, nst_loss
+from distill.losses.ofd import OFDLoss, ofd_loss, ofd_margin
 from distill.losses.pearson import PearsonLoss, pearson_loss
 from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
+from distill.losses.review import ReviewLoss, review_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
 from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
 from distill.losses.tvd import TVDLoss, tvd_loss
+from distill.losses.vid import VIDLoss, vid_loss
 from distill.losses.wsld import WSLDLoss, wsld_loss
 
 __version__ = "0.1.0"
@@ -42,14 +46,18 @@ __all__ = [
     "LinearLogitLoss",
     "LogitLoss",
     "LogitStdLoss",
+    "MGDLoss",
     "NKDLoss",
     "NSTLoss",
+    "OFDLoss",
     "PearsonLoss",
     "ReverseKLLoss",
+    "ReviewLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
     "TVDLoss",
     "Term",
+    "VIDLoss",
     "WSLDLoss",
     "alpha_beta_loss",
     "at_loss",
@@ -66,13 +74,18 @@ __all__ = [
     "list_losses",
     "logit_loss",
     "logit_std_loss",
+    "mgd_loss",
     "nkd_loss",
     "nst_loss",
+    "ofd_loss",
+    "ofd_margin",
     "pearson_loss",
     "register_loss",
     "reverse_kl_loss",
+    "review_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "tvd_loss",
+    "vid_loss",
     "wsld_loss",
 ]
