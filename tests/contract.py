@@ -1,6 +1,8 @@
 """What every loss promises, whatever its formula: a function to call from the loss's own test file."""
 
 import copy
+import functools
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 
-def make_pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def make_pair(
+    *shape: int, teacher_shape: Sequence[int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """A student that wants a gradient and a teacher, both standard normal."""
     generator = torch.Generator().manual_seed(seed)
     student = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    teacher = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    teacher = torch.randn(teacher_shape or shape, generator=generator, dtype=torch.float64).to(dtype)
     return student, teacher
 
 
@@ -26,32 +30,82 @@ def gradient(loss: Callable[..., Tensor], student: Tensor, *rest: Any, **options
 
 
 def assert_loss_contract(
-    build: Callable[..., nn.Module], *, shape: Sequence[int], target: Tensor | None = None, per_sample: bool = True
+    build: Callable[..., nn.Module],
+    *,
+    shape: Sequence[int] | Sequence[Sequence[int]],
+    teacher_shape: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    target: Tensor | None = None,
+    per_sample: bool = True,
+    maps: bool = False,
+    batches: bool = False,
 ) -> None:
     """Check the promises of the design that do not depend on the formula.
 
     Args:
-        build: The class, or a function that passes keyword arguments on to it.
-        shape: Shape of student and teacher, batch first; the batch is at least 4.
+        build: The class, or a function that passes keyword arguments on to it. What it builds is the same each time,
+            also where the loss has learned parts.
+        shape: Shape of student and teacher, batch first; the batch is at least 4. For a loss that takes tuples: the
+            shapes of the tensors.
+        teacher_shape: Shape or shapes of the teacher, where they differ from the student's.
         target: Labels, for losses that need them.
         per_sample: Whether the loss has a reduction and a mask (a loss of a whole batch has none).
+        maps: Whether the loss compares maps (N, C, H, W), whose sizes may differ.
+        batches: Whether the loss compares samples within each batch (N, ...), so that all but N may differ.
     """
+    teacher_shape = teacher_shape or shape
+    if isinstance(shape[0], int):
+        _check_refuses_bad_pairs(build(), *make_pair(*shape, teacher_shape=teacher_shape), target, maps, batches)
+    else:
+        shapes, teacher_shapes = shape, teacher_shape
+        shape, teacher_shape = _flat_shape(shapes), _flat_shape(teacher_shapes)
+        student, teacher = make_pair(*shape, teacher_shape=teacher_shape)
+        tuples = _unflatten(student, shapes), _unflatten(teacher, teacher_shapes)
+        _check_refuses_bad_pairs(build(), *tuples, target, maps, batches)
+        build = functools.partial(_Flat, build, shapes, teacher_shapes)
+
+    def pair(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+        return make_pair(*shape, teacher_shape=teacher_shape, dtype=dtype, seed=seed)
+
     loss = build()
-    _check_scalar_and_gradients(loss, *make_pair(*shape), target)
-    _check_leaves_global_state_alone(loss, *make_pair(*shape), target)
-    _check_copies(loss, *make_pair(*shape), target)
-    _check_low_precision(loss, shape, target)
-    _check_autocast(loss, *make_pair(*shape, dtype=torch.float32), target)
-    _check_compile(loss, *make_pair(*shape, dtype=torch.float32), target)
-    _check_func(loss, *make_pair(*shape), target)
-    _check_vmap(loss, *make_pair(*shape), target)
-    _check_refuses_bad_pairs(loss, *make_pair(*shape), target)
+    _check_scalar_and_gradients(loss, *pair(), target)
+    _check_leaves_global_state_alone(loss, *pair(), target)
+    _check_copies(loss, *pair(), target)
+    for dtype in (torch.bfloat16, torch.half):
+        _check_low_precision(loss, *pair(dtype), target)
+    _check_autocast(loss, *pair(torch.float32), target)
+    _check_compile(loss, *pair(torch.float32), target)
+    _check_func(loss, *pair(), target)
+    _check_vmap(loss, *pair(), *pair(seed=1), target)
     if per_sample:
-        _check_reductions(build, *make_pair(*shape), target)
-        _check_mask(build, *make_pair(*shape), target)
+        _check_reductions(build, *pair(), target)
+        _check_mask(build, *pair(), target)
         for bad in ("avg", "Mean", None):
             with pytest.raises(ValueError, match=f"reduction must be 'mean', 'sum' or 'none', got {bad!r}"):
                 build(reduction=bad)
+
+
+class _Flat(nn.Module):
+    """A loss of two tuples as one of two tensors `(N, D)`, which is all that most checks know."""
+
+    def __init__(
+        self, build: Callable[..., nn.Module], shapes: Sequence[Any], teacher_shapes: Sequence[Any], **options: Any
+    ) -> None:
+        super().__init__()
+        self.loss = build(**options)
+        self.shapes, self.teacher_shapes = shapes, teacher_shapes
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None, **options: Any) -> Tensor:
+        sides = _unflatten(student, self.shapes), _unflatten(teacher, self.teacher_shapes)
+        return self.loss(*sides, target, **options)
+
+
+def _flat_shape(shapes: Sequence[Any]) -> tuple[int, int]:
+    return shapes[0][0], sum(math.prod(shape[1:]) for shape in shapes)
+
+
+def _unflatten(flat: Tensor, shapes: Sequence[Any]) -> tuple[Tensor, ...]:
+    parts = flat.split([math.prod(shape[1:]) for shape in shapes], dim=1)
+    return tuple(part.reshape(len(part), *shape[1:]) for part, shape in zip(parts, shapes, strict=True))
 
 
 def _check_scalar_and_gradients(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
@@ -86,16 +140,14 @@ def _check_copies(loss: nn.Module, student: Tensor, teacher: Tensor, target: Ten
         assert repr(twin) == repr(loss)
 
 
-def _check_low_precision(loss: nn.Module, shape: Sequence[int], target: Tensor | None) -> None:
-    for dtype in (torch.bfloat16, torch.half):
-        student, teacher = make_pair(*shape, dtype=dtype)
-        value = loss(student, teacher, target)
-        assert value.dtype == torch.float32
-        assert torch.equal(value, loss(student.float(), teacher.float(), target))
-        value.backward()
-        assert student.grad is not None
-        assert student.grad.dtype == dtype
-        assert loss(student, teacher.double(), target).dtype == torch.float64
+def _check_low_precision(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    value = loss(student, teacher, target)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, loss(student.float(), teacher.float(), target))
+    value.backward()
+    assert student.grad is not None
+    assert student.grad.dtype == student.dtype
+    assert loss(student, teacher.double(), target).dtype == torch.float64
 
 
 def _check_autocast(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
@@ -118,18 +170,31 @@ def _check_func(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tenso
     torch.testing.assert_close(of_func, gradient(loss, student, teacher, target))
 
 
-def _check_refuses_bad_pairs(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
-    for other in (teacher[:1], teacher[..., :1], teacher[0]):  # the first three would broadcast
-        with pytest.raises(ValueError, match=r"same shape \(nothing is broadcast\), got \("):
-            loss(student, other, target)
+def _check_refuses_bad_pairs(
+    loss: nn.Module, student: Any, teacher: Any, target: Tensor | None, maps: bool, batches: bool
+) -> None:
+    def each(change: Callable[[Tensor], Tensor], side: Any) -> Any:
+        return change(side) if isinstance(side, Tensor) else tuple(map(change, side))
+
+    match = r"same shape.* \(nothing is broadcast\), got \("
+    changes = [lambda t: t[:1], lambda t: t[0]]  # these would broadcast
+    if maps:
+        match = r"must be maps \(N, C, H, W\) of the same N( and C)?, got \("
+    elif batches:
+        match = r"must be batches \(N, \.\.\.\) of the same N samples, got \("
+    else:
+        changes.append(lambda t: t[..., :1])
+    for change in changes:
+        with pytest.raises(ValueError, match=match):
+            loss(student, each(change, teacher), target)
     with pytest.raises(ValueError, match=r"must be floating-point, got torch.int64 and torch.float64"):
-        loss(student.detach().long(), teacher, target)
+        loss(each(lambda s: s.detach().long(), student), teacher, target)
     with pytest.raises(ValueError, match=r"must be floating-point, got torch.float64 and torch.complex128"):
-        loss(student, teacher + 0j, target)
+        loss(student, each(lambda t: t + 0j, teacher), target)
     with pytest.raises(ValueError, match="on the same device, got cpu and meta"):
-        loss(student, teacher.to("meta"), target)
+        loss(student, each(lambda t: t.to("meta"), teacher), target)
     with pytest.raises(ValueError, match=r"must not be empty, got shape \(0, "):
-        loss(student[:0], teacher[:0], target)
+        loss(each(lambda s: s[:0], student), each(lambda t: t[:0], teacher), target)
 
 
 def _check_reductions(build: Callable[..., nn.Module], student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
@@ -175,9 +240,10 @@ def _check_mask(build: Callable[..., nn.Module], student: Tensor, teacher: Tenso
         mean(student, teacher, target, mask=chosen.to(torch.complex64))
 
 
-def _check_vmap(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
-    student = student.detach()
-    pairs = torch.stack([student, teacher]), torch.stack([teacher, student])
-    mapped = torch.vmap(lambda s, t: loss(s, t, target))(*pairs)
-    torch.testing.assert_close(mapped[0], loss(student, teacher, target))
-    torch.testing.assert_close(mapped[1], loss(teacher, student, target))
+def _check_vmap(
+    loss: nn.Module, student: Tensor, teacher: Tensor, student2: Tensor, teacher2: Tensor, target: Tensor | None
+) -> None:
+    students, teachers = torch.stack([student, student2]).detach(), torch.stack([teacher, teacher2])
+    mapped = torch.vmap(lambda s, t: loss(s, t, target))(students, teachers)
+    torch.testing.assert_close(mapped[0], loss(student.detach(), teacher, target))
+    torch.testing.assert_close(mapped[1], loss(student2.detach(), teacher2, target))

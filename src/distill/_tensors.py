@@ -1,6 +1,7 @@
 """What two or more losses share: option checks, shape checks and the reduction over samples."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
 
 import torch
@@ -45,16 +46,62 @@ def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, T
             "student and teacher must have the same shape (nothing is broadcast), "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
+    student, teacher = _ready(student, teacher)
+    if not -student.ndim <= dim < student.ndim:
+        raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
+    return student, teacher
+
+
+def check_samples(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Check two batches whose samples are compared within each batch, and flatten every sample.
+
+    Args:
+        student: The student's batch, `(N, ...)`.
+        teacher: The teacher's batch, `(N, ...)` of the same N; its other dimensions are its own.
+
+    Returns:
+        The student and the detached teacher, `(N, D)` each with a D of its own, both in the dtype in which the loss is
+        computed: the wider one of the two, and at least float32.
+
+    Raises:
+        ValueError: If N differs, an input has fewer than two dimensions, is not floating-point or is empty, or the
+            devices differ.
+    """
+    if min(student.ndim, teacher.ndim) < 2 or len(student) != len(teacher):
+        raise ValueError(
+            "student and teacher must be batches (N, ...) of the same N samples, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    student, teacher = _ready(student, teacher)
+    return student.flatten(1), teacher.flatten(1)
+
+
+def _ready(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Check what does not depend on the shapes; detach the teacher and widen both."""
     if not (student.is_floating_point() and teacher.is_floating_point()):
         raise ValueError(f"student and teacher must be floating-point, got {student.dtype} and {teacher.dtype}")
     if student.device != teacher.device:
         raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
-    if student.numel() == 0:
-        raise ValueError(f"student and teacher must not be empty, got shape {tuple(student.shape)}")
-    if not -student.ndim <= dim < student.ndim:
-        raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
+    for tensor in (student, teacher):
+        if tensor.numel() == 0:
+            raise ValueError(f"student and teacher must not be empty, got shape {tuple(tensor.shape)}")
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
+
+
+def normalize(tensor: Tensor, *, dim: int, eps: float = 1e-12) -> Tensor:
+    """Divide by the L2 norm along `dim`; what has no norm above `eps` becomes 0 and gets no gradient.
+
+    `F.normalize` divides by `eps` there instead, and multiplies the gradient of a channel that is 0 by 1e12.
+    """
+    norm = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
+    # Two steps: where() stops the gradient of what it does not choose, but 0 times an infinite one would be NaN.
+    return tensor * torch.where(norm > eps, norm.clamp_min(eps).reciprocal(), 0.0)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast leaves products of matrices on the tensor's device in the dtype they come in."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> Tensor:
