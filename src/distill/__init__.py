@@ -3,6 +3,7 @@
 from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.cc import CCLoss, cc_loss
+from distill.losses.crd import CRDLoss, crd_loss
 from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.logit import LogitLoss, logit_loss
 from distill.losses.pkt import PKTLoss, pkt_loss
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CCLoss",
+    "CRDLoss",
     "Distiller",
     "DistillerOutput",
     "KLLoss",
@@ -22,6 +24,7 @@ __all__ = [
     "SPLoss",
     "Term",
     "cc_loss",
+    "crd_loss",
     "create_loss",
     "kl_loss",
     "list_losses",
