@@ -37,6 +37,7 @@ def assert_loss_contract(
     target: Tensor | None = None,
     per_sample: bool = True,
     maps: bool = False,
+    batches: bool = False,
 ) -> None:
     """Check the promises of the design that do not depend on the formula.
 
@@ -49,16 +50,17 @@ def assert_loss_contract(
         target: Labels, for losses that need them.
         per_sample: Whether the loss has a reduction and a mask (a loss of a whole batch has none).
         maps: Whether the loss compares maps (N, C, H, W), whose sizes may differ.
+        batches: Whether the loss compares samples within each batch (N, ...), so that all but N may differ.
     """
     teacher_shape = teacher_shape or shape
     if isinstance(shape[0], int):
-        _check_refuses_bad_pairs(build(), *make_pair(*shape, teacher_shape=teacher_shape), target, maps)
+        _check_refuses_bad_pairs(build(), *make_pair(*shape, teacher_shape=teacher_shape), target, maps, batches)
     else:
         shapes, teacher_shapes = shape, teacher_shape
         shape, teacher_shape = _flat_shape(shapes), _flat_shape(teacher_shapes)
         student, teacher = make_pair(*shape, teacher_shape=teacher_shape)
         tuples = _unflatten(student, shapes), _unflatten(teacher, teacher_shapes)
-        _check_refuses_bad_pairs(build(), *tuples, target, maps)
+        _check_refuses_bad_pairs(build(), *tuples, target, maps, batches)
         build = functools.partial(_Flat, build, shapes, teacher_shapes)
 
     def pair(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -168,7 +170,9 @@ def _check_func(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tenso
     torch.testing.assert_close(of_func, gradient(loss, student, teacher, target))
 
 
-def _check_refuses_bad_pairs(loss: nn.Module, student: Any, teacher: Any, target: Tensor | None, maps: bool) -> None:
+def _check_refuses_bad_pairs(
+    loss: nn.Module, student: Any, teacher: Any, target: Tensor | None, maps: bool, batches: bool
+) -> None:
     def each(change: Callable[[Tensor], Tensor], side: Any) -> Any:
         return change(side) if isinstance(side, Tensor) else tuple(map(change, side))
 
@@ -176,6 +180,8 @@ def _check_refuses_bad_pairs(loss: nn.Module, student: Any, teacher: Any, target
     changes = [lambda t: t[:1], lambda t: t[0]]  # these would broadcast
     if maps:
         match = r"must be maps \(N, C, H, W\) of the same N( and C)?, got \("
+    elif batches:
+        match = r"must be batches \(N, \.\.\.\) of the same N samples, got \("
     else:
         changes.append(lambda t: t[..., :1])
     for change in changes:

@@ -4,6 +4,8 @@ from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
 from distill.losses.at import ATLoss, at_loss
+from distill.losses.cc import CCLoss, cc_loss
+from distill.losses.crd import CRDLoss, crd_loss
 from distill.losses.cwd import CWDLoss, cwd_loss
 from distill.losses.dist import DISTLoss, dist_loss
 from distill.losses.dkd import DKDLoss, dkd_loss
@@ -20,10 +22,13 @@ from distill.losses.nkd import NKDLoss, nkd_loss
 from distill.losses.nst import NSTLoss, nst_loss
 from distill.losses.ofd import OFDLoss, ofd_loss, ofd_margin
 from distill.losses.pearson import PearsonLoss, pearson_loss
+from distill.losses.pkt import PKTLoss, pkt_loss
 from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
 from distill.losses.review import ReviewLoss, review_loss
+from distill.losses.rkd import RKDLoss, rkd_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
 from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
+from distill.losses.sp import SPLoss, sp_loss
 from distill.losses.tvd import TVDLoss, tvd_loss
 from distill.losses.vid import VIDLoss, vid_loss
 from distill.losses.wsld import WSLDLoss, wsld_loss
@@ -33,6 +38,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ATLoss",
     "AlphaBetaLoss",
+    "CCLoss",
+    "CRDLoss",
     "CWDLoss",
     "DISTLoss",
     "DKDLoss",
@@ -50,9 +57,12 @@ __all__ = [
     "NKDLoss",
     "NSTLoss",
     "OFDLoss",
+    "PKTLoss",
     "PearsonLoss",
+    "RKDLoss",
     "ReverseKLLoss",
     "ReviewLoss",
+    "SPLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
     "TVDLoss",
@@ -61,6 +71,8 @@ __all__ = [
     "WSLDLoss",
     "alpha_beta_loss",
     "at_loss",
+    "cc_loss",
+    "crd_loss",
     "create_loss",
     "cwd_loss",
     "dist_loss",
@@ -80,11 +92,14 @@ __all__ = [
     "ofd_loss",
     "ofd_margin",
     "pearson_loss",
+    "pkt_loss",
     "register_loss",
     "reverse_kl_loss",
     "review_loss",
+    "rkd_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
+    "sp_loss",
     "tvd_loss",
     "vid_loss",
     "wsld_loss",

@@ -165,6 +165,30 @@ def log_mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
     return (torch.lerp(b, a, share) + torch.finfo(a.dtype).tiny).log()
 
 
+def check_samples(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Check two batches whose samples are compared within each batch, and flatten every sample.
+
+    Args:
+        student: The student's batch, `(N, ...)`.
+        teacher: The teacher's batch, `(N, ...)` of the same N; its other dimensions are its own.
+
+    Returns:
+        The student and the detached teacher, `(N, D)` each with a D of its own, both in the dtype in which the loss is
+        computed: the wider one of the two, and at least float32.
+
+    Raises:
+        ValueError: If N differs, an input has fewer than two dimensions, is not floating-point or is empty, or the
+            devices differ.
+    """
+    if min(student.ndim, teacher.ndim) < 2 or len(student) != len(teacher):
+        raise ValueError(
+            "student and teacher must be batches (N, ...) of the same N samples, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    student, teacher = make_ready(student, teacher)
+    return student.flatten(1), teacher.flatten(1)
+
+
 def normalize(tensor: Tensor, *, dim: int, eps: float = 1e-12) -> Tensor:
     """Divide by the L2 norm along `dim`; what has no norm above `eps` becomes 0 and gets no gradient.
 

@@ -1,0 +1,318 @@
+"""Contrastive distillation: Tian, Krishnan and Isola, "Contrastive Representation Distillation" (ICLR 2020)."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._registry import register_loss
+from distill._tensors import check_positive, check_samples, normalize, without_autocast
+
+_NUM_NEGATIVES, _MOMENTUM = 16384, 0.5
+
+
+def crd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """Noise-contrastive loss that tells a sample's own pair from the pairs with the other samples of the batch.
+
+        z_ij = s_i . t_j / T,  s_i and t_j with L2 norm 1
+        h_ij = exp(z_ij) / (exp(z_ij) + (N - 1) * m),  m = mean_ij exp(z_ij), a constant in the gradient
+        loss = -1/N * sum_i [2 log h_ii + sum_{j != i} (log(1 - h_ij) + log(1 - h_ji))]
+
+    It is the paper's objective, the student as anchor and the teacher as anchor, with the batch in place of a memory
+    of negatives. `CRDLoss` learns the embeddings that are compared, and has the memory.
+
+    Published weights (see `CRDLoss`) are for the form with the memory; this one has fewer negatives and none published.
+
+    Args:
+        student: The student's embeddings, `(N, ...)`, N at least 2. Any floating dtype; half and bfloat16 are computed
+            in float32.
+        teacher: The teacher's embeddings, `(N, ...)`, as many values per sample. A constant: no gradient reaches it.
+        temperature: What the cosines are divided by, positive and finite.
+
+    Returns:
+        A scalar in nats, positive; float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If N, the values per sample or the devices differ, N is 1, an input has fewer than two dimensions,
+            is empty or not floating-point, or the temperature is not positive and finite.
+
+    Examples:
+        >>> import torch
+        >>> from distill import crd_loss
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> crd_loss(teacher, teacher)  # every sample is nearest to its own pair
+        tensor(0.8109)
+        >>> crd_loss(teacher.flip(0), teacher) > 10
+        tensor(True)
+
+    Reference:
+        Yonglong Tian, Dilip Krishnan and Phillip Isola, "Contrastive Representation Distillation", ICLR 2020 and arXiv
+        1910.10699, section 3.1 (contrastive loss).
+    """
+    check_positive("temperature", temperature)
+    student, teacher = check_samples(student, teacher)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            "student and teacher must have the same number of values per sample, "
+            f"got {student.shape[1]} and {teacher.shape[1]}"
+        )
+    return _in_batch(normalize(student, dim=1), normalize(teacher, dim=1), temperature)
+
+
+def _in_batch(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    n = len(student)
+    if n < 2:
+        raise ValueError("a batch without a memory of negatives must have at least 2 samples, got 1")
+    with without_autocast(student):
+        scores = student @ teacher.mT / temperature
+    # Column 0 is the own pair, the others are those with the next samples, round the end.
+    own = torch.arange(n, device=scores.device)
+    columns = (own[:, None] + own) % n
+    log_mean = _log_mean(scores)
+    return _contrast(scores.gather(1, columns), log_mean) + _contrast(scores.mT.gather(1, columns), log_mean)
+
+
+def _contrast(scores: Tensor, log_mean: Tensor) -> Tensor:
+    """-[log h of column 0 + sum of log(1 - h) of the others], averaged over the rows.
+
+    With h = exp(z) / (exp(z) + K exp(log_mean)), both are log-sigmoids of what z exceeds the noise by.
+    """
+    excess = scores - log_mean - math.log(scores.shape[1] - 1)
+    return -(F.logsigmoid(excess[:, 0]) + F.logsigmoid(-excess[:, 1:]).sum(1)).mean()
+
+
+def _log_mean(scores: Tensor) -> Tensor:
+    return scores.detach().flatten().logsumexp(0) - math.log(scores.numel())
+
+
+@register_loss("crd")
+class CRDLoss(nn.Module):
+    """Noise-contrastive loss of learned embeddings, against a memory of the embeddings of all training samples.
+
+        s_i = embed_s(student_i), t_i = embed_t(teacher_i): linear, then divided by their L2 norm
+        z_ij = s_i . memory_t_j / T over the sample's own entry and K drawn ones;  m = mean exp(z) of the first batch
+        h_ij = exp(z_ij) / (exp(z_ij) + K m)
+        loss = -1/N * sum_i [log h_ii + sum_{j drawn} log(1 - h_ij)], plus the same of t_i against memory_s
+
+    After each training forward the entries of the batch become `momentum * entry + (1 - momentum) * embedding`,
+    divided by their norm. With M samples, K m = K/M * Z of the paper's code, Z = M m being its normalising constant;
+    its 1e-7 beside the noise is left out. In eval mode the memory and m stay.
+
+    Published with weight 0.8 on pooled features at these defaults, and with `labels` (the CIFAR-100 benchmark of the
+    paper, whose negatives are samples of other classes).
+
+    The parameters `student_embedding` and `teacher_embedding` are to be trained with the student. Under
+    DistributedDataParallel each process has a memory of its own: give it `broadcast_buffers=False`, or the memory of
+    the first is sent to all in every forward.
+
+    Args:
+        student_dim: Values per sample of the student.
+        teacher_dim: Values per sample of the teacher.
+        num_samples: Size of the training set, M, for the memory of M embeddings per side. None: no memory; the
+            negatives are the other samples of the batch, as in `crd_loss`, and the options below temperature must be
+            left as they are.
+        dim: Width of the embeddings.
+        temperature: What the cosines are divided by, positive and finite.
+        num_negatives: Memory entries drawn for each sample, K, uniformly and with replacement, never its own.
+        momentum: Of the memory, from 0 to less than 1.
+        labels: Class of every training sample, `(M,)`; the negatives of a sample are then of other classes.
+        generator: Where the memory's first entries and the negatives are drawn from, on any device; by default the
+            global generator. A copy of the module, by `deepcopy` or `pickle`, gets a generator of its own in the same
+            state.
+
+    Raises:
+        ValueError: If an option is out of its range, or belongs to the memory where there is none.
+
+    Examples:
+        >>> import torch
+        >>> from distill import CRDLoss
+        >>> loss = CRDLoss(64, 256, 50000, num_negatives=1024, generator=torch.Generator().manual_seed(0))
+        >>> indices = torch.tensor([17, 4711, 31337, 0])  # where in the training set the samples of the batch stand
+        >>> loss(torch.randn(4, 64), torch.randn(4, 256), indices).shape
+        torch.Size([])
+    """
+
+    student_memory: Tensor
+    teacher_memory: Tensor
+    log_means: Tensor
+    order: Tensor
+    excluded: Tensor
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        num_samples: int | None = None,
+        *,
+        dim: int = 128,
+        temperature: float = 0.07,
+        num_negatives: int = _NUM_NEGATIVES,
+        momentum: float = _MOMENTUM,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"student_dim": student_dim, "teacher_dim": teacher_dim, "dim": dim, "num_negatives": num_negatives}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size!r}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and less than 1, got {momentum!r}")
+        self.num_samples = num_samples
+        self.temperature = check_positive("temperature", temperature)
+        self.num_negatives = num_negatives
+        self.momentum = momentum
+        self.generator = generator
+        self.student_embedding = nn.Linear(student_dim, dim)
+        self.teacher_embedding = nn.Linear(teacher_dim, dim)
+        if num_samples is None:
+            left = num_negatives == _NUM_NEGATIVES and momentum == _MOMENTUM and labels is None and generator is None
+            if not left:
+                raise ValueError(
+                    "num_negatives, momentum, labels and generator must be left as they are where there is no memory "
+                    "(num_samples=None)"
+                )
+            return
+        if num_samples < 2:
+            raise ValueError(f"num_samples must be at least 2, got {num_samples!r}")
+        for name in ("student_memory", "teacher_memory"):
+            self.register_buffer(name, self._first_entries(num_samples, dim))
+        # One for each side's anchors, NaN until the first batch.
+        self.register_buffer("log_means", torch.full((2,), math.nan))
+        order, excluded = _by_class(num_samples, labels)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("excluded", excluded, persistent=False)
+
+    @override
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        """Compute the loss, and in training bring the memory up to date.
+
+        Args:
+            student: `(N, ...)` with `student_dim` values per sample.
+            teacher: `(N, ...)` with `teacher_dim` values per sample.
+            target: Where in the training set the samples stand, integers `(N,)`; or `(N, 2)` with something else, such
+                as the labels of the task loss, in column 0 and the indices in column 1. Not used without a memory.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: If N or the devices differ, an input has fewer than two dimensions or another number of values
+                per sample than was said, is empty or not floating-point, or the indices are missing or malformed; or
+                if there is no memory and N is 1.
+        """
+        student, teacher = check_samples(student, teacher)
+        ours = _embed(self.student_embedding, student, "student")
+        theirs = _embed(self.teacher_embedding, teacher, "teacher")
+        if self.num_samples is None:
+            return _in_batch(ours, theirs, self.temperature)
+        own = _indices(target, len(student), student.device)
+        entries = torch.cat([own[:, None], self._negatives(own)], 1)
+        total = ours.new_zeros(())
+        sides = ((ours, self.teacher_memory), (theirs, self.student_memory))
+        for side, (anchors, memory) in enumerate(sides):
+            scores = _scores(anchors, memory, entries) / self.temperature
+            log_mean = self.log_means[side].to(scores.dtype)
+            log_mean = torch.where(log_mean.isnan(), _log_mean(scores), log_mean)
+            if self.training:
+                self.log_means[side] = log_mean
+            total = total + _contrast(scores, log_mean)
+        if self.training:
+            self._update(self.student_memory, own, ours)
+            self._update(self.teacher_memory, own, theirs)
+        return total
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options in `repr`."""
+        shown = f"num_samples={self.num_samples}, temperature={self.temperature}"
+        if self.num_samples is None:
+            return shown
+        return f"{shown}, num_negatives={self.num_negatives}, momentum={self.momentum}"
+
+    def _first_entries(self, num_samples: int, dim: int) -> Tensor:
+        device = None if self.generator is None else self.generator.device
+        # Uniform, of norm 1 on average: of variance 1 / dim.
+        bound = math.sqrt(3 / dim)
+        return (torch.rand(num_samples, dim, generator=self.generator, device=device) * (2 * bound) - bound).cpu()
+
+    def _negatives(self, own: Tensor) -> Tensor:
+        """Draw entries of the memory, (N, K), none of the class (or, without labels, of the place) of the sample."""
+        start, count = self.excluded[own].unbind(1)
+        device = own.device if self.generator is None else self.generator.device
+        shape = (len(own), self.num_negatives)
+        drawn = torch.randint(2**62, shape, generator=self.generator, device=device).to(own.device)
+        drawn = drawn % (len(self.order) - count)[:, None]
+        return self.order[torch.where(drawn >= start[:, None], drawn + count[:, None], drawn)]
+
+    def _update(self, memory: Tensor, own: Tensor, embeddings: Tensor) -> None:
+        with torch.no_grad():
+            moved = self.momentum * memory[own] + (1 - self.momentum) * embeddings
+            memory.index_copy_(0, own, normalize(moved, dim=1).to(memory.dtype))
+
+    # Not every version of torch can copy or pickle a generator: its device and state stand in for it.
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.generator is not None:
+            state["generator"] = (str(self.generator.device), self.generator.get_state())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if self.generator is not None:
+            device, numbers = state["generator"]
+            self.generator = torch.Generator(device)
+            self.generator.set_state(numbers)
+
+
+def _embed(embedding: nn.Linear, features: Tensor, side: str) -> Tensor:
+    if features.shape[1] != embedding.in_features:
+        raise ValueError(
+            f"{side} must have {side}_dim={embedding.in_features} values per sample, got {features.shape[1]}"
+        )
+    dtype = torch.promote_types(features.dtype, embedding.weight.dtype)
+    with without_autocast(features):
+        return normalize(F.linear(features.to(dtype), embedding.weight.to(dtype), embedding.bias.to(dtype)), dim=1)
+
+
+def _indices(target: Tensor | None, n: int, device: torch.device) -> Tensor:
+    if target is None:
+        raise ValueError("CRD with a memory needs the indices of the samples as target, got None")
+    if target.shape not in ((n,), (n, 2)) or target.is_floating_point() or target.is_complex():
+        raise ValueError(
+            f"target must be the indices of the samples, integers ({n},) or ({n}, 2) with the indices in column 1, "
+            f"got {target.dtype} {tuple(target.shape)}"
+        )
+    return (target if target.ndim == 1 else target[:, 1]).to(device, torch.int64)
+
+
+def _scores(anchors: Tensor, memory: Tensor, entries: Tensor) -> Tensor:
+    """Inner products of each anchor with its own choice of entries, (N, d), (M, d), (N, 1 + K) -> (N, 1 + K)."""
+    with without_autocast(anchors):
+        if entries.numel() < len(memory):
+            chosen = memory[entries].to(anchors.dtype)
+            return (chosen @ anchors[:, :, None]).squeeze(2)
+        # Fewer entries than choices: all products are less work than an entry gathered for each choice. The copy is for
+        # backward, which comes when the memory has moved on.
+        return (anchors @ memory.clone().to(anchors.dtype).mT).gather(1, entries)
+
+
+def _by_class(num_samples: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Samples sorted by class, (M,), and where in them each sample's class starts and how many it has, (M, 2).
+
+    Without labels every sample is a class of its own.
+    """
+    if labels is None:
+        order = torch.arange(num_samples)
+        return order, torch.stack([order, torch.ones_like(order)], 1)
+    if labels.shape != (num_samples,) or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be integers ({num_samples},), got {labels.dtype} {tuple(labels.shape)}")
+    classes, inverse, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
+    if len(classes) < 2:
+        raise ValueError(f"labels must be of at least 2 classes, got {len(classes)}")
+    starts = counts.cumsum(0) - counts
+    return inverse.argsort(stable=True), torch.stack([starts[inverse], counts[inverse]], 1)

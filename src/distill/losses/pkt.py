@@ -1,0 +1,91 @@
+"""Probabilistic transfer: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer"."""
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._registry import register_loss
+from distill._tensors import check_samples, normalize, without_autocast
+
+_EPS = 1e-7
+
+
+def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Divergence of the chances that student and teacher give samples of a batch to be neighbours.
+
+        q_ij = k(s_i, s_j) / sum_j k(s_i, s_j),  k(a, b) = (1 + cosine(a, b)) / 2;  p_ij alike for the teacher
+        loss = 1/N^2 * sum_ij p_ij log((p_ij + 1e-7) / (q_ij + 1e-7))
+
+    The scale and the small term are those of the authors' code. The paper writes the sum over all pairs, which is N^2
+    times this value, and leaves each sample out of its own neighbours, which the code does not.
+
+    Published with weight 30000 on pooled features (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive
+    Representation Distillation", ICLR 2020).
+
+    Args:
+        student: The student's features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in float32.
+        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. A constant: no gradient
+            reaches it.
+
+    Returns:
+        A scalar in nats over N^2, not negative but for rounding; float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If N or the devices differ, or an input has fewer than two dimensions, is empty or not
+            floating-point.
+
+    Examples:
+        >>> import torch
+        >>> from distill import pkt_loss
+        >>> student = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # q = (2/3, 1/3) and (1/3, 2/3)
+        >>> teacher = torch.tensor([[3.0], [3.0]])  # p = (1/2, 1/2) twice
+        >>> pkt_loss(student, teacher)  # log(9/8) over N^2
+        tensor(0.0294)
+
+    Reference:
+        Nikolaos Passalis and Anastasios Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer",
+        ECCV 2018, section 3 (conditional probabilities with the cosine kernel).
+    """
+    student, teacher = check_samples(student, teacher)
+    with without_autocast(student):
+        q, p = _neighbours(student), _neighbours(teacher)
+    # log((p + eps) / (q + eps)), without rounding the logarithms of small numbers before their difference is taken.
+    return (p * ((p - q) / (q + _EPS)).log1p()).mean()
+
+
+def _neighbours(features: Tensor) -> Tensor:
+    features = normalize(features, dim=1)
+    # Rounding takes the cosine of opposite samples below -1.
+    kernel = (1 + features @ features.mT).clamp_min(0)
+    return kernel / kernel.sum(1, keepdim=True)
+
+
+@register_loss("pkt")
+class PKTLoss(nn.Module):
+    """Divergence of the chances of samples to be neighbours; see `pkt_loss` for the formula.
+
+    It exists for a whole batch only, so it has no reduction and takes no mask.
+
+    Examples:
+        >>> import torch
+        >>> from distill import PKTLoss
+        >>> features = torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, -1.0]])
+        >>> PKTLoss()(features, features)
+        tensor(0.)
+    """
+
+    @override
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: `(N, ...)`.
+            teacher: `(N, ...)` of the same N.
+            target: Not used; every loss is called alike.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: As `pkt_loss`.
+        """
+        return pkt_loss(student, teacher)

@@ -1,0 +1,211 @@
+"""Relational distillation: Park, Kim, Lu and Cho, "Relational Knowledge Distillation" (CVPR 2019)."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._registry import register_loss
+from distill._tensors import check_samples, without_autocast
+
+# Angles held at a time: on a CPU what its cache holds, elsewhere what keeps the device busy.
+_ANGLES_CPU, _ANGLES = 2**18, 2**24
+
+
+def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
+    """Difference between the distances and angles that student and teacher see between the samples of a batch.
+
+        d_ij = |s_i - s_j| / mean of the positive |s_i - s_j|
+        a_ijk = cosine of the angle at s_i between s_j and s_k, 0 where s_j or s_k equals s_i
+        d', a' = the same of the teacher
+        loss = distance_weight * mean_ij huber(d_ij - d'_ij) + angle_weight * mean_ijk huber(a_ijk - a'_ijk)
+
+    with huber(x) = x^2 / 2 for |x| <= 1, else |x| - 1/2. The means are over all N^2 pairs and N^3 triples, also over
+    those of a sample with itself, as in the authors' code. The angles are taken in blocks: memory grows with N^2, not
+    with N^3.
+
+    Published with weight 1 on pooled features (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive
+    Representation Distillation", ICLR 2020, at these defaults).
+
+    Args:
+        student: The student's features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in float32.
+        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. A constant: no gradient
+            reaches it.
+        distance_weight: Of the pairs, finite and not negative.
+        angle_weight: Of the triples, finite and not negative.
+
+    Returns:
+        A scalar without unit, not negative; float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If N or the devices differ, an input has fewer than two dimensions, is empty or not
+            floating-point, or a weight is negative or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from distill import rkd_loss
+        >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # an angle of 90 degrees and two of 45
+        >>> rkd_loss(student, 4 * student + 1)
+        tensor(0.)
+        >>> teacher = torch.tensor([[0.0], [1.0], [2.0]])  # on a line: angles of 0, 180 and 0 degrees
+        >>> rkd_loss(student, teacher, distance_weight=0.0, angle_weight=1.0)  # (1/2 + 1.2071 + 0.0429) * 2 / 27
+        tensor(0.1296)
+
+    Reference:
+        Wonpyo Park, Dongju Kim, Yan Lu and Minsu Cho, "Relational Knowledge Distillation", CVPR 2019 and arXiv
+        1904.05068, section 3.2, equations 5 to 10.
+    """
+    _check_weight("distance_weight", distance_weight)
+    _check_weight("angle_weight", angle_weight)
+    student, teacher = check_samples(student, teacher)
+    squares = _squared_distances(student), _squared_distances(teacher)
+    loss = student.new_zeros(())
+    if distance_weight:
+        ours, theirs = map(_relative_distances, squares)
+        loss = loss + distance_weight * F.smooth_l1_loss(ours, theirs)
+    if angle_weight:
+        loss = loss + angle_weight * _AngleLoss.apply(*squares)  # type: ignore[no-untyped-call]  # torch leaves it so
+    return loss
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {weight!r}")
+
+
+def _squared_distances(features: Tensor) -> Tensor:
+    """|x_i - x_j|^2 from a product of matrices, exactly 0 for samples that are the same.
+
+    In float64, since the terms cancel where samples are near each other, and since TF32 does not reach it.
+    """
+    wide = features.double()
+    wide = wide - wide.mean(0)
+    with without_autocast(wide):
+        products = wide @ wide.mT
+    norms = products.diagonal()
+    norms = norms[:, None] + norms
+    squares = norms - 2 * products
+    rounding = torch.finfo(torch.float64).eps * features.shape[1]
+    return torch.where(squares > rounding * norms, squares, 0.0).to(features.dtype)
+
+
+def _relative_distances(squares: Tensor) -> Tensor:
+    positive = squares > 0
+    # The root of 1 in place of that of 0, whose gradient is infinite.
+    distances = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+    mean = distances.sum() / positive.sum().clamp_min(1)
+    return distances / torch.where(mean > 0, mean, 1.0)
+
+
+class _AngleLoss(torch.autograd.Function):
+    """Mean Huber difference of all angles, a block of anchors at a time, from the squared distances alone.
+
+    The cosine of the angle at i between j and k is (d_ij^2 + d_ik^2 - d_jk^2) / (2 d_ij d_ik). Plain autograd would
+    keep several N x N x N tensors; here the backward computes each block anew.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @override
+    def forward(student: Tensor, teacher: Tensor) -> Tensor:
+        total = student.new_zeros(())
+        for _, ours, theirs, _ in _blocks(student, teacher):
+            total = total + F.smooth_l1_loss(ours, theirs, reduction="sum")
+        return total / len(student) ** 3
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        student, teacher = ctx.saved_tensors
+        inverse = _inverse_root(student).square()
+        sides, across = [], torch.zeros_like(student)
+        for anchors, ours, theirs, scale in _blocks(student, teacher):
+            slope = (ours - theirs).clamp(-1, 1)
+            scaled = slope * scale
+            # j and k are alike in the angle at i, so the side from i to j counts twice.
+            sides.append(2 * scaled.sum(2) - inverse[anchors] * (slope * ours).sum(2))
+            across = across - scaled.sum(0)
+        return (torch.cat(sides) + across) * (gradient / len(student) ** 3), None
+
+
+def _blocks(student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Anchors, the cosines (anchor, j, k) of student and teacher, and what the student's were multiplied by."""
+    angles = _ANGLES_CPU if student.device.type == "cpu" else _ANGLES
+    step = max(1, angles // len(student) ** 2)
+    inverses = _inverse_root(student), _inverse_root(teacher)
+    for start in range(0, len(student), step):
+        anchors = slice(start, start + step)
+        (ours, scale), (theirs, _) = map(_cosines, (student, teacher), inverses, (anchors, anchors))
+        yield anchors, ours, theirs, scale
+
+
+def _cosines(squares: Tensor, inverse: Tensor, anchors: slice) -> tuple[Tensor, Tensor]:
+    sides = squares[anchors]
+    scale = inverse[anchors, :, None] * (inverse[anchors, None, :] / 2)
+    return (sides[:, :, None] + sides[:, None, :] - squares) * scale, scale
+
+
+def _inverse_root(squares: Tensor) -> Tensor:
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).rsqrt(), 0.0)
+
+
+@register_loss("rkd")
+class RKDLoss(nn.Module):
+    """Difference between distances and angles of the samples; see `rkd_loss` for the formula.
+
+    It exists for a whole batch only, so it has no reduction and takes no mask.
+
+    Args:
+        distance_weight: Of the pairs, finite and not negative. It may be changed between steps.
+        angle_weight: Of the triples, finite and not negative. It may be changed between steps.
+
+    Raises:
+        ValueError: If a weight is negative or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from distill import RKDLoss
+        >>> features = torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, -1.0]])
+        >>> RKDLoss()(features, 2 * features)
+        tensor(0.)
+    """
+
+    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
+        super().__init__()
+        _check_weight("distance_weight", distance_weight)
+        _check_weight("angle_weight", angle_weight)
+        self.distance_weight = distance_weight
+        self.angle_weight = angle_weight
+
+    @override
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: `(N, ...)`.
+            teacher: `(N, ...)` of the same N.
+            target: Not used; every loss is called alike.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: As `rkd_loss`.
+        """
+        return rkd_loss(student, teacher, distance_weight=self.distance_weight, angle_weight=self.angle_weight)
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options in `repr`."""
+        return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"

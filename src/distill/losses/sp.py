@@ -1,0 +1,85 @@
+"""Similarity preservation: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019)."""
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._registry import register_loss
+from distill._tensors import check_samples, normalize, without_autocast
+
+
+def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of the similarities that student and teacher see between the samples of a batch.
+
+        G_s = S S^T with every row divided by its L2 norm, S = student flattened to (N, D); G_t alike
+        loss = 1/N^2 * sum_ij (G_s - G_t)_ij^2
+
+    It does not change when either side is rotated, reflected or scaled as a whole, so the widths of the two sides are
+    free.
+
+    Published with weight 3000 on the last feature maps (the CIFAR-100 benchmark of Tian, Krishnan and Isola,
+    "Contrastive Representation Distillation", ICLR 2020, whose scale is the paper's).
+
+    Args:
+        student: The student's maps or features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in
+            float32.
+        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. A constant: no gradient
+            reaches it.
+
+    Returns:
+        A scalar without unit, from 0 to at most 4 / N; float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If N or the devices differ, or an input has fewer than two dimensions, is empty or not
+            floating-point.
+
+    Examples:
+        >>> import torch
+        >>> from distill import sp_loss
+        >>> student = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # the two samples have nothing in common
+        >>> teacher = torch.tensor([[3.0], [3.0]])  # the two samples are the same
+        >>> sp_loss(student, teacher)  # rows (1, 0) and (0, 1) against (0.71, 0.71) twice
+        tensor(0.2929)
+
+    Reference:
+        Frederick Tung and Greg Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019 and arXiv 1907.09682,
+        section 2, equations 1 to 4.
+    """
+    student, teacher = check_samples(student, teacher)
+    with without_autocast(student):
+        return (_similarities(student) - _similarities(teacher)).square().mean()
+
+
+def _similarities(features: Tensor) -> Tensor:
+    return normalize(features @ features.mT, dim=1)
+
+
+@register_loss("sp")
+class SPLoss(nn.Module):
+    """Squared difference of the similarities between samples; see `sp_loss` for the formula.
+
+    It exists for a whole batch only, so it has no reduction and takes no mask.
+
+    Examples:
+        >>> import torch
+        >>> from distill import SPLoss
+        >>> features = torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, -1.0]])
+        >>> SPLoss()(features, 2 * features)
+        tensor(0.)
+    """
+
+    @override
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: `(N, ...)`.
+            teacher: `(N, ...)` of the same N.
+            target: Not used; every loss is called alike.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: As `sp_loss`.
+        """
+        return sp_loss(student, teacher)
