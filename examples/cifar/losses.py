@@ -1,4 +1,4 @@
-"""Which loss compares what in the CIFAR networks, and with which weight: as published, or as near as these networks are.
+"""Which loss compares what in the CIFAR networks, and its published weight.
 
 Places are module paths of `cifar.models.ResNet`: several after a comma are several terms, several joined by a plus go
 into one term together. `relu1` to `relu3` end the stages, and `fc:input` is the pooled feature.

@@ -25,7 +25,8 @@ class BasicBlock(nn.Module):
             in_channels: Channels of the input.
             channels: Channels of the output.
             stride: Stride of the first convolution, and of the shortcut.
-            last: Whether the block ends a stage: its last ReLU then leaves its input as it is, for losses that look there.
+            last: Whether the block ends a stage: its last ReLU then leaves its input as it is, for losses that look
+                there.
         """
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
@@ -51,8 +52,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet for small images (He et al., 2016, section 4.2) with 1x1-convolution shortcuts.
 
-    The input of `fc` is the average-pooled feature, `(N, 64)`: a `Term(..., at="fc:input")` regresses it. The stages end
-    with `relu1`, `relu2` and `relu3`, whatever the depth: their outputs are the stages' maps, their inputs the same
+    The input of `fc` is the average-pooled feature, `(N, 64)`: a `Term(..., at="fc:input")` regresses it. The stages
+    end with `relu1`, `relu2` and `relu3`, whatever the depth: their outputs are the stages' maps, their inputs the same
     before the ReLU.
     """
 
