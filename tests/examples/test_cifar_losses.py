@@ -108,7 +108,9 @@ def test_the_ends_of_the_stages_have_names_that_do_not_depend_on_the_depth():
     for depth in (8, 20):
         model, seen = resnet(depth, 10, stem="3x3"), []
         for name in ("relu1", "relu2", "relu3"):
-            model.get_submodule(name).register_forward_hook(lambda _m, inputs, output, seen=seen: seen.append((inputs[0], output)))
+            model.get_submodule(name).register_forward_hook(
+                lambda _m, inputs, output, seen=seen: seen.append((inputs[0], output))
+            )
         model(torch.rand(2, 3, 32, 32))
         assert all(torch.equal(output, before.relu()) for before, output in seen)  # the input was not changed
         assert all((before < 0).any() for before, _ in seen)
