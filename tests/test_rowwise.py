@@ -1,6 +1,5 @@
 """Fused equals plain, whatever comes; what is fused and what is not; what it may not cost and what it must notice."""
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -395,14 +394,30 @@ def test_triton_kernels_in_the_interpreter():
     assert result.returncode == 0, result.stderr
 
 
-def test_kernels_are_for_tensors_on_a_gpu_and_triton_may_be_missing(monkeypatch):
+def test_triton_is_asked_for_float32_on_a_gpu_only_and_may_be_missing(monkeypatch):
     assert _rowwise._kernels(torch.ones(2), torch.float32) is None
-    _rowwise._import_triton.cache_clear()
-    monkeypatch.setitem(sys.modules, "triton", None)  # makes its import fail
-    monkeypatch.delitem(sys.modules, "distill._triton", raising=False)
-    assert _rowwise._import_triton() is None
-    _rowwise._import_triton.cache_clear()
-    monkeypatch.undo()
-    if importlib.util.find_spec("triton"):
-        assert _rowwise._import_triton().__name__ == "distill._triton"
-    _rowwise._import_triton.cache_clear()
+    monkeypatch.setitem(sys.modules, "distill._triton", sys)
+    assert _rowwise._import_triton.__wrapped__() is sys
+    monkeypatch.setitem(sys.modules, "distill._triton", None)  # makes its import fail
+    assert _rowwise._import_triton.__wrapped__() is None
+
+
+def test_kernels_may_decline_and_scale_where_they_are(fused, monkeypatch):
+    class Kernels:
+        scaled = 0
+
+        @staticmethod
+        def run(name, *tensors, temperature):
+            assert (name, temperature) == ("kl", 4.0)
+            return False
+
+        @classmethod
+        def scale(cls, gradient, factor):
+            cls.scaled += 1
+            gradient.mul_(factor)
+
+    student, teacher = make_pair(6, 10)
+    expected = gradient(lambda s: 2 * KLLoss()(s, teacher), student)
+    monkeypatch.setattr(_rowwise, "_kernels", lambda x, dtype: Kernels)
+    torch.testing.assert_close(gradient(lambda s: 2 * KLLoss()(s, teacher), student), expected)
+    assert Kernels.scaled == 1
