@@ -1,6 +1,11 @@
 """Fused equals plain, whatever comes; what is fused and what is not; what it may not cost and what it must notice."""
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -375,3 +380,29 @@ def test_equals_torch_on_a_large_input():
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(v, student)[0] for v in (ours, theirs)))
     assert math.isclose(ours.item(), (student - teacher).square().mean().item(), rel_tol=1e-5)
+
+
+def test_triton_kernels_in_the_interpreter():
+    pytest.importorskip("triton", reason="comes with PyTorch for CUDA")
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), *sys.path])
+    result = subprocess.run(
+        [sys.executable, here / "triton_worker.py"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_kernels_are_for_tensors_on_a_gpu_and_triton_may_be_missing(monkeypatch):
+    assert _rowwise._kernels(torch.ones(2), torch.float32) is None
+    _rowwise._import_triton.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)  # makes its import fail
+    monkeypatch.delitem(sys.modules, "distill._triton", raising=False)
+    assert _rowwise._import_triton() is None
+    _rowwise._import_triton.cache_clear()
+    monkeypatch.undo()
+    if importlib.util.find_spec("triton"):
+        assert _rowwise._import_triton().__name__ == "distill._triton"
+    _rowwise._import_triton.cache_clear()

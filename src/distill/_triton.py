@@ -11,7 +11,7 @@ from torch import Tensor
 #   student, teacher  rows of `columns` numbers next to each other; row r lies at
 #                     (r // inner) * stride_0 + (r % inner) * stride_1, so that logits[:, :-1] needs no copy
 #   values            the value of each row
-#   factors, gradient where WITH_GRADIENT: what each row's gradient is multiplied by, and where it goes, row after row
+#   factors, gradient where WITH_GRADIENT: what each row's gradient is multiplied by, and where it goes
 
 
 @triton.jit
@@ -32,13 +32,15 @@ def _logit(
     s_stride_1,
     t_stride_0,
     t_stride_1,
+    g_stride_0,
+    g_stride_1,
     BLOCK: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     student += _start(row, inner, s_stride_0, s_stride_1)
     teacher += _start(row, inner, t_stride_0, t_stride_1)
-    gradient += row * columns
+    gradient += _start(row, inner, g_stride_0, g_stride_1)
     factor = 0.0
     if WITH_GRADIENT:
         factor = tl.load(factors + row) * 2.0 / columns
@@ -68,6 +70,8 @@ def _kl(
     s_stride_1,
     t_stride_0,
     t_stride_1,
+    g_stride_0,
+    g_stride_1,
     temperature,
     BLOCK: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
@@ -75,7 +79,7 @@ def _kl(
     row = tl.program_id(0).to(tl.int64)
     student += _start(row, inner, s_stride_0, s_stride_1)
     teacher += _start(row, inner, t_stride_0, t_stride_1)
-    gradient += row * columns
+    gradient += _start(row, inner, g_stride_0, g_stride_1)
     # Maxima and sums of exponentials as they are so far, the sums for the maxima so far.
     s_max = float("-inf")
     t_max = float("-inf")
@@ -145,8 +149,8 @@ def run(
     Returns:
         Whether it was done.
     """
-    layout = _layout(student, teacher)
-    if layout is None or not (gradient is None or gradient.is_contiguous()):
+    layout = _layout(student, teacher, student if gradient is None else gradient)
+    if layout is None:
         return False
     inner, strides = layout
     columns = student.shape[-1]
@@ -177,20 +181,21 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
         _scale[grid](gradient, factor, gradient.numel(), BLOCK=block, num_warps=8)
 
 
-def _layout(student: Tensor, teacher: Tensor) -> tuple[int, list[int]] | None:
-    """Give the number of rows in the inner of two dimensions, and both tensors' two strides, if two are enough."""
-    columns = student.shape[-1]
-    if columns > 1 and (student.stride(-1) != 1 or teacher.stride(-1) != 1):
+def _layout(*tensors: Tensor) -> tuple[int, list[int]] | None:
+    """Give the number of rows in the inner of two dimensions, and two strides per tensor, if two are enough."""
+    *rows, columns = tensors[0].shape
+    if columns > 1 and any(x.stride(-1) != 1 for x in tensors):
         return None
-    # (size, stride of the student, stride of the teacher), neighbours merged that lie one after the other in both
-    merged: list[tuple[int, int, int]] = []
-    for size, s, t in zip(student.shape[:-1], student.stride(), teacher.stride(), strict=False):
+    # Sizes and each tensor's stride; neighbours that lie one after the other in all tensors are merged.
+    merged: list[tuple[int, list[int]]] = []
+    for d, size in enumerate(rows):
+        strides = [x.stride(d) for x in tensors]
         if size == 1:
             continue
-        if merged and merged[-1][1:] == (size * s, size * t):
+        if merged and merged[-1][1] == [size * stride for stride in strides]:
             size *= merged.pop()[0]
-        merged.append((size, s, t))
+        merged.append((size, strides))
     if len(merged) > 2:
         return None
-    (_, s_0, t_0), (inner, s_1, t_1) = [(1, 0, 0)] * (2 - len(merged)) + merged
-    return inner, [s_0, s_1, t_0, t_1]
+    (_, outer_strides), (inner, inner_strides) = [(1, [0] * len(tensors))] * (2 - len(merged)) + merged
+    return inner, [stride for pair in zip(outer_strides, inner_strides, strict=True) for stride in pair]
