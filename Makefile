@@ -10,14 +10,15 @@ export NO_MKDOCS_2_WARNING := 1
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint docs bench format wheel clean
+.PHONY: help demo reproduce test lint docs bench format wheel clean
 
 help:
 	@echo "make demo    distil a small ResNet on handwritten digits, in less than a minute"
+	@echo "make reproduce  the published CIFAR table: hours on a GPU, weeks on a CPU; stops and goes on"
 	@echo "make test    the tests, with coverage"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the pages, into site/"
-	@echo "make bench   the benchmarks"
+	@echo "make bench   the benchmarks, in about XX minutes"
 	@echo "make wheel   the package, into dist/"
 	@echo "make clean   remove .venv and all that the commands above made"
 
@@ -26,6 +27,9 @@ $(READY): pyproject.toml constraints.txt
 	mkdir -p $(TMPDIR)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+reproduce: $(READY)
+	python examples/cifar_resnet.py --reproduce --out runs/reproduce
 
 demo: $(READY)
 	python examples/cifar_resnet.py --out runs/digits
@@ -47,6 +51,7 @@ docs: $(READY)
 
 bench: $(READY)
 	python benchmarks/train_step.py
+	python benchmarks/losses.py
 
 wheel: $(READY)
 	python -m build --wheel

@@ -9,6 +9,7 @@ import torch
 
 import cifar_resnet
 import distill
+import losses
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,8 +42,8 @@ def test_command_on_the_page_is_accepted(page, line):
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(arguments) <= set(targets)
     elif program.endswith("python"):
-        assert arguments[0] == "examples/cifar_resnet.py"
-        cifar_resnet.parse_arguments(arguments[1:])  # exits with 2 if it refuses
+        commands = {"examples/cifar_resnet.py": cifar_resnet, "benchmarks/losses.py": losses}
+        commands[arguments[0]].parse_arguments(arguments[1:])  # exits with 2 if it refuses
     else:
         assert (program, arguments) == ("pip", ["install", "."])
 

@@ -128,7 +128,13 @@ class _Processes:
     def start(self, run: RunConfig, name: str) -> None:
         here, there = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_work, args=(run, name, self._place, there), daemon=True)
-        process.start()
+        # Ctrl-C reaches every process of a terminal, but only this one answers it, and ends the others. Inherited, so
+        # that there is no moment at which they would.
+        answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            process.start()
+        finally:
+            signal.signal(signal.SIGINT, answer)
         there.close()  # the other process has it now; its end is seen as the end of the pipe
         self.active[here] = process, run
 
@@ -160,7 +166,6 @@ class _Processes:
 
 def _work(run: RunConfig, name: str, place: Place, connection: Connection) -> None:
     """Train one run in this process and tell the parent about it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own default leaves a semaphore behind when this process is stopped
     place.prepare()

@@ -71,7 +71,7 @@ class Overview:
                 for name, epochs in self._epochs.items()
                 if name in self._seen and epochs < self._runs[name].epochs
             ]
-            self._bar.set_description_str("; ".join(under_way), refresh=False)
+            self._bar.set_description_str("; ".join(under_way) or "starting", refresh=False)
             self._bar.set_postfix_str(f"left {self.left()}", refresh=False)
             self._bar.n = 100 * self._share()
             self._bar.refresh()

@@ -2,35 +2,105 @@
 
 from distill._distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
+from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
+from distill.losses.at import ATLoss, at_loss
 from distill.losses.cc import CCLoss, cc_loss
 from distill.losses.crd import CRDLoss, crd_loss
+from distill.losses.cwd import CWDLoss, cwd_loss
+from distill.losses.dist import DISTLoss, dist_loss
+from distill.losses.dkd import DKDLoss, dkd_loss
+from distill.losses.fsp import FSPLoss, fsp_loss
+from distill.losses.hint import HintLoss, hint_loss
+from distill.losses.ickd import ICKDLoss, ickd_loss
+from distill.losses.js import JSLoss, js_loss
 from distill.losses.kl import KLLoss, kl_loss
+from distill.losses.linear_logit import LinearLogitLoss, linear_logit_loss
 from distill.losses.logit import LogitLoss, logit_loss
+from distill.losses.logit_std import LogitStdLoss, logit_std_loss
+from distill.losses.mgd import MGDLoss, mgd_loss
+from distill.losses.nkd import NKDLoss, nkd_loss
+from distill.losses.nst import NSTLoss, nst_loss
+from distill.losses.ofd import OFDLoss, ofd_loss, ofd_margin
+from distill.losses.pearson import PearsonLoss, pearson_loss
 from distill.losses.pkt import PKTLoss, pkt_loss
+from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
+from distill.losses.review import ReviewLoss, review_loss
 from distill.losses.rkd import RKDLoss, rkd_loss
+from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
+from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
 from distill.losses.sp import SPLoss, sp_loss
+from distill.losses.tvd import TVDLoss, tvd_loss
+from distill.losses.vid import VIDLoss, vid_loss
+from distill.losses.wsld import WSLDLoss, wsld_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ATLoss",
+    "AlphaBetaLoss",
     "CCLoss",
     "CRDLoss",
+    "CWDLoss",
+    "DISTLoss",
+    "DKDLoss",
     "Distiller",
     "DistillerOutput",
+    "FSPLoss",
+    "HintLoss",
+    "ICKDLoss",
+    "JSLoss",
     "KLLoss",
+    "LinearLogitLoss",
     "LogitLoss",
+    "LogitStdLoss",
+    "MGDLoss",
+    "NKDLoss",
+    "NSTLoss",
+    "OFDLoss",
     "PKTLoss",
+    "PearsonLoss",
     "RKDLoss",
+    "ReverseKLLoss",
+    "ReviewLoss",
     "SPLoss",
+    "SkewKLLoss",
+    "SkewReverseKLLoss",
+    "TVDLoss",
     "Term",
+    "VIDLoss",
+    "WSLDLoss",
+    "alpha_beta_loss",
+    "at_loss",
     "cc_loss",
     "crd_loss",
     "create_loss",
+    "cwd_loss",
+    "dist_loss",
+    "dkd_loss",
+    "fsp_loss",
+    "hint_loss",
+    "ickd_loss",
+    "js_loss",
     "kl_loss",
+    "linear_logit_loss",
     "list_losses",
     "logit_loss",
+    "logit_std_loss",
+    "mgd_loss",
+    "nkd_loss",
+    "nst_loss",
+    "ofd_loss",
+    "ofd_margin",
+    "pearson_loss",
     "pkt_loss",
     "register_loss",
+    "reverse_kl_loss",
+    "review_loss",
     "rkd_loss",
+    "skew_kl_loss",
+    "skew_reverse_kl_loss",
     "sp_loss",
+    "tvd_loss",
+    "vid_loss",
+    "wsld_loss",
 ]

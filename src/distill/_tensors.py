@@ -25,6 +25,67 @@ def check_positive(name: str, value: float) -> float:
     return value
 
 
+def check_not_negative(name: str, value: float) -> float:
+    """Return `value` if it is zero or positive and finite, else raise ValueError that names the option."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be zero or positive and finite, got {value!r}")
+    return value
+
+
+def check_fraction(name: str, value: float, *, zero: bool = False) -> float:
+    """Return `value` if it is between 0 and 1, or with `zero` also 0, else raise ValueError that names the option."""
+    if not (0 < value < 1 or (zero and value == 0)):
+        must = "at least 0 and below 1" if zero else "above 0 and below 1"
+        raise ValueError(f"{name} must be {must}, got {value!r}")
+    return value
+
+
+def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """Check what does not depend on the shapes, and return the dtype in which the loss is computed."""
+    if not (student.is_floating_point() and teacher.is_floating_point()):
+        raise ValueError(f"student and teacher must be floating-point, got {student.dtype} and {teacher.dtype}")
+    if student.device != teacher.device:
+        raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
+    if student.numel() == 0 or teacher.numel() == 0:
+        empty = student if student.numel() == 0 else teacher
+        raise ValueError(f"student and teacher must not be empty, got shape {tuple(empty.shape)}")
+    if student.dtype == teacher.dtype == torch.float32:  # the usual case, and half a microsecond cheaper
+        return torch.float32
+    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+
+
+def make_ready(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Check what does not depend on the shapes, detach the teacher and bring both to the dtype of the loss."""
+    dtype = check_kinds(student, teacher)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
+def check_inputs(student: Tensor, teacher: Tensor, *, dim: int) -> torch.dtype:
+    """Check that two tensors can be compared along `dim`, and say in which dtype.
+
+    Args:
+        student: The student's tensor, any shape with a dimension `dim`.
+        teacher: The teacher's tensor, of the same shape.
+        dim: The dimension that the loss sums over.
+
+    Returns:
+        The dtype in which the loss is computed: the wider one of the two, and at least float32.
+
+    Raises:
+        ValueError: If the shapes differ (they are never broadcast), an input is not floating-point, the devices
+            differ, the tensors are empty, or `dim` is out of range.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            "student and teacher must have the same shape (nothing is broadcast), "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    dtype = check_kinds(student, teacher)
+    if not -student.ndim <= dim < student.ndim:
+        raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
+    return dtype
+
+
 def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
     """Check that two tensors can be compared along `dim`, and make them ready for it.
 
@@ -38,18 +99,70 @@ def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, T
         two, and at least float32.
 
     Raises:
-        ValueError: If the shapes differ (they are never broadcast), an input is not floating-point, the devices
-            differ, the tensors are empty, or `dim` is out of range.
+        ValueError: As `check_inputs`.
     """
-    if student.shape != teacher.shape:
+    dtype = check_inputs(student, teacher, dim=dim)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
+def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Raise ValueError if the mask has not the shape and device of the per-sample values, or is complex."""
+    if mask.shape != shape:
+        raise ValueError(f"mask must be shaped like the per-sample values, {tuple(shape)}, got {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"mask must be on the device of the values, {device}, got {mask.device}")
+    if mask.is_complex():
+        raise ValueError(f"mask must be bool or real weights, got {mask.dtype}")
+
+
+def check_classes(logits: Tensor, *, dim: int) -> None:
+    """Raise ValueError if there are fewer than two classes along `dim`."""
+    if logits.shape[dim] < 2:
+        raise ValueError(f"there must be at least 2 classes along dim {dim}, got shape {tuple(logits.shape)}")
+
+
+def check_labels(target: Tensor | None, logits: Tensor, *, dim: int) -> Tensor:
+    """Check class labels, and make them an index for `gather` and `scatter` along `dim`.
+
+    Args:
+        target: One class per sample: shaped like the logits without `dim`, integers from 0 to C - 1. Their range is
+            left to `gather`: looking at it here would wait for the device.
+        logits: The logits that the labels belong to.
+        dim: The dimension of the C classes.
+
+    Returns:
+        The labels as int64, with a dimension of size 1 at `dim`.
+
+    Raises:
+        ValueError: If there are no labels, or they have another shape or device or are no integers.
+    """
+    if target is None:
+        raise ValueError("target must be the class of every sample, got None")
+    shape = list(logits.shape)
+    del shape[dim]
+    if list(target.shape) != shape:
         raise ValueError(
-            "student and teacher must have the same shape (nothing is broadcast), "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"target must be one class per sample, of shape {tuple(shape)}, got shape {tuple(target.shape)}"
         )
-    student, teacher = _ready(student, teacher)
-    if not -student.ndim <= dim < student.ndim:
-        raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
-    return student, teacher
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(f"target must be integers, got {target.dtype}")
+    if target.device != logits.device:
+        raise ValueError(f"target must be on the device of the logits, {logits.device}, got {target.device}")
+    return target.long().unsqueeze(dim)
+
+
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """Divide by the temperature, and spare the pass over memory where it is 1."""
+    return logits if temperature == 1 else logits / temperature
+
+
+def log_mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Compute log(share * a + (1 - share) * b) of two distributions; `share` is above 0 and below 1.
+
+    The smallest normal number is added: it changes nothing but where a and b underflow both, and there, what a
+    divergence multiplies the logarithm by is 0 as well.
+    """
+    return (torch.lerp(b, a, share) + torch.finfo(a.dtype).tiny).log()
 
 
 def check_samples(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,21 +185,8 @@ def check_samples(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             "student and teacher must be batches (N, ...) of the same N samples, "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    student, teacher = _ready(student, teacher)
+    student, teacher = make_ready(student, teacher)
     return student.flatten(1), teacher.flatten(1)
-
-
-def _ready(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Check what does not depend on the shapes; detach the teacher and widen both."""
-    if not (student.is_floating_point() and teacher.is_floating_point()):
-        raise ValueError(f"student and teacher must be floating-point, got {student.dtype} and {teacher.dtype}")
-    if student.device != teacher.device:
-        raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
-    for tensor in (student, teacher):
-        if tensor.numel() == 0:
-            raise ValueError(f"student and teacher must not be empty, got shape {tuple(tensor.shape)}")
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    return student.to(dtype), teacher.detach().to(dtype)
 
 
 def normalize(tensor: Tensor, *, dim: int, eps: float = 1e-12) -> Tensor:
@@ -123,14 +223,7 @@ def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> 
     """
     if mask is None:
         return values.mean() if reduction == "mean" else values.sum() if reduction == "sum" else values
-    if mask.shape != values.shape:
-        raise ValueError(
-            f"mask must be shaped like the per-sample values, {tuple(values.shape)}, got {tuple(mask.shape)}"
-        )
-    if mask.device != values.device:
-        raise ValueError(f"mask must be on the device of the values, {values.device}, got {mask.device}")
-    if mask.is_complex():
-        raise ValueError(f"mask must be bool or real weights, got {mask.dtype}")
+    check_mask(mask, values.shape, values.device)
     weights = mask.to(values.dtype)
     weighted = torch.where(weights == 0, 0.0, values * weights)
     if reduction == "none":
@@ -139,3 +232,21 @@ def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> 
         return weighted.sum()
     total = weights.sum()
     return weighted.sum() / torch.where(total == 0, 1.0, total)
+
+
+def row_weights(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> Tensor:
+    """Give what each value counts for in `reduce(values, reduction, mask)`: its derivative there.
+
+    Args:
+        values: Only their shape, dtype and device matter.
+        reduction: As in `reduce`.
+        mask: As in `reduce`, and checked.
+
+    Returns:
+        The weights, shaped like the values and in their dtype.
+    """
+    weights = torch.ones_like(values) if mask is None else mask.to(values.dtype)
+    if reduction != "mean":
+        return weights
+    total = weights.sum()
+    return weights / torch.where(total == 0, 1.0, total)

@@ -10,6 +10,8 @@ from torch import nn
 from contract import assert_loss_contract, gradient, make_pair
 from distill import KLLoss, LogitLoss, kl_loss
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def reference(student, teacher, temperature, axis=-1):
     """T^2 times the sum of p log(p / q), p and q written out as softmaxes, sample by sample."""

@@ -8,6 +8,8 @@ from torch import nn
 from contract import assert_loss_contract, gradient, make_pair
 from distill import LogitLoss, logit_loss
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def reference(student, teacher, axis=-1):
     """The mean over classes of the squared difference of the logits, sample by sample."""

@@ -1,11 +1,38 @@
 """Soft targets: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_pair, check_positive, check_reduction, reduce
+from distill._rowwise import RowLoss
+from distill._tensors import Reduction, check_positive, check_reduction
+
+
+def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
+    log_q = F.log_softmax(student / temperature, dim)
+    log_p = F.log_softmax(teacher / temperature, dim)
+    return (log_p.exp() * (log_p - log_q)).sum(dim) * temperature**2
+
+
+def _block(
+    student: Tensor, teacher: Tensor, factors: Tensor | None, gradient: Tensor, spare: Tensor, *, temperature: float
+) -> Tensor:
+    s_max, t_max = student.amax(-1, keepdim=True), teacher.amax(-1, keepdim=True)
+    # With e_s = exp((s - max s) / T) and Z_s its sum, q is e_s / Z_s, and p likewise.
+    e_t = torch.sub(teacher, t_max, out=spare).div_(temperature).exp_()
+    z_t = e_t.sum(-1, keepdim=True)
+    mean_difference = torch.sub(teacher, student, out=gradient).mul_(e_t).sum(-1, keepdim=True) / z_t
+    e_s = torch.sub(student, s_max, out=gradient).div_(temperature).exp_()
+    z_s = e_s.sum(-1, keepdim=True)
+    values = temperature * (mean_difference - (t_max - s_max)) + temperature**2 * (z_s.log() - z_t.log())
+    if factors is not None:  # the gradient is T (q - p)
+        e_s.mul_(factors * temperature / z_s).sub_(e_t.mul_(factors * temperature / z_t))
+    return values.squeeze(-1)
+
+
+_ROWS = RowLoss(_formula, block=_block, kernel="kl")
 
 
 def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: int = -1) -> Tensor:
@@ -48,10 +75,7 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
         learning workshop 2014 and arXiv 1503.02531 (2015), section 2.
     """
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=dim)
-    log_q = F.log_softmax(student / temperature, dim)
-    log_p = F.log_softmax(teacher / temperature, dim)
-    return (log_p.exp() * (log_p - log_q)).sum(dim) * temperature**2
+    return _ROWS(student, teacher, dim=dim, temperature=temperature)
 
 
 @register_loss("kl")
@@ -99,7 +123,8 @@ class KLLoss(nn.Module):
         Raises:
             ValueError: As `kl_loss`, and if the mask has another shape than the per-sample values.
         """
-        return reduce(kl_loss(student, teacher, temperature=self.temperature, dim=self.dim), self.reduction, mask)
+        check_positive("temperature", self.temperature)  # it may have been changed
+        return _ROWS(student, teacher, dim=self.dim, reduction=self.reduction, mask=mask, temperature=self.temperature)
 
     @override
     def extra_repr(self) -> str:

@@ -1,0 +1,405 @@
+"""The squared difference of two linear heads' logits: what it costs and how it is computed without forming them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from typing_extensions import override
+
+# Rows of the weights that are multiplied at a time. Fewer round less, and more are no faster.
+_ROWS = 512
+# Logits that are formed at a time: 4 MB in float32, which stay in a CPU's cache; a GPU wants larger products.
+_LOGITS = 2**20
+_LOGITS_ON_GPU = 2**25
+# Differences of logits that are kept for backward: 128 MB in float32. More are computed again.
+_KEPT = 2**25
+# A float64 multiply-add in those of float32: GPUs that compute it at full rate, and others.
+_GPUS_WITH_FULL_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+_FLOAT64_COST = {True: 2.0, False: 64.0}
+# What it costs to write, subtract and square one logit, in multiply-adds; measured on a CPU.
+_PER_LOGIT = 100.0
+# Calls over which the factor, computed once, is expected to be used.
+_CALLS = 100
+# The smallest squared difference, relative to the squares of the logits, that a form gives to better than 1e-3, as
+# benchmarks/agreement.py measures: Gram matrices err by some eps / r^2, a factor by some eps / r.
+_SMALLEST_BY_GRAM = {torch.float32: 1e-3, torch.float64: 1e-10}
+_SMALLEST_BY_FACTOR = 1e-5
+
+
+class Heads(NamedTuple):
+    """Two heads: `student @ h_s + column` and `teacher @ h_t` give the logits to compare."""
+
+    student: Tensor  # (V, d_s)
+    teacher: Tensor  # (V, d_t)
+    column: Tensor | None  # (V, 1), the difference of the biases
+
+    def left(self) -> list[Tensor]:
+        """The student's matrix with the column of biases, in parts side by side: (V, a)."""
+        return [self.student] if self.column is None else [self.student, self.column]
+
+
+class Factor(NamedTuple):
+    """What is left of two heads by a QR factorisation: |student z + teacher h_t|^2 + |rest h_t|^2."""
+
+    student: Tensor  # (k, a), k at most a
+    teacher: Tensor  # (k, d_t)
+    rest: list[Tensor]  # what no student's hidden state can reach: a triangle, in slabs without their leading zeros
+
+
+class Plan(NamedTuple):
+    """Which form is taken, and why.
+
+    Attributes:
+        method: `"factor"`, `"gram"` or `"blocks"`.
+        costs: The estimate for every form that can be taken, in 10^9 float32 multiply-adds.
+        reason: The same in words.
+    """
+
+    method: str
+    costs: dict[str, float]
+    reason: str
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64 at all."""
+    return device.type != "mps"
+
+
+def _float64_cost(device: torch.device) -> float:
+    # A CPU computes in float32 first, and seldom again.
+    if device.type != "cuda":
+        return 1.0
+    return _FLOAT64_COST[torch.cuda.get_device_capability(device) in _GPUS_WITH_FULL_FLOAT64]
+
+
+def make_plan(
+    samples: int,
+    vocabulary: int,
+    student: int,
+    teacher: int,
+    *,
+    device: torch.device,
+    trains: bool,
+    may_factor: bool,
+    keeps_teacher: bool,
+) -> Plan:
+    """Estimate forward and backward of every form, and take the cheapest.
+
+    Args:
+        samples: N, how many hidden states there are.
+        vocabulary: V, the rows of both heads.
+        student: Columns of the student's head, one more with a bias.
+        teacher: Columns of the teacher's head.
+        device: Where it will run.
+        trains: Whether the student's head gets a gradient.
+        may_factor: Whether a factor may be taken: nothing in the heads is trained, and it can be kept between calls.
+        keeps_teacher: Whether the teacher's own Gram matrix is kept between calls.
+
+    Returns:
+        The plan.
+    """
+    n, v, a, t = samples, vocabulary, student, teacher
+    logits = n * v * (a + t + _PER_LOGIT)
+    again = logits if n * v > _KEPT else 0
+    costs = {"blocks": logits + n * v * a + (again + n * v * a if trains else 0)}
+    if has_float64(device):
+        wide = _float64_cost(device)
+        # Products of hidden states forward, and backward for the hidden states.
+        small = n * (a * (a + t) + t * t) + n * a * a
+        gram = v * a * (a + t) + (0 if keeps_teacher else v * t * t)
+        backward = (v + n) * a * (a + t) if trains else 0
+        costs["gram"] = wide * (small + gram + backward)
+        if may_factor:
+            costs["factor"] = wide * (small + 4 * v * (a + t) ** 2 / _CALLS)
+    costs = {name: cost / 1e9 for name, cost in costs.items()}
+    method = min(costs, key=lambda name: costs[name])
+    heads = "the student's head trains" if trains else "the heads are frozen" if may_factor else "no factor is kept"
+    estimates = ", ".join(f"{name} {cost:.3g}" for name, cost in sorted(costs.items(), key=lambda item: item[1]))
+    reason = (
+        f"{method}: N={n}, V={v}, {a} and {t} columns on {device.type}, {heads}; "
+        f"in 10^9 float32 multiply-adds: {estimates}"
+    )
+    return Plan(method, costs, reason)
+
+
+def teacher_gram(teacher: Tensor) -> Tensor:
+    """`W_t^T W_t` in float64, (d_t, d_t)."""
+    return _left_gram([teacher], teacher.shape[1], torch.float64)
+
+
+def factorise(heads: Heads) -> Factor:
+    """Factorise `[W_s, c, -W_t]` by QR in float64, some rows at a time.
+
+    With the student first, R is `[[student, teacher], [0, rest]]`: only the first rows know the student.
+    """
+    parts = [*heads.left(), heads.teacher]
+    width = sum(part.shape[1] for part in parts)
+    columns = width - heads.teacher.shape[1]
+    rows = max(4 * width, _ROWS)
+    r = heads.student.new_empty(0, width, dtype=torch.float64)
+    for start in range(0, len(heads.student), rows):
+        r = torch.linalg.qr(torch.cat([r, _stack(parts, start, rows, torch.float64)]), mode="r").R
+    # Copies, so that the kept factor holds no memory that nobody reads.
+    return Factor(
+        r[:columns, :columns].clone(),
+        -r[:columns, columns:],
+        [slab.clone() for _, slab in _slabs(r[columns:, columns:])],
+    )
+
+
+def by_factor(student: Tensor, teacher: Tensor, factor: Factor) -> Tensor:
+    """Sums over the vocabulary of the squared differences, (N,), from a factor: never negative.
+
+    Args:
+        student: `[h_s, 1]`, or `h_s` where there are no biases, (N, a), in float32 or float64.
+        teacher: `h_t`, (N, d_t), in that dtype.
+        factor: What `factorise` gives.
+    """
+
+    def compute(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        h_s, h_t = student.to(dtype), teacher.to(dtype)
+        s, t = h_s @ factor.student.to(dtype).T, h_t @ factor.teacher.to(dtype).T
+        rest = h_t.new_zeros(len(h_t))
+        for slab in factor.rest:
+            rest = rest + (h_t[:, -slab.shape[1] :] @ slab.to(dtype).T).square().sum(-1)
+        return (s + t).square().sum(-1) + rest, s.detach().square().sum(-1) + t.square().sum(-1) + rest
+
+    return _precisely(compute, student, _SMALLEST_BY_FACTOR)[0]
+
+
+def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tensor:
+    """Sums over the vocabulary of the squared differences, (N,), from Gram matrices.
+
+    Args:
+        student: As in `by_factor`.
+        teacher: As in `by_factor`.
+        heads: The heads.
+        own: What `teacher_gram` gives.
+    """
+
+    def compute(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        h_s, h_t = student.to(dtype), teacher.to(dtype)
+        gram: Tensor = _Gram.apply(heads.student, heads.column, heads.teacher, dtype)  # type: ignore[no-untyped-call]
+        columns = h_s.shape[-1]
+        s, t = h_s @ gram[:, :columns], h_t @ gram[:, columns:].T
+        rest = h_t.new_zeros(len(h_t))
+        for rows, slab in _slabs(own.to(dtype)):  # symmetric: once its diagonal blocks, twice what is right of them
+            doubled = torch.cat([slab[:, : len(slab)], 2 * slab[:, len(slab) :]], 1)
+            rest = rest + ((h_t[:, -slab.shape[1] :] @ doubled.T) * h_t[:, rows]).sum(-1)
+        return ((s - 2 * t) * h_s).sum(-1) + rest, (s.detach() * h_s.detach()).sum(-1) + rest
+
+    values, sizes = _precisely(compute, student, _SMALLEST_BY_GRAM[torch.float32])
+    # Values that float64 does not save come from the factor. The gradient, which errs by eps / r only, stays.
+    with torch.no_grad():
+        if _may_look(student) and (values < _SMALLEST_BY_GRAM[torch.float64] * sizes).any():
+            better = by_factor(student, teacher, factorise(heads))
+        else:
+            better = values.clamp(min=0)
+    return values + (better - values).detach()
+
+
+def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
+    """Sums over the vocabulary of the squared differences, (N,), from logits formed for some classes at a time.
+
+    Args:
+        student: `h_s`, (N, d_s), in the dtype to compute in.
+        teacher: `h_t`, (N, d_t), in that dtype.
+        heads: The heads.
+    """
+    wanted = False, False
+    if torch.is_grad_enabled():
+        trains = heads.student.requires_grad or (heads.column is not None and heads.column.requires_grad)
+        traced = torch._C._are_functorch_transforms_active()
+        wanted = student.requires_grad, trains and not traced and len(student) * len(heads.student) <= _KEPT
+    outputs = _Blocks.apply(student, heads.student, heads.column, teacher, heads.teacher, *wanted)  # type: ignore[no-untyped-call]
+    values: Tensor = outputs[0]
+    return values
+
+
+class _Gram(Function):
+    """`L^T [L, W_t]` with `L = [W_s, c]`, (a, a + d_t), from blocks of rows that are widened and dropped."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @override
+    def forward(student: Tensor, column: Tensor | None, teacher: Tensor, dtype: torch.dtype) -> Tensor:
+        left = Heads(student, teacher, column).left()
+        return _left_gram([*left, teacher], sum(part.shape[1] for part in left), dtype)
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        student, column, teacher = ctx.saved_tensors
+        parts = [*Heads(student, teacher, column).left(), teacher]
+        a, width = len(grad), student.shape[1]
+        right = torch.cat([grad[:, :a] + grad[:, :a].T, grad[:, a:].T])
+        with torch.autocast(grad.device.type, enabled=False):
+            if _must_stay_differentiable():
+                both = _stack(parts, 0, len(student), right.dtype) @ right
+                biases = None if column is None else both[:, width:].to(column.dtype)
+                return both[:, :width].to(student.dtype), biases, None, None
+            return *_combine(parts, right, student, column), None, None
+
+
+class _Blocks(Function):
+    """Sums of squared differences, (N,); for backward half their gradient, (N, d_s), and the differences, (N, V)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @override
+    def forward(
+        hidden: Tensor,
+        student: Tensor,
+        column: Tensor | None,
+        theirs: Tensor,
+        teacher: Tensor,
+        wants_gradient: bool,
+        keeps_differences: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = Heads(student, teacher, column)
+        values, gradient = hidden.new_zeros(len(hidden)), hidden.new_zeros(0)
+        kept = hidden.new_empty(len(hidden), len(student) if keeps_differences else 0)
+        for start, stop in _classes(heads, len(hidden)):
+            difference, weight = _difference(hidden, theirs, heads, start, stop)
+            values = values + difference.square().sum(-1)
+            if wants_gradient:
+                gradient = torch.addmm(gradient, difference, weight) if start else difference @ weight
+            if keeps_differences:
+                kept[:, start:stop] = difference
+        return values, gradient, kept
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:5], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for the differences, which want no gradient, would be large
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:  # which PyTorch passes where nothing reached the values
+            return (None,) * 7
+        hidden, student, column, theirs, teacher, gradient, kept = ctx.saved_tensors
+        heads = Heads(student, teacher, column)
+        scale = 2 * grad.unsqueeze(-1)
+        nothing = None, None, None, None
+        with torch.autocast(hidden.device.type, enabled=False):
+            scaled = scale * hidden
+            if _must_stay_differentiable():
+                difference, weight = _difference(hidden, theirs, heads, 0, len(student))
+                ours = (difference.T @ scaled).to(student.dtype)
+                biases = None if column is None else (difference.T @ scale).to(column.dtype)
+                return scale * (difference @ weight), ours, biases, *nothing
+            ours = biases = None
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                ours, biases = torch.empty_like(student), None if column is None else torch.empty_like(column)
+                for start, stop in _classes(heads, len(hidden)):
+                    if kept.numel():
+                        difference = kept[:, start:stop]
+                    else:
+                        difference = _difference(hidden, theirs, heads, start, stop)[0]
+                    ours[start:stop] = difference.T @ scaled
+                    if biases is not None:
+                        biases[start:stop] = difference.T @ scale
+            return scale * gradient if ctx.needs_input_grad[0] else None, ours, biases, *nothing
+
+
+def _must_stay_differentiable() -> bool:
+    """Whether a backward is itself differentiated (`create_graph=True`) or transformed (`torch.func`).
+
+    Then it is written as plain operations, which need memory for all of the vocabulary.
+    """
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def _slabs(matrix: Tensor) -> list[tuple[slice, Tensor]]:
+    """Which rows, and of those rows what is not left of the diagonal: some rows at a time."""
+    step = max(128, matrix.shape[1] // 8)
+    starts = range(0, len(matrix), step)
+    return [(slice(start, start + step), matrix[start : start + step, start:]) for start in starts]
+
+
+def _precisely(
+    compute: Callable[[torch.dtype], tuple[Tensor, Tensor]], hidden: Tensor, smallest: float
+) -> tuple[Tensor, Tensor]:
+    """Values and the squares of the logits in float64, or in float32 where that is faster and enough."""
+    if hidden.dtype == torch.float64 or not _may_look(hidden):
+        return compute(torch.float64)
+    values, sizes = compute(torch.float32)
+    if (values.detach() < smallest * sizes.detach()).any():
+        return compute(torch.float64)
+    return values, sizes
+
+
+def _may_look(hidden: Tensor) -> bool:
+    """Whether to branch on a value: on a GPU it would wait for the device, and what is traced cannot."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return hidden.device.type == "cpu" and not traced
+
+
+def _stack(parts: list[Tensor], start: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """Some rows of matrices side by side."""
+    return torch.cat([part[start : start + rows].to(dtype) for part in parts], 1)
+
+
+def _left_gram(parts: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+    """`X[:, :columns]^T X` of matrices side by side."""
+    if torch._C._are_functorch_transforms_active():
+        x = _stack(parts, 0, len(parts[0]), dtype)
+        return x[:, :columns].T @ x
+    widths = [part.shape[1] for part in parts]
+    sums: list[tuple[int, Tensor]] = []  # of so many blocks each, added up in pairs: rounding grows with the logarithm
+    buffer = parts[0].new_empty(_ROWS, sum(widths), dtype=dtype)
+    for start in range(0, len(parts[0]), _ROWS):
+        x = buffer[: len(parts[0]) - start]
+        for part, target in zip(parts, x.split(widths, 1), strict=True):  # type: ignore[no-untyped-call]
+            target.copy_(part[start : start + _ROWS])
+        blocks, product = 1, x[:, :columns].T @ x
+        while sums and (sums[-1][0] == blocks or start + _ROWS >= len(parts[0])):
+            more, other = sums.pop()
+            blocks, product = blocks + more, product.add_(other)
+        sums.append((blocks, product))
+    return sums[0][1]
+
+
+def _combine(
+    parts: list[Tensor], right: Tensor, student: Tensor, column: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`X right` for matrices X side by side, in the dtype of `right`: what the student's matrix and the biases get."""
+    factors = right.split([part.shape[1] for part in parts])  # type: ignore[no-untyped-call]
+    ours, biases = torch.empty_like(student), None if column is None else torch.empty_like(column)
+    for start in range(0, len(student), _ROWS):
+        rows = slice(start, start + _ROWS)
+        both = parts[0][rows].to(right.dtype) @ factors[0]
+        for part, factor in zip(parts[1:], factors[1:], strict=True):
+            both.addmm_(part[rows].to(right.dtype), factor)
+        ours[rows] = both[:, : student.shape[1]]
+        if biases is not None:
+            biases[rows] = both[:, student.shape[1] :]
+    return ours, biases
+
+
+def _classes(heads: Heads, samples: int) -> list[tuple[int, int]]:
+    """The classes of each block."""
+    vocabulary = len(heads.student)
+    step = max((_LOGITS_ON_GPU if heads.student.is_cuda else _LOGITS) // samples, 16)
+    return [(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step)]
+
+
+def _difference(hidden: Tensor, theirs: Tensor, heads: Heads, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """The difference of the logits of some classes, (N, classes), and the student's rows for them."""
+    weight, teacher = heads.student[start:stop].to(hidden.dtype), heads.teacher[start:stop].to(hidden.dtype)
+    ours = hidden @ weight.T
+    if heads.column is not None:
+        ours = ours + heads.column[start:stop, 0].to(hidden.dtype)
+    return torch.addmm(ours, theirs, teacher.T, alpha=-1), weight

@@ -1,0 +1,272 @@
+"""Losses that treat each row by itself, without a temporary of the input's size: values and gradient in one pass.
+
+A loss opts in with `RowLoss(formula)`. Small inputs, `torch.compile`, `torch.func` and whatever else is not an ordinary
+tensor on the CPU or a GPU get the formula as it stands; large inputs get blocks of rows that stay in cache, or a Triton
+kernel.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from typing_extensions import override
+
+from distill._tensors import Reduction, check_inputs, check_mask, reduce, row_weights
+
+SMALL = 2**20  # elements below which a few plain operations cost less than the fused form
+LARGEST_ROW = 2**21  # elements of a row above which the buffers of a block would no longer be small
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """A loss of rows: what it is, and how to do it fast where the inputs are large.
+
+    Args:
+        formula: `formula(student, teacher, dim=..., **options)` gives the per-sample values with plain, differentiable
+            operations. Both tensors come in the dtype of the computation, the teacher detached.
+        block: `block(student, teacher, factors, gradient, spare, **options)` gives the values `(R,)` of a block of rows
+            `(R, C)`. It only reads student and teacher, and may use `gradient` and `spare`, `(R, C)`, as it likes; but
+            where `factors`, `(R, 1)`, is not None, it leaves in `gradient` the values' gradient for the student, each
+            row times its factor. None: autograd finds the gradient of the formula, block by block.
+        kernel: The name of the kernel in `_triton` that does the same on a GPU. None: blocks there too.
+        mean: `mean(student, teacher, **options)` gives the mean of the formula over all samples, where PyTorch has a
+            single operation for it.
+    """
+
+    formula: Callable[..., Tensor]
+    block: Callable[..., Tensor] | None = None
+    kernel: str | None = None
+    mean: Callable[..., Tensor] | None = None
+
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        dim: int,
+        reduction: Reduction = "none",
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Check the inputs and compute the loss, as `reduce(formula(...), reduction, mask)` would.
+
+        Args:
+            student: `(..., C)`, or with the `C` values along `dim`.
+            teacher: Same shape. A constant.
+            dim: The dimension of a row.
+            reduction: As in `reduce`.
+            mask: As in `reduce`.
+            options: What the formula takes.
+
+        Returns:
+            What `reduce` returns.
+
+        Raises:
+            ValueError: As `check_inputs` and `check_mask`.
+        """
+        dtype = check_inputs(student, teacher, dim=dim)
+        teacher = teacher.detach()
+        if torch.compiler.is_compiling() or not _can_fuse(student, teacher, dim):
+            if student.dtype != dtype:
+                student = student.to(dtype)
+            if teacher.dtype != dtype:
+                teacher = teacher.to(dtype)
+            if mask is None and reduction == "mean" and self.mean is not None:
+                return self.mean(student, teacher, **options)
+            return reduce(self.formula(student, teacher, dim=dim, **options), reduction, mask)
+
+        if mask is not None:
+            shape = student.movedim(dim, -1).shape[:-1]
+            check_mask(mask, shape, student.device)
+            if mask.requires_grad:  # weights that learn: the gradient needs the values
+                return reduce(self(student, teacher, dim=dim, **options), reduction, mask)
+            mask = mask.to(dtype)
+        call = _Call(self, options, dim, dtype, reduction)
+        if torch.is_grad_enabled() and student.requires_grad:
+            value: Tensor = _Fused.apply(student, teacher, mask, call)  # type: ignore[no-untyped-call]
+            return value
+        return reduce(call.run(student, teacher)[0], reduction, mask)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a loss, but for its tensors."""
+
+    loss: RowLoss
+    options: dict[str, Any]
+    dim: int
+    dtype: torch.dtype
+    reduction: Reduction
+
+    def plain(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """Give the loss with plain operations."""
+        pair = student.to(self.dtype), teacher.to(self.dtype)
+        return reduce(self.loss.formula(*pair, dim=self.dim, **self.options), self.reduction, mask)
+
+    def weights(self, student: Tensor, mask: Tensor | None) -> Tensor:
+        """Give what each row counts for in the reduced value."""
+        like = torch.empty(student.movedim(self.dim, -1).shape[:-1], dtype=self.dtype, device=student.device)
+        return row_weights(like, self.reduction, mask)
+
+    def run(self, student: Tensor, teacher: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Give the per-sample values and, if there are factors, the gradient for the student in its dtype."""
+        student, teacher = student.detach().movedim(self.dim, -1), teacher.movedim(self.dim, -1)
+        values = torch.empty(student.shape[:-1], dtype=self.dtype, device=student.device)
+        gradient = None if factors is None else torch.empty_like(student)
+        kernels = _kernels(student, self.dtype) if self.loss.kernel else None
+        if kernels is None or not kernels.run(
+            self.loss.kernel, student, teacher, values, factors, gradient, **self.options
+        ):
+            self._run_blocks(student, teacher, values, factors, gradient)
+        return values, None if gradient is None else gradient.movedim(-1, self.dim)
+
+    def _run_blocks(
+        self, student: Tensor, teacher: Tensor, values: Tensor, factors: Tensor | None, gradient: Tensor | None
+    ) -> None:
+        columns = student.shape[-1]
+        if all(x is None or x.is_contiguous() for x in (student, teacher, gradient)):
+            student, teacher, values = student.view(-1, columns), teacher.view(-1, columns), values.view(-1)
+            factors = None if factors is None else factors.reshape(-1)
+            gradient = None if gradient is None else gradient.view(-1, columns)
+        limit = max(_block_elements(student.device), columns)
+        buffers = torch.empty((4, limit // columns, columns), dtype=self.dtype, device=student.device)
+        block = self.loss.block or functools.partial(_block_by_autograd, self.loss.formula)
+        in_place = gradient is not None and gradient.dtype == self.dtype and gradient.is_contiguous()
+        for index in _cut(student.shape, limit):
+            ours, theirs = _rows(student[index], buffers[0]), _rows(teacher[index], buffers[1])
+            grad, spare = buffers[2, : len(ours)], buffers[3, : len(ours)]
+            if gradient is None or factors is None:
+                part = block(ours, theirs, None, grad, spare, **self.options)
+            else:
+                out = gradient[index]
+                grad = out.view(-1, columns) if in_place else grad
+                part = block(ours, theirs, factors[index].reshape(-1, 1), grad, spare, **self.options)
+                if not in_place:
+                    out.copy_(grad.view(out.shape))
+            values[index] = part.view(values[index].shape)
+
+
+class _Fused(torch.autograd.Function):
+    """The reduced loss of large inputs.
+
+    Where the reduction says what each row counts for, the gradient is formed together with the values, while the rows
+    are at hand, and kept; backward gives it away, times the factor from above. Otherwise, and if backward runs once
+    more, it is formed in backward from the inputs.
+    """
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, call: _Call) -> Tensor:
+        # In half a gradient divided by the number of samples can underflow before a gradient scaler gets to it.
+        early = call.reduction != "none" and student.dtype != torch.half
+        values, ctx.gradient = call.run(student, teacher, call.weights(student, mask) if early else None)
+        ctx.call = call
+        ctx.save_for_backward(student, teacher, mask)
+        return reduce(values, call.reduction, mask)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+        student, teacher, mask = ctx.saved_tensors  # raises if one was changed in place
+        gradient, ctx.gradient = ctx.gradient, None  # given away once: the receiver may write into it
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            value = ctx.call.plain(student, teacher, mask)
+            (gradient,) = torch.autograd.grad(value, student, upstream, create_graph=True)
+        elif gradient is None:
+            gradient = ctx.call.run(student, teacher, ctx.call.weights(student, mask) * upstream[0])[1]
+        else:
+            _scale(gradient, upstream[0])
+        return gradient, None, None, None
+
+
+def _can_fuse(student: Tensor, teacher: Tensor, dim: int) -> bool:
+    """Whether these are ordinary tensors, large enough, and nobody is tracing or transforming."""
+    return (
+        student.numel() >= SMALL
+        and student.shape[dim] <= LARGEST_ROW
+        and student.device.type in ("cpu", "cuda")
+        and type(student) in (Tensor, nn.Parameter)
+        and type(teacher) is Tensor
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and forward_ad.unpack_dual(student).tangent is None  # type: ignore[no-untyped-call]
+    )
+
+
+def _block_elements(device: torch.device) -> int:
+    """Give how many elements of a block stay in cache, yet keep every thread busy for longer than it takes to start."""
+    if device.type != "cpu":
+        return 2**22
+    return min(max(2**18 * torch.get_num_threads(), 2**19), 2**21)
+
+
+def _cut(shape: torch.Size, limit: int) -> Iterator[tuple[int | slice, ...]]:
+    """Give the indices that cut the dimensions before the last into pieces of at most `limit` elements."""
+    if len(shape) == 1:
+        yield ()
+        return
+    inner = math.prod(shape[1:])
+    if inner > limit:
+        for i in range(shape[0]):
+            yield from ((i, *rest) for rest in _cut(shape[1:], limit))
+        return
+    pieces = math.ceil(shape[0] / (limit // inner))
+    step = math.ceil(shape[0] / pieces)
+    yield from ((slice(start, start + step),) for start in range(0, shape[0], step))
+
+
+def _rows(x: Tensor, buffer: Tensor) -> Tensor:
+    """Give `x` as contiguous rows of the buffer's dtype: itself if it is that already, else in the buffer."""
+    if x.dtype == buffer.dtype and x.is_contiguous():
+        return x.view(-1, x.shape[-1])
+    rows = buffer[: x.numel() // x.shape[-1]]
+    rows.view(x.shape).copy_(x)
+    return rows
+
+
+def _block_by_autograd(
+    formula: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    spare: Tensor,  # noqa: ARG001 (every block function is called alike)
+    **options: Any,
+) -> Tensor:
+    if factors is None:
+        return formula(student, teacher, dim=-1, **options)
+    # Hooks from outside (checkpointing, offloading) are for what outlives the forward; they would recompute it here.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved):
+        student = student.detach().requires_grad_()
+        values = formula(student, teacher, dim=-1, **options)
+        gradient.copy_(torch.autograd.grad(values, student, factors.view(-1))[0])
+    return values.detach()
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply in place, but not by one: that would read and write the whole gradient for nothing."""
+    kernels = _kernels(gradient, factor.dtype)
+    if kernels is not None and gradient.is_contiguous():
+        kernels.scale(gradient, factor)
+    elif gradient.is_cuda or factor != 1:  # on a GPU the comparison would wait for the device
+        gradient.mul_(factor)
+
+
+def _kernels(x: Tensor, dtype: torch.dtype) -> ModuleType | None:
+    """Give the module of Triton kernels, where they can compute on this tensor in this dtype."""
+    return _import_triton() if x.is_cuda and dtype == torch.float32 else None
+
+
+@functools.cache
+def _import_triton() -> ModuleType | None:
+    try:
+        from distill import _triton
+    except ImportError:
+        return None
+    return _triton

@@ -1,0 +1,115 @@
+"""Attention transfer: Zagoruyko and Komodakis, "Paying More Attention to Attention" (2017)."""
+
+import math
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._maps import check_maps, pool_to_smaller
+from distill._registry import register_loss
+from distill._tensors import Reduction, check_reduction, normalize, reduce
+
+
+def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
+    """Mean squared difference of the normalised attention maps, one value per sample.
+
+        a(f) = mean_c |f_c|^p  at each position,  A(f) = a(f) / ||a(f)||_2
+        loss = 1/(HW) * sum_hw (A(s) - A(t))^2
+
+    Maps of unequal size are average-pooled to the smaller height and width. The attention maps are normalised over the
+    positions, so neither the number of channels nor the scale of a map counts; one that is 0 everywhere stays 0.
+
+    Published with weight 1000, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan
+    and Isola, "Contrastive Representation Distillation", ICLR 2020). That weight belongs to the mean over the
+    positions, which is followed here; the paper's equation has the norm of the difference, not squared, and the sum
+    over the channels.
+
+    Args:
+        student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
+        teacher: The teacher's map, `(N, C', H', W')`. A constant: no gradient reaches it.
+        p: The power, finite and at least 1. The larger, the more the strongest activations count.
+
+    Returns:
+        One value per sample, `(N,)`, without unit, between 0 and 4 / (HW); float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If an input is no map, N or the devices differ, an input is empty or not floating-point, or p is
+            not finite or below 1.
+
+    Examples:
+        >>> import torch
+        >>> from distill import at_loss
+        >>> student = torch.tensor([[[[3.0, 0.0]]]])  # one channel, attention (1, 0)
+        >>> teacher = torch.tensor([[[[0.0, 5.0]], [[0.0, 1.0]]]])  # two channels, attention (0, 1)
+        >>> at_loss(student, teacher)
+        tensor([1.])
+
+    Reference:
+        Sergey Zagoruyko and Nikos Komodakis, "Paying More Attention to Attention: Improving the Performance of
+        Convolutional Neural Networks via Attention Transfer", ICLR 2017 and arXiv 1612.03928, section 3.1.
+    """
+    _check_p(p)
+    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=False))
+    return (_attention(student, p) - _attention(teacher, p)).square().mean(1)
+
+
+def _attention(maps: Tensor, p: float) -> Tensor:
+    powers = maps.square() if p == 2 else maps.abs().pow(p)
+    return normalize(powers.mean(1).flatten(1), dim=1)
+
+
+def _check_p(p: float) -> float:
+    if not 1 <= p < math.inf:
+        raise ValueError(f"p must be finite and at least 1, got {p!r}")
+    return p
+
+
+@register_loss("at")
+class ATLoss(nn.Module):
+    """Mean squared difference of the normalised attention maps; see `at_loss` for the formula.
+
+    Args:
+        p: The power, finite and at least 1.
+        reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
+
+    Raises:
+        ValueError: If p is not finite or below 1, or the reduction is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from distill import ATLoss
+        >>> loss = ATLoss()
+        >>> maps = torch.arange(32.0).reshape(2, 4, 2, 2)
+        >>> loss(maps, 4 * maps)  # the scale does not count
+        tensor(0.)
+    """
+
+    def __init__(self, p: float = 2, *, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        self.p = _check_p(p)
+        self.reduction = check_reduction(reduction)
+
+    @override
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: Map, `(N, C, H, W)`.
+            teacher: Map, `(N, C', H', W')`.
+            target: Not used; every loss is called alike.
+            mask: Bool or weights, `(N,)`.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
+
+        Raises:
+            ValueError: As `at_loss`, and if the mask has another shape than the per-sample values.
+        """
+        return reduce(at_loss(student, teacher, p=self.p), self.reduction, mask)
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options in `repr`."""
+        return f"p={self.p}, reduction={self.reduction!r}"

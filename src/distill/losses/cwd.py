@@ -1,0 +1,104 @@
+"""Channel-wise distillation: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (2021)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._maps import check_maps, pool_to_smaller
+from distill._registry import register_loss
+from distill._tensors import Reduction, check_positive, check_reduction, reduce
+
+
+def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """Divergence of each channel's distribution over the positions, averaged over channels, one value per sample.
+
+        p_c = softmax over the HW positions of t_c / T,  q_c = softmax over the HW positions of s_c / T
+        loss = T^2 * 1/C * sum_c KL(p_c || q_c)
+
+    Maps of unequal size are average-pooled to the smaller height and width. What is added to a whole channel does not
+    count.
+
+    Published with weight 3 on the logit maps of a segmentation network, at temperature 4 (the authors' Cityscapes
+    code), whose scale is followed here.
+
+    Args:
+        student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
+        teacher: The teacher's map, `(N, C, H', W')`. A constant: no gradient reaches it.
+        temperature: What both maps are divided by, positive and finite.
+
+    Returns:
+        One value per sample, `(N,)`, in nats times the squared temperature, not negative but for rounding; float32, or
+        float64 if an input is.
+
+    Raises:
+        ValueError: If an input is no map, N, C or the devices differ, an input is empty or not floating-point, or the
+            temperature is not positive and finite.
+
+    Examples:
+        >>> import torch
+        >>> from distill import cwd_loss
+        >>> student = torch.tensor([[[[0.0, 0.0]]]])
+        >>> teacher = torch.tensor([[[[0.25, 0.75]]]]).log()
+        >>> cwd_loss(student, teacher, temperature=1.0)  # 0.25 log(0.25 / 0.5) + 0.75 log(0.75 / 0.5)
+        tensor([0.1308])
+
+    Reference:
+        Changyong Shu, Yifan Liu, Jianfei Gao, Zheng Yan and Chunhua Shen, "Channel-wise Knowledge Distillation for
+        Dense Prediction", ICCV 2021 and arXiv 2011.13256, section 3.2.
+    """
+    check_positive("temperature", temperature)
+    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True))
+    log_q = F.log_softmax(student.flatten(2) / temperature, 2)
+    log_p = F.log_softmax(teacher.flatten(2) / temperature, 2)
+    return (log_p.exp() * (log_p - log_q)).sum(2).mean(1) * temperature**2
+
+
+@register_loss("cwd")
+class CWDLoss(nn.Module):
+    """Divergence of each channel's distribution over the positions; see `cwd_loss` for the formula.
+
+    Args:
+        temperature: What both maps are divided by, positive and finite. It may be changed between steps.
+        reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
+
+    Raises:
+        ValueError: If the temperature is not positive and finite, or the reduction is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from distill import CWDLoss
+        >>> loss = CWDLoss(temperature=1.0)
+        >>> maps = torch.arange(32.0).reshape(2, 4, 2, 2)
+        >>> loss(maps, maps)
+        tensor(0.)
+    """
+
+    def __init__(self, temperature: float = 4.0, *, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        self.temperature = check_positive("temperature", temperature)
+        self.reduction = check_reduction(reduction)
+
+    @override
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: Map, `(N, C, H, W)`.
+            teacher: Map, `(N, C, H', W')`.
+            target: Not used; every loss is called alike.
+            mask: Bool or weights, `(N,)`.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
+
+        Raises:
+            ValueError: As `cwd_loss`, and if the mask has another shape than the per-sample values.
+        """
+        return reduce(cwd_loss(student, teacher, temperature=self.temperature), self.reduction, mask)
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options in `repr`."""
+        return f"temperature={self.temperature}, reduction={self.reduction!r}"

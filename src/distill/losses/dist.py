@@ -1,0 +1,139 @@
+"""Relations of predictions: Huang et al., "Knowledge Distillation from a Stronger Teacher" (NeurIPS 2022)."""
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._registry import register_loss
+from distill._tensors import check_not_negative, check_pair, check_positive, soften
+
+_EPS = 1e-8
+
+
+def dist_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    dim: int = -1,
+) -> Tensor:
+    """Correlation of the predictions, over the classes and over the samples, one value for the batch.
+
+        p = softmax(t / T),  q = softmax(s / T),  both N x C
+        r(a, b) = sum (a - mean a)(b - mean b) / (|a - mean a| |b - mean b| + 1e-8)
+        inter = 1 - mean over samples of r(p_n, q_n), along the classes
+        intra = 1 - mean over classes of r(p_c, q_c), along the samples
+        loss = T^2 * [beta * inter + gamma * intra]
+
+    The student must keep the teacher's order and proportions, not its exact probabilities. Every dimension but `dim`
+    counts as samples. The 1e-8 stands in the authors' code and not in the paper. It makes a difference: a class that
+    no sample of the batch is likely to be counts as uncorrelated, even if student and teacher agree.
+
+    Published with weight 1, `beta` and `gamma` 1 and temperature 1, beside the cross-entropy with weight 1 (ImageNet,
+    the authors' code).
+
+    Args:
+        student: The student's logits, finite, `(..., C)`, with at least two
+            dimensions. Any floating dtype; half and bfloat16 are computed in float32.
+        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        beta: Weight of the part over classes, zero or positive.
+        gamma: Weight of the part over samples, zero or positive.
+        temperature: What both logits are divided by, positive and finite.
+        dim: The dimension of the `C` classes.
+
+    Returns:
+        A scalar, shape `()`, without a unit, times the squared temperature; float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If shapes or devices differ, an input is empty or not floating-point, there is only one dimension,
+            a weight is negative or not finite, the temperature is not positive and finite, or `dim` is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from distill import dist_loss
+        >>> student = torch.tensor([[0.2, 0.8], [0.4, 0.6]]).log()
+        >>> teacher = torch.tensor([[0.1, 0.9], [0.4, 0.6]]).log()
+        >>> dist_loss(student, teacher).abs() < 1e-5  # the same order, and in proportion
+        tensor(True)
+        >>> dist_loss(student, teacher.flip(0))  # now the samples are the wrong way round
+        tensor(2.0000)
+
+    Reference:
+        Tao Huang, Shan You, Fei Wang, Chen Qian and Chang Xu, "Knowledge Distillation from a Stronger Teacher",
+        NeurIPS 2022 and arXiv 2205.10536, section 3.
+    """
+    check_not_negative("beta", beta)
+    check_not_negative("gamma", gamma)
+    check_positive("temperature", temperature)
+    student, teacher = check_pair(student, teacher, dim=dim)
+    if student.ndim < 2:
+        raise ValueError(f"student and teacher must have samples and classes, got shape {tuple(student.shape)}")
+    q = torch.softmax(soften(student, temperature), dim).movedim(dim, -1).flatten(0, -2)
+    p = torch.softmax(soften(teacher, temperature), dim).movedim(dim, -1).flatten(0, -2)
+    inter = 1 - _correlation(q, p, dim=1).mean()
+    intra = 1 - _correlation(q, p, dim=0).mean()
+    return (beta * inter + gamma * intra) * temperature**2
+
+
+def _correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
+    a = a - a.mean(dim, keepdim=True)
+    b = b - b.mean(dim, keepdim=True)
+    norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
+    correlation: Tensor = (a * b).sum(dim) / (norms + _EPS)
+    return correlation
+
+
+@register_loss("dist")
+class DISTLoss(nn.Module):
+    """Correlation of the predictions over classes and over samples; see `dist_loss` for the formula.
+
+    It exists for a batch as a whole, so there is neither a reduction nor a mask.
+
+    Args:
+        beta: Weight of the part over classes, zero or positive.
+        gamma: Weight of the part over samples, zero or positive.
+        temperature: What both logits are divided by, positive and finite. It may be changed between steps.
+        dim: The dimension of the `C` classes.
+
+    Raises:
+        ValueError: If a weight is negative or not finite, or the temperature is not positive and finite.
+
+    Examples:
+        >>> import torch
+        >>> from distill import DISTLoss
+        >>> loss = DISTLoss()
+        >>> logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]])
+        >>> loss(logits, logits).abs() < 1e-4
+        tensor(True)
+    """
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, *, dim: int = -1) -> None:
+        super().__init__()
+        self.beta = check_not_negative("beta", beta)
+        self.gamma = check_not_negative("gamma", gamma)
+        self.temperature = check_positive("temperature", temperature)
+        self.dim = dim
+
+    @override
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: Logits, `(..., C)`, with at least two dimensions.
+            teacher: Logits, same shape.
+            target: Not used; every loss is called alike.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: As `dist_loss`.
+        """
+        return dist_loss(student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature, dim=self.dim)
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options in `repr`."""
+        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}, dim={self.dim}"

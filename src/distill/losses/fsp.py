@@ -1,0 +1,125 @@
+"""Flow of the solution procedure: Yim, Joo, Bae and Kim, "A Gift from Knowledge Distillation" (2017)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._maps import check_maps, pool_to_smaller
+from distill._registry import register_loss
+from distill._tensors import Reduction, check_reduction, reduce, without_autocast
+
+
+def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference of the matrices that lead from one layer to another, one value per sample.
+
+        G(f, g)_ij = 1/(HW) * sum_hw f_i g_j,  f and g two layers of one network
+        loss = 1/(C1 C2) * sum_ij (G(s)_ij - G(t)_ij)^2
+
+    Where the two layers of a network differ in size, the larger is average-pooled to the smaller height and width. The
+    matrices are C1 x C2 whatever the sizes, so student and teacher may differ in theirs.
+
+    Published with weight 50 (the CIFAR-100 script of Tian, Krishnan and Isola, "Contrastive Representation
+    Distillation", ICLR 2020). There the loss initialises the student in a stage of its own, where it is the only one
+    and the weight is not applied. The mean over the entries is that benchmark's; the paper sums over them.
+
+    Args:
+        student: The student's two layers, maps `(N, C1, H1, W1)` and `(N, C2, H2, W2)`. Any floating dtype; half and
+            bfloat16 are computed in float32.
+        teacher: The teacher's two layers, maps `(N, C1, H1', W1')` and `(N, C2, H2', W2')`. Constants: no gradient
+            reaches them.
+
+    Returns:
+        One value per sample, `(N,)`, in the fourth power of the inputs' unit; float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If a side is no pair of maps, N, C1, C2 or the devices differ, or an input is empty or not
+            floating-point.
+
+    Examples:
+        >>> import torch
+        >>> from distill import fsp_loss
+        >>> student = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1)
+        >>> teacher = torch.ones(1, 1, 4, 4), 3 * torch.ones(1, 1, 2, 2)
+        >>> fsp_loss(student, teacher)  # (1 * 1 - 1 * 3)^2
+        tensor([4.])
+
+    Reference:
+        Junho Yim, Donggyu Joo, Jihoon Bae and Junmo Kim, "A Gift from Knowledge Distillation: Fast Optimization,
+        Network Minimization and Transfer Learning", CVPR 2017, sections 3.2 and 3.3.
+    """
+    for side, maps in (("student", student), ("teacher", teacher)):
+        if isinstance(maps, Tensor) or len(maps) != 2:
+            got = type(maps).__name__ if isinstance(maps, Tensor) else f"{len(maps)} of them"
+            raise ValueError(f"the {side} must be a pair of maps (a tuple of two paths in a Term), got {got}")
+    layers = [check_maps(s, t, same_channels=True) for s, t in zip(student, teacher, strict=True)]
+    if layers[0][0].shape[0] != layers[1][0].shape[0]:
+        raise ValueError(f"the two layers must be of the same N, got {[tuple(s.shape) for s, _ in layers]}")
+    if layers[0][0].device != layers[1][0].device:
+        raise ValueError(f"the two layers must be on the same device, got {[str(s.device) for s, _ in layers]}")
+    (s1, t1), (s2, t2) = layers
+    return (_flow(s1, s2) - _flow(t1, t2)).square().mean((1, 2))
+
+
+def _flow(first: Tensor, second: Tensor) -> Tensor:
+    first, second = (maps.flatten(2) for maps in pool_to_smaller(first, second))
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    with without_autocast(first):
+        return first.to(dtype) @ second.to(dtype).mT / first.shape[2]
+
+
+@register_loss("fsp")
+class FSPLoss(nn.Module):
+    """Mean squared difference of the matrices that lead from one layer to another; see `fsp_loss` for the formula.
+
+    In a `Term`, `at=(("layer1", "layer2"), ("layer1", "layer2"))` names the student's two layers and the teacher's.
+
+    Args:
+        reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
+
+    Raises:
+        ValueError: If the reduction is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from distill import FSPLoss
+        >>> loss = FSPLoss()
+        >>> layers = torch.rand(2, 4, 8, 8), torch.rand(2, 6, 4, 4)
+        >>> loss(layers, layers)
+        tensor(0.)
+    """
+
+    def __init__(self, *, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        self.reduction = check_reduction(reduction)
+
+    @override
+    def forward(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: Two maps, `(N, C1, H1, W1)` and `(N, C2, H2, W2)`.
+            teacher: Two maps, `(N, C1, H1', W1')` and `(N, C2, H2', W2')`.
+            target: Not used; every loss is called alike.
+            mask: Bool or weights, `(N,)`.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
+
+        Raises:
+            ValueError: As `fsp_loss`, and if the mask has another shape than the per-sample values.
+        """
+        return reduce(fsp_loss(student, teacher), self.reduction, mask)
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options in `repr`."""
+        return f"reduction={self.reduction!r}"

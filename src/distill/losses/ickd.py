@@ -1,0 +1,105 @@
+"""Inter-channel correlation: Liu et al., "Exploring Inter-Channel Correlation" (2021)."""
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._maps import check_maps, pool_to_smaller
+from distill._registry import register_loss
+from distill._tensors import Reduction, check_reduction, normalize, reduce, without_autocast
+
+
+def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of the channels' normalised correlations, one value per sample.
+
+        G(f)_ij = sum_hw f_i f_j, each row over its L2 norm
+        loss = 1/(C N) * sum_ij (G(s)_ij - G(t)_ij)^2
+
+    Maps of unequal size are average-pooled to the smaller height and width. A channel that is 0 everywhere has a row of
+    zeros. The mean over the samples is the sum over the batch divided by `C N^2`: the value of a sample depends on how
+    many there are in the batch.
+
+    Published with weight 500 at that scale (torchdistill's ImageNet configuration, batches of 256), which is the scale
+    of the authors' ImageNet code. Their CIFAR-100 code divides by N only once, with weight 2.5: that is 2.5 N here.
+    All of them pass the student through a 1x1 convolution and a batch norm first, which is left to the caller.
+
+    Args:
+        student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
+        teacher: The teacher's map, `(N, C, H', W')`. A constant: no gradient reaches it.
+
+    Returns:
+        One value per sample, `(N,)`, without unit, between 0 and 4 / N; float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If an input is no map, N, C or the devices differ, or an input is empty or not floating-point.
+
+    Examples:
+        >>> import torch
+        >>> from distill import ickd_loss
+        >>> student = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])  # two channels, not correlated
+        >>> teacher = torch.tensor([[[[1.0, 0.0]], [[2.0, 0.0]]]])  # rows (1, 2) and (2, 4), normalised
+        >>> ickd_loss(student, teacher)  # (2 - 2 * 0.4472 + 2 - 2 * 0.8944) / 2
+        tensor([0.6584])
+
+    Reference:
+        Li Liu, Qingle Huang, Sihao Lin, Hongwei Xie, Bing Wang, Xiaojun Chang and Xiaodan Liang, "Exploring
+        Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", ICCV 2021 and arXiv 2202.03680,
+        section 3.
+    """
+    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True))
+    samples, channels = student.shape[:2]
+    return (_correlation(student) - _correlation(teacher)).square().sum((1, 2)) / (channels * samples)
+
+
+def _correlation(maps: Tensor) -> Tensor:
+    channels = maps.flatten(2)
+    with without_autocast(maps):
+        return normalize(channels @ channels.mT, dim=2)
+
+
+@register_loss("ickd")
+class ICKDLoss(nn.Module):
+    """Squared difference of the channels' normalised correlations; see `ickd_loss` for the formula.
+
+    Args:
+        reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
+
+    Raises:
+        ValueError: If the reduction is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from distill import ICKDLoss
+        >>> loss = ICKDLoss()
+        >>> maps = torch.arange(32.0).reshape(2, 4, 2, 2)
+        >>> loss(maps, maps.flip(3))  # where in the map does not count
+        tensor(0.)
+    """
+
+    def __init__(self, *, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        self.reduction = check_reduction(reduction)
+
+    @override
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: Map, `(N, C, H, W)`.
+            teacher: Map, `(N, C, H', W')`.
+            target: Not used; every loss is called alike.
+            mask: Bool or weights, `(N,)`.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
+
+        Raises:
+            ValueError: As `ickd_loss`, and if the mask has another shape than the per-sample values.
+        """
+        return reduce(ickd_loss(student, teacher), self.reduction, mask)
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options in `repr`."""
+        return f"reduction={self.reduction!r}"

@@ -1,0 +1,433 @@
+"""Logit matching of linear heads without their logits: Vincent, de Brebisson and Bouthillier (NIPS 2015)."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._gram import (
+    Factor,
+    Heads,
+    Plan,
+    by_blocks,
+    by_factor,
+    by_gram,
+    factorise,
+    has_float64,
+    make_plan,
+    teacher_gram,
+)
+from distill._registry import register_loss
+from distill._tensors import Reduction, check_reduction, reduce
+
+Method: TypeAlias = Literal["auto", "factor", "gram", "blocks"]
+_METHODS = ("auto", "factor", "gram", "blocks")
+
+
+def linear_logit_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    vocab_size: int | None = None,
+    method: Method = "auto",
+) -> Tensor:
+    """`logit_loss` of two linear heads' logits, which are never formed, one value per sample.
+
+        s = W_s h_s + b_s,  t = W_t h_t + b_t
+        loss = 1/V * sum_v (s_v - t_v)^2
+             = 1/V * (h_s G_ss h_s - 2 h_t G_ts h_s + h_t G_tt h_t),  G_xy = W_x^T W_y  (without biases)
+
+    Exact, not an approximation: what `logit_loss(s, t)` gives, with gradients for the student's hidden states, weight
+    and bias. The published weights are those of `logit_loss`.
+
+    Three forms give the same value. `"gram"` computes the formula above: O((N + V) d^2) time and O(N d + d^2) memory
+    beside the gradients, instead of O(N V d) and O(N V). `"factor"`, for heads that are not trained, takes R from a QR
+    factorisation of `[W_s, -W_t]` in float64 and gives `1/V * |R [h_s, h_t]|^2`, where the vocabulary is gone; it pays
+    where R is kept, as `LinearLogitLoss` does. `"blocks"` forms the logits of some classes at a time, in the inputs'
+    dtype and at least float32; if the head trains, it keeps up to 128 MB of their differences for backward, or forms
+    them again. `"auto"` takes the form whose estimated cost is lowest, as `LinearLogitLoss.plan` shows.
+
+    The terms cancel as student and teacher agree. On a CPU, float32 inputs are computed in float32 as long as that is
+    enough, and otherwise in float64, values of `"gram"` in the last resort by `"factor"`: down to logits that differ by
+    1e-6 of their size, values err by less than 1e-3 and gradients by less than 1e-4 (benchmarks/agreement.py). On other
+    devices and in traced code both compute in float64. `"blocks"` errs as formed logits do. No value is negative.
+
+    Differentiating twice and `torch.func` work, in memory for V times the hidden sizes (`"gram"`) or N times V
+    (`"blocks"`); `torch.compile` traces all forms.
+
+    Args:
+        student_hidden: What the student's head sees, `(..., d_s)`. Any floating dtype.
+        student_weight: The student's head, `(V, d_s)`, as in `nn.Linear` and `nn.Embedding`.
+        teacher_hidden: What the teacher's head sees, `(..., d_t)`; d_t may differ from d_s, the rest may not.
+        teacher_weight: The teacher's head, `(V, d_t)`. The teacher's tensors are constants.
+        student_bias: `(V,)`, or None for none.
+        teacher_bias: `(V,)`, or None for none.
+        vocab_size: Compare the first so many rows of both heads only, which must mean the same tokens: for vocabularies
+            of which one continues the other, or weights padded to a multiple of 64. The mean is over these rows.
+        method: `"auto"`, `"factor"`, `"gram"` or `"blocks"`.
+
+    Returns:
+        One value per sample, shape `(...)`, in squared units of the logits; float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If shapes, vocabularies or devices differ, an input is empty or not floating-point, `vocab_size` is
+            not positive or larger than a head, the method is unknown, `"factor"` is asked for while the student's head
+            needs a gradient, or `"factor"` or `"gram"` on a device without float64.
+
+    Examples:
+        >>> import torch
+        >>> from distill import linear_logit_loss, logit_loss
+        >>> student_hidden, teacher_hidden = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0, 1.0]])
+        >>> student_weight, teacher_weight = torch.ones(5, 2), torch.ones(5, 3)
+        >>> linear_logit_loss(student_hidden, student_weight, teacher_hidden, teacher_weight)  # logits of 3 and 2
+        tensor([1.])
+        >>> logit_loss(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T)
+        tensor([1.])
+
+    Reference:
+        Pascal Vincent, Alexandre de Brebisson and Xavier Bouthillier, "Efficient Exact Gradient Update for training
+        Deep Networks with Very Large Sparse Targets", NIPS 2015 (the squared error of a linear layer from W^T W), for
+        the loss of Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, section 2.2.
+    """
+    _check_method(method)
+    problem = _check(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, vocab_size
+    )
+    return problem.loss(problem.plan().method if method == "auto" else method)
+
+
+@register_loss("linear_logit")
+class LinearLogitLoss(nn.Module):
+    """`LogitLoss` of two linear heads' logits, which are never formed; see `linear_logit_loss` for the formula.
+
+    It compares what the heads see: as a `Term` at the heads' inputs (`at="lm_head:input"`), or at the module before
+    them in models that then need not run their heads at all.
+
+    The heads are `nn.Linear`, `nn.Embedding` (tied or not), or another module with a matrix `weight` of V rows and
+    possibly a `bias`, used as they are at each call. They are referred to, not owned: they are in no `parameters()` and
+    no `state_dict()` of the loss, and moving the loss does not move them. So put the student's own head in, which the
+    student trains, saves and moves. A copy or pickle of a Distiller refers to the head of the copied student; a copy of
+    the loss alone has copies of the heads.
+
+    While nothing in the student's head needs a gradient, the factor of both heads is kept between calls; with a head
+    that trains, the teacher's own Gram matrix. Either is computed again when a weight has changed: replaced, moved,
+    cast, or written by an optimizer, `copy_` or `load_state_dict`, which PyTorch counts. Writes that it does not count
+    (through a `.data`, a NumPy view or another process) cannot be seen: call `forget()` after them. Nothing is kept
+    inside `torch.compile`, nor for weights that are no `nn.Parameter` or are inference tensors.
+
+    Args:
+        student_head: The student's head, (V, d_s).
+        teacher_head: The teacher's head, (V, d_t); never trained by this loss.
+        reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
+        vocab_size: Compare the first so many rows of both heads only; None compares all, of which there must be
+            equally many.
+        method: `"auto"`, or the form to take whatever it costs: `"factor"`, `"gram"` or `"blocks"`.
+
+    Raises:
+        ValueError: If a head has no matrix as `weight`, the vocabularies differ, or an option is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from distill import LinearLogitLoss, LogitLoss
+        >>> student_head, teacher_head = torch.nn.Linear(4, 1000), torch.nn.Linear(8, 1000)
+        >>> loss = LinearLogitLoss(student_head, teacher_head)
+        >>> student_hidden, teacher_hidden = torch.randn(2, 16, 4), torch.randn(2, 16, 8)
+        >>> value = loss(student_hidden, teacher_hidden)
+        >>> torch.allclose(value, LogitLoss()(student_head(student_hidden), teacher_head(teacher_hidden)))
+        True
+        >>> loss.plan(samples=32).method
+        'gram'
+    """
+
+    def __init__(
+        self,
+        student_head: nn.Module,
+        teacher_head: nn.Module,
+        *,
+        reduction: Reduction = "mean",
+        vocab_size: int | None = None,
+        method: Method = "auto",
+    ) -> None:
+        super().__init__()
+        self.reduction = check_reduction(reduction)
+        self.vocab_size = vocab_size
+        self.method = _check_method(method)
+        for name, head in (("student_head", student_head), ("teacher_head", teacher_head)):
+            _check_head(name, head)
+        # In a tuple, where nn.Module does not look for submodules: the models own their heads.
+        self._heads = (student_head, teacher_head)
+        student_weight, _, teacher_weight, _ = self._tensors()
+        _check_vocabulary(len(student_weight), len(teacher_weight), vocab_size)
+        self._kept: dict[str, tuple[list[Callable[[], Any]], Any, Any]] = {}
+
+    @property
+    def student_head(self) -> nn.Module:
+        """The student's head, not a submodule."""
+        return self._heads[0]
+
+    @property
+    def teacher_head(self) -> nn.Module:
+        """The teacher's head, not a submodule."""
+        return self._heads[1]
+
+    @override
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: What the student's head sees, `(..., d_s)`.
+            teacher: What the teacher's head sees, `(..., d_t)`.
+            target: Not used; every loss is called alike.
+            mask: Bool or weights, `(...)`, shaped like the per-sample values.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(...)`.
+
+        Raises:
+            ValueError: As `linear_logit_loss`, and if the mask has another shape than the per-sample values.
+        """
+        problem = self._problem(student, teacher)
+        chosen = self._plan(problem).method
+        problem.check_possible(chosen)
+        factor = own = None
+        if chosen == "factor":
+            factor = self._keep("factor", self._tensors(), lambda: factorise(problem.heads))
+        elif chosen == "gram":
+            own = self._keep("teacher", self._tensors()[2:3], lambda: teacher_gram(problem.heads.teacher))
+        return reduce(problem.loss(chosen, factor=factor, own=own), self.reduction, mask)
+
+    def plan(self, samples: int) -> Plan:
+        """Tell which form a call takes in the present state of the heads and of grad mode, and why.
+
+        Args:
+            samples: How many hidden states a call has, N.
+
+        Returns:
+            A tuple: `method`, which is `"factor"`, `"gram"` or `"blocks"`; `costs`, estimates for the possible forms
+            in 10^9 float32 multiply-adds; and `reason`, the same in words.
+
+        Raises:
+            ValueError: If `samples` is not positive.
+        """
+        if samples < 1:
+            raise ValueError(f"samples must be positive, got {samples!r}")
+        weight, _, teacher_weight, _ = self._tensors()
+        nothing = weight.new_empty(1)
+        return self._plan(
+            self._problem(nothing.expand(samples, weight.shape[1]), nothing.expand(samples, teacher_weight.shape[1]))
+        )
+
+    def forget(self) -> None:
+        """Drop what is kept between calls, after a write to a weight that PyTorch does not count."""
+        self._kept.clear()
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options and the heads' sizes in `repr`."""
+        student, _, teacher, _ = self._tensors()
+        return (
+            f"reduction={self.reduction!r}, vocab_size={self.vocab_size}, method={self.method!r}, "
+            f"student_head={tuple(student.shape)}, teacher_head={tuple(teacher.shape)}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}  # a copy refers to other heads
+
+    def _tensors(self) -> list[Any]:
+        return [getattr(head, name, None) for head in self._heads for name in ("weight", "bias")]
+
+    def _problem(self, student: Tensor, teacher: Tensor) -> "_Problem":
+        weight, bias, teacher_weight, teacher_bias = self._tensors()
+        return _check(student, weight, bias, teacher, teacher_weight, teacher_bias, self.vocab_size)
+
+    def _plan(self, problem: "_Problem") -> Plan:
+        weight, bias, teacher_weight, teacher_bias = self._tensors()
+        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        plan = problem.plan(
+            may_factor=frozen and _can_keep([weight, bias, teacher_weight, teacher_bias]),
+            keeps_teacher=_can_keep([teacher_weight]),
+        )
+        if self.method != "auto":
+            plan = plan._replace(method=self.method, reason=f"as asked for; by cost it would be {plan.reason}")
+        return plan
+
+    def _keep(self, name: str, tensors: list[Any], compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, from the last call if the tensors are what they were then."""
+        if not _can_keep(tensors):
+            return compute()
+        state = [self.vocab_size, *map(_state, tensors)]
+        references, last, value = self._kept.get(name, ([], None, None))
+        if last != state or any(ref() is not tensor for ref, tensor in zip(references, tensors, strict=True)):
+            with torch.inference_mode(False), torch.no_grad():
+                value = compute()
+            self._kept[name] = (
+                [weakref.ref(tensor) if tensor is not None else _nothing for tensor in tensors],
+                state,
+                value,
+            )
+        return value
+
+
+class _Problem(NamedTuple):
+    """Checked inputs: hidden states as matrices, both heads, and what the result looks like."""
+
+    student: Tensor  # (N, d_s)
+    teacher: Tensor  # (N, d_t)
+    heads: Heads
+    trains: bool
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def plan(self, *, may_factor: bool = False, keeps_teacher: bool = False) -> Plan:
+        return make_plan(
+            len(self.student),
+            len(self.heads.student),
+            sum(part.shape[1] for part in self.heads.left()),
+            self.teacher.shape[1],
+            device=self.student.device,
+            trains=self.trains,
+            may_factor=may_factor,
+            keeps_teacher=keeps_teacher,
+        )
+
+    def check_possible(self, method: str) -> None:
+        if method == "factor" and self.trains:
+            raise ValueError("method 'factor' must have a student's head that needs no gradient, got one that does")
+        if method != "blocks" and not has_float64(self.student.device):
+            raise ValueError(f"method {method!r} must have a device with float64, got {self.student.device.type}")
+
+    def loss(self, method: str, *, factor: Factor | None = None, own: Tensor | None = None) -> Tensor:
+        self.check_possible(method)
+        student, teacher, heads = self.student, self.teacher, self.heads
+        with torch.autocast(student.device.type, enabled=False):
+            student, teacher = student.to(self.dtype), teacher.to(self.dtype)
+            if method == "blocks":
+                values = by_blocks(student, teacher, heads)
+            else:
+                if heads.column is not None:
+                    ones = student.new_ones(len(student), 1)
+                    student = torch.cat([student, ones], 1)
+                if method == "factor":
+                    values = by_factor(student, teacher, factorise(heads) if factor is None else factor)
+                else:
+                    values = by_gram(student, teacher, heads, teacher_gram(heads.teacher) if own is None else own)
+            return (values / len(heads.student)).to(self.dtype).reshape(self.shape)
+
+
+def _check(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    vocab_size: int | None,
+) -> _Problem:
+    for name, matrix in (("student_weight", weight), ("teacher_weight", teacher_weight)):
+        if matrix.ndim != 2 or matrix.numel() == 0:
+            raise ValueError(f"{name} must be a matrix (V, d) and not empty, got shape {tuple(matrix.shape)}")
+    if (*student.shape[-1:], *teacher.shape[-1:]) != (weight.shape[1], teacher_weight.shape[1]) or (
+        student.shape[:-1] != teacher.shape[:-1]
+    ):
+        raise ValueError(
+            f"hidden states must have their heads' sizes, {weight.shape[1]} and {teacher_weight.shape[1]}, as the last "
+            "dimension and else the same shape (nothing is broadcast), "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    for what, given in (
+        ("hidden states", (student, teacher)),
+        ("heads", (weight, teacher_weight, bias, teacher_bias)),
+    ):
+        if not all(tensor.is_floating_point() for tensor in given if tensor is not None):
+            dtypes = " and ".join(str(tensor.dtype) for tensor in given if tensor is not None)
+            raise ValueError(f"{what} must be floating-point, got {dtypes}")
+    tensors = [
+        tensor for tensor in (student, weight, bias, teacher, teacher_weight, teacher_bias) if tensor is not None
+    ]
+    devices = dict.fromkeys(str(tensor.device) for tensor in tensors)
+    if len(devices) > 1:
+        raise ValueError(f"hidden states and heads must be on the same device, got {' and '.join(devices)}")
+    if student.numel() == 0:
+        raise ValueError(f"hidden states must not be empty, got shape {tuple(student.shape)}")
+    size = _check_vocabulary(len(weight), len(teacher_weight), vocab_size)
+    for name, vector, matrix in (("student_bias", bias, weight), ("teacher_bias", teacher_bias, teacher_weight)):
+        if vector is not None and vector.shape != matrix.shape[:1]:
+            raise ValueError(
+                f"{name} must have one value per row of its weight, {len(matrix)}, got shape {tuple(vector.shape)}"
+            )
+    wide = torch.float64 if has_float64(student.device) else torch.float32
+    column = None if bias is None else _first(bias, size)[:, None].to(wide)
+    if teacher_bias is not None:
+        theirs = teacher_bias.detach()[:size, None].to(wide)
+        column = -theirs if column is None else column - theirs
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return _Problem(
+        student.reshape(-1, student.shape[-1]),
+        teacher.detach().reshape(-1, teacher.shape[-1]),
+        Heads(_first(weight, size), _first(teacher_weight.detach(), size), column),
+        torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        student.shape[:-1],
+        dtype,
+    )
+
+
+def _first(tensor: Tensor, size: int) -> Tensor:
+    # A slice of all rows would cost one more gradient of the weight's size in backward.
+    return tensor if len(tensor) == size else tensor[:size]
+
+
+def _check_vocabulary(student: int, teacher: int, size: int | None) -> int:
+    if size is None:
+        if student != teacher:
+            raise ValueError(
+                f"both heads must have the same vocabulary, got {student} and {teacher} rows; vocab_size= compares the "
+                "first rows only, where they mean the same tokens"
+            )
+        return student
+    if not 1 <= size <= min(student, teacher):
+        raise ValueError(
+            f"vocab_size must be between 1 and the rows of both heads, {student} and {teacher}, got {size}"
+        )
+    return size
+
+
+def _check_method(method: Method) -> Method:
+    if method not in _METHODS:
+        raise ValueError(f"method must be 'auto', 'factor', 'gram' or 'blocks', got {method!r}")
+    return method
+
+
+def _check_head(name: str, head: nn.Module) -> None:
+    weight, bias = (getattr(head, attribute, None) for attribute in ("weight", "bias"))
+    if not (isinstance(head, nn.Module) and isinstance(weight, Tensor) and weight.ndim == 2):
+        raise ValueError(
+            f"{name} must be a module with a matrix as weight, as nn.Linear and nn.Embedding, got {head!r}"
+        )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise ValueError(f"{name} must have a tensor or None as bias, got {type(bias).__name__}")
+
+
+def _can_keep(tensors: list[Any]) -> bool:
+    """Whether a later change of the tensors can be noticed."""
+    return not torch.compiler.is_compiling() and all(
+        tensor is None or (isinstance(tensor, nn.Parameter) and not tensor.is_inference()) for tensor in tensors
+    )
+
+
+def _state(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape)
+
+
+def _nothing() -> None:
+    """Stands in for the reference to a bias that is not there."""

@@ -1,0 +1,149 @@
+"""Normalised distillation: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation" (ICCV 2023)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._registry import register_loss
+from distill._tensors import (
+    Reduction,
+    check_classes,
+    check_labels,
+    check_not_negative,
+    check_pair,
+    check_positive,
+    check_reduction,
+    reduce,
+    soften,
+)
+
+
+def nkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    *,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+    dim: int = -1,
+) -> Tensor:
+    """Cross-entropy of the target under the teacher, and of the normalised other classes, one value per sample.
+
+        p = softmax(t),  q = softmax(s),  y the target
+        p' = softmax of t / T over the classes other than y,  q' likewise of s / T
+        loss = -p_y log q_y - gamma * T^2 * sum_{c != y} p'_c log q'_c
+
+    The target's part is at temperature 1 whatever T is. Both parts are cross-entropies: the smallest value is not 0
+    but what the teacher's own probabilities give.
+
+    Published with weight 1 beside the cross-entropy, with `gamma` 1.5 and temperature 1 on ImageNet, and with
+    `gamma` 3.5 and temperature 3 on CIFAR-100. Some versions of the authors' code leave the target among the other
+    classes by mistake; this is the paper's formula.
+
+    Args:
+        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
+            float32.
+        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        target: The class of every sample, integers from 0 to `C - 1`, `(...)`.
+        gamma: Weight of the part of the other classes, zero or positive.
+        temperature: What the logits are divided by among the other classes, positive and finite.
+        dim: The dimension of the `C` classes.
+
+    Returns:
+        One value per sample, shape `(...)`, in nats (the second part times the squared temperature), not negative;
+        float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If shapes or devices differ, an input is empty or not floating-point, there are fewer than two
+            classes, the target is missing or no integer per sample, `gamma` is negative or not finite, the temperature
+            is not positive and finite, or `dim` is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from distill import nkd_loss
+        >>> student = teacher = torch.tensor([[0.5, 0.25, 0.25]]).log()
+        >>> nkd_loss(student, teacher, torch.tensor([0]), gamma=2.0)  # 0.5 log 2 + 2 log 2
+        tensor([1.7329])
+
+    Reference:
+        Zhendong Yang, Ailing Zeng, Zhe Li, Tianke Zhang, Chun Yuan and Yu Li, "From Knowledge Distillation to
+        Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", ICCV 2023 and
+        arXiv 2303.13005, section 3.1.
+    """
+    check_not_negative("gamma", gamma)
+    check_positive("temperature", temperature)
+    student, teacher = check_pair(student, teacher, dim=dim)
+    check_classes(student, dim=dim)
+    index = check_labels(target, student, dim=dim)
+    log_q_target = F.log_softmax(student, dim).gather(dim, index)
+    p_target = torch.softmax(teacher, dim).gather(dim, index)
+    of_target = -(p_target * log_q_target).squeeze(dim)
+
+    student = soften(student, temperature)
+    p = torch.softmax(soften(teacher, temperature).scatter(dim, index, -math.inf), dim)  # 0 at the target
+    of_others = student.scatter(dim, index, -math.inf).logsumexp(dim) - (p * student).sum(dim)
+    return of_target + gamma * temperature**2 * of_others
+
+
+@register_loss("nkd")
+class NKDLoss(nn.Module):
+    """Normalised distillation: target probability and normalised other classes; see `nkd_loss` for the formula.
+
+    Args:
+        gamma: Weight of the part of the other classes, zero or positive.
+        temperature: What the logits are divided by among the other classes, positive and finite. It may be changed
+            between steps.
+        reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
+        dim: The dimension of the `C` classes.
+
+    Raises:
+        ValueError: If `gamma` is negative or not finite, the temperature is not positive and finite, or the
+            reduction is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from distill import NKDLoss
+        >>> loss = NKDLoss(gamma=3.5, temperature=3.0)
+        >>> student = torch.zeros(2, 10, requires_grad=True)
+        >>> loss(student, torch.zeros(2, 10), torch.tensor([2, 0])).backward()
+        >>> student.grad[1, 0]  # (0.1 - 1) * 0.1 for one of two samples
+        tensor(-0.0450)
+    """
+
+    def __init__(
+        self, gamma: float = 1.5, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int = -1
+    ) -> None:
+        super().__init__()
+        self.gamma = check_not_negative("gamma", gamma)
+        self.temperature = check_positive("temperature", temperature)
+        self.reduction = check_reduction(reduction)
+        self.dim = dim
+
+    @override
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: Logits, `(..., C)`.
+            teacher: Logits, same shape.
+            target: The class of every sample, `(...)`, integers.
+            mask: Bool or weights, `(...)`, shaped like the per-sample values.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(...)`.
+
+        Raises:
+            ValueError: As `nkd_loss`, and if the mask has another shape than the per-sample values.
+        """
+        values = nkd_loss(student, teacher, target, gamma=self.gamma, temperature=self.temperature, dim=self.dim)
+        return reduce(values, self.reduction, mask)
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options in `repr`."""
+        return f"gamma={self.gamma}, temperature={self.temperature}, reduction={self.reduction!r}, dim={self.dim}"

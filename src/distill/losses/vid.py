@@ -1,0 +1,156 @@
+"""Variational information distillation: Ahn et al., "Variational Information Distillation ..." (CVPR 2019)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._maps import check_channels, check_maps, pool_to_smaller, run_layers
+from distill._registry import register_loss
+from distill._tensors import Reduction, check_pair, check_positive, check_reduction, reduce
+
+
+def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
+    """Negative log-likelihood of the teacher's map under a Gaussian around the student's guess, one value per sample.
+
+        loss = 1/(C P) * sum_c sum_i 1/2 [(t_ci - m_ci)^2 / v_c + log v_c]    over C channels and P positions
+
+    m is what a small network predicts from the student's map, v the variance of each channel; both are learned with
+    the student (`VIDLoss` owns them). Up to a constant, minus this value is a lower bound of the mutual information of
+    the two maps. The loss may be negative.
+
+    The paper *sums* over channels and positions. The mean, which leaves out the constant `1/2 log(2 pi)` as well, is
+    the scale of the benchmark below.
+
+    Published with weight 1 for each of several pairs of layers (the CIFAR-100 benchmark of Tian, Krishnan and Isola,
+    "Contrastive Representation Distillation", ICLR 2020).
+
+    Args:
+        student: The predicted mean of the teacher's map, `(N, C, ...)`. Any floating dtype; half and bfloat16 are
+            computed in float32.
+        teacher: The teacher's map, same shape. A constant: no gradient reaches it.
+        variance: The variance of each channel, positive, `(C,)`.
+
+    Returns:
+        One value per sample, shape `(N,)`, in nats per element; float32, or float64 if an input is.
+
+    Raises:
+        ValueError: If shapes or devices differ, an input is empty or not floating-point, or the variance is not of
+            shape `(C,)`.
+
+    Examples:
+        >>> import torch
+        >>> from distill import vid_loss
+        >>> mean, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 2.0]])
+        >>> vid_loss(mean, teacher, variance=torch.tensor([4.0, 1.0]))  # (4/4 + log 4 + 0/1 + log 1) / 4
+        tensor([0.5966])
+
+    Reference:
+        Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, "Variational Information
+        Distillation for Knowledge Transfer", CVPR 2019, section 2.1.
+    """
+    student, teacher = check_pair(student, teacher, dim=1)
+    if variance.shape != student.shape[1:2]:
+        raise ValueError(f"variance must have shape ({student.shape[1]},), got {tuple(variance.shape)}")
+    variance = variance.to(student.dtype)
+    squares = F.mse_loss(student, teacher, reduction="none").reshape(*student.shape[:2], -1).mean(2)
+    return (squares / variance + variance.log()).mean(1) / 2
+
+
+@register_loss("vid")
+class VIDLoss(nn.Module):
+    """Gaussian negative log-likelihood of the teacher's map given the student's; see `vid_loss` for the formula.
+
+    The mean comes from three 1x1 convolutions without bias, with ReLUs between them, over the student's map; the
+    variance of channel c is `softplus(a_c) + eps`. Both are parameters of this module and must be in the optimizer.
+    Maps of unequal size are average-pooled to the smaller height and width.
+
+    Args:
+        student_channels: Channels of the student's map.
+        teacher_channels: Channels of the teacher's map; also the width of the hidden convolutions.
+        init_variance: The variance of every channel at first, greater than `eps` and finite.
+        eps: The least variance, positive.
+        reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
+
+    Raises:
+        ValueError: If channels, variances or the reduction are not as said.
+
+    Examples:
+        >>> import torch
+        >>> from distill import VIDLoss
+        >>> loss = VIDLoss(student_channels=16, teacher_channels=32)
+        >>> loss(torch.randn(4, 16, 8, 8), torch.randn(4, 32, 8, 8)).shape
+        torch.Size([])
+        >>> loss.variance.shape, round(loss.variance[0].item(), 4)
+        (torch.Size([32]), 5.0)
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        init_variance: float = 5.0,
+        eps: float = 1e-5,
+        *,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        self.student_channels = check_channels("student_channels", student_channels)
+        self.teacher_channels = check_channels("teacher_channels", teacher_channels)
+        self.init_variance = check_positive("init_variance", init_variance)
+        self.eps = check_positive("eps", eps)
+        if init_variance <= eps:
+            raise ValueError(f"init_variance must be greater than eps, got {init_variance!r} and {eps!r}")
+        self.reduction = check_reduction(reduction)
+        self.mean_network = nn.Sequential(
+            nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
+        )
+        above = init_variance - eps
+        inverse_softplus = above + math.log(-math.expm1(-above))
+        self.raw_variance = nn.Parameter(torch.full((teacher_channels,), inverse_softplus))
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each of the teacher's channels, `(C,)`, with its graph."""
+        return self._variance(torch.promote_types(self.raw_variance.dtype, torch.float32))
+
+    @override
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: The student's map, `(N, student_channels, H, W)`.
+            teacher: The teacher's map, `(N, teacher_channels, H', W')`.
+            target: Not used; every loss is called alike.
+            mask: Bool or weights, `(N,)`.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
+
+        Raises:
+            ValueError: If the inputs are no such maps, are empty or not floating-point, if samples or devices
+                differ, or the mask has another shape.
+        """
+        student, teacher = check_maps(student, teacher, channels=(self.student_channels, self.teacher_channels))
+        student, teacher = pool_to_smaller(student, teacher)
+        mean = run_layers(self.mean_network, student)
+        return reduce(vid_loss(mean, teacher, variance=self._variance(student.dtype)), self.reduction, mask)
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options in `repr`."""
+        return (
+            f"{self.student_channels}, {self.teacher_channels}, init_variance={self.init_variance}, eps={self.eps}, "
+            f"reduction={self.reduction!r}"
+        )
+
+    def _variance(self, dtype: torch.dtype) -> Tensor:
+        return F.softplus(self.raw_variance.to(dtype)) + self.eps

@@ -1,0 +1,185 @@
+"""HintLoss against the mean squared error of RepDistiller, and its learned map against Romero et al. (2015)."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from contract import assert_loss_contract, gradient, make_pair
+from distill import HintLoss, hint_loss
+
+
+def reference(student, teacher, weight=None, bias=None):
+    """Mean squared error per sample of maps (N, C, H, W), the student through a linear map at each position."""
+    values = []
+    for s, t in zip(student, teacher, strict=True):
+        if weight is not None:
+            s = np.array([sum(w * channel for w, channel in zip(row, s, strict=True)) for row in weight])
+            s = s + bias[:, None, None]
+        values.append(((s - t) ** 2).sum() / t.size)
+    return np.array(values)
+
+
+def make_loss(student_channels, teacher_channels, **options):
+    """A HintLoss with a learned map that is the same each time."""
+    loss = HintLoss(student_channels, teacher_channels, **options)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return loss
+
+
+def numbers(loss):
+    return [parameter.detach().double().numpy() for parameter in (loss.regressor.weight, loss.regressor.bias)]
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 3, 4), (2, 1, 1, 1)])
+def test_matches_reference_on_equal_channels(shape):
+    student, teacher = make_pair(*shape)
+    expected = torch.from_numpy(reference(student.detach().numpy(), teacher.numpy()))
+    torch.testing.assert_close(hint_loss(student, teacher).detach(), expected, rtol=1e-12, atol=1e-12)
+    for loss in (HintLoss(), HintLoss(shape[1], shape[1])):
+        assert loss.regressor is None
+        torch.testing.assert_close(loss(student, teacher).detach(), expected.mean(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("channels", "teacher_channels"), [(2, 5), (5, 2)])
+def test_matches_reference_through_the_learned_map(channels, teacher_channels):
+    student, teacher = make_pair(5, channels, 3, 4, teacher_shape=(5, teacher_channels, 3, 4))
+    loss = make_loss(channels, teacher_channels, reduction="none")
+    expected = torch.from_numpy(reference(student.detach().numpy(), teacher.numpy(), *numbers(loss)))
+    torch.testing.assert_close(loss(student, teacher).detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 2, 3), (2, 3, 2, 2, 3), (3,)])
+def test_matches_reference_on_vectors(shape):
+    student, teacher = make_pair(*shape, teacher_shape=(*shape[:-1], 5))
+    loss = make_loss(3, 5, reduction="none")
+    flat = [x.detach().numpy().reshape(-1, x.shape[-1], 1, 1) for x in (student, teacher)]
+    expected = torch.from_numpy(reference(*flat, *numbers(loss))).reshape(shape[:-1])
+    torch.testing.assert_close(loss(student, teacher).detach(), expected, rtol=1e-12, atol=1e-12)
+    flat[1] = flat[1][:, :3]
+    expected = torch.from_numpy(reference(*flat)).reshape(shape[:-1])
+    torch.testing.assert_close(hint_loss(student, teacher[..., :3]).detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("channels", "build"), [(3, HintLoss), (5, lambda **options: make_loss(3, 5, **options))])
+def test_the_larger_map_is_average_pooled(channels, build):
+    loss = build(reduction="none")
+    weights = [] if loss.regressor is None else numbers(loss)
+    student, teacher = make_pair(4, 3, 4, 6, teacher_shape=(4, channels, 2, 3))
+    blocks = student.detach().numpy().reshape(4, 3, 2, 2, 3, 2).mean((3, 5))
+    expected = torch.from_numpy(reference(blocks, teacher.numpy(), *weights))
+    torch.testing.assert_close(loss(student, teacher).detach(), expected, rtol=1e-12, atol=1e-12)
+    student, teacher = make_pair(4, 3, 2, 3, teacher_shape=(4, channels, 4, 6))
+    blocks = teacher.numpy().reshape(4, channels, 2, 2, 3, 2).mean((3, 5))
+    expected = torch.from_numpy(reference(student.detach().numpy(), blocks, *weights))
+    torch.testing.assert_close(loss(student, teacher).detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_for_student_and_learned_map():
+    student, teacher = make_pair(2, 3, 2, 2, teacher_shape=(2, 4, 2, 2))
+    loss = make_loss(3, 4).double()
+
+    def value(student, weight, bias):
+        return torch.func.functional_call(
+            loss, {"regressor.weight": weight, "regressor.bias": bias}, (student, teacher)
+        )
+
+    assert torch.autograd.gradcheck(value, (student, *loss.parameters()))
+    assert torch.autograd.gradcheck(lambda s: hint_loss(s, teacher[:, :3]), student)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_every_parameter_gets_a_gradient(reduction):
+    loss = make_loss(3, 4, reduction=reduction)
+    loss(*make_pair(2, 3, 2, 2, teacher_shape=(2, 4, 2, 2), dtype=torch.float32)).backward()
+    assert [p.grad.abs().max() > 0 for p in loss.parameters()] == [True, True]
+
+
+def test_contract():
+    assert_loss_contract(HintLoss, shape=(5, 3, 2, 3), maps=True)
+    assert_loss_contract(HintLoss, shape=(4, 3, 5))
+
+
+def test_contract_with_a_learned_map():
+    def build(**options):
+        return make_loss(3, 4, **options)
+
+    assert_loss_contract(build, shape=(5, 3, 2, 4), teacher_shape=(5, 4, 4, 2), maps=True)
+    student, teacher = make_pair(6, 3, teacher_shape=(6, 4))
+    with pytest.raises(ValueError, match=r"same shape but for the channels \(nothing is broadcast\), got \(6, 3\)"):
+        build()(student, teacher[:1])
+    with pytest.raises(ValueError, match=r"must be floating-point, got torch.float64 and torch.int64"):
+        build()(student, teacher.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float64])
+def test_the_learned_map_may_be_of_any_dtype(dtype):
+    loss = make_loss(3, 4).to(dtype)
+    student, teacher = make_pair(5, 3, 2, 3, teacher_shape=(5, 4, 2, 3), dtype=torch.float32)
+    value = loss(student, teacher)
+    assert value.dtype == torch.float32
+    weight, bias = (parameter.float() for parameter in loss.parameters())
+    expected = hint_loss(nn.functional.conv2d(student, weight[..., None, None], bias), teacher).mean()
+    torch.testing.assert_close(value, expected)
+
+
+def test_equals_mse_loss_of_torch():
+    student, teacher = make_pair(5, 3, 2, 3)
+    torch.testing.assert_close(HintLoss()(student, teacher), nn.MSELoss()(student, teacher))
+    student, teacher = make_pair(5, 7, 3)
+    torch.testing.assert_close(HintLoss()(student, teacher), nn.MSELoss()(student, teacher))
+
+
+def test_zero_when_equal_and_for_a_teacher_that_is_a_linear_map_of_the_student():
+    student, _ = make_pair(4, 3, 2, 3)
+    assert HintLoss()(student, student.detach()) == 0
+    loss = make_loss(3, 5).double()
+    teacher = nn.functional.conv2d(student, loss.regressor.weight[..., None, None], loss.regressor.bias)
+    assert loss(student, teacher) < 1e-24
+
+
+def test_finite_on_extreme_maps_and_on_zeros():
+    student, teacher = make_pair(4, 3, 2, 3, dtype=torch.float32)
+    assert gradient(HintLoss(), 1e4 * student, -1e4 * teacher).isfinite().all()
+    assert gradient(HintLoss(), torch.zeros(4, 3, 2, 3), torch.zeros(4, 3, 2, 3)).abs().max() == 0
+
+
+def test_state_dict_holds_the_learned_map():
+    loss, twin = make_loss(3, 4), HintLoss(3, 4)
+    assert sorted(loss.state_dict()) == ["regressor.bias", "regressor.weight"]
+    twin.load_state_dict(loss.state_dict())
+    pair = make_pair(5, 3, 2, 3, teacher_shape=(5, 4, 2, 3))
+    assert torch.equal(twin(*pair), loss(*pair))
+    assert HintLoss().state_dict() == HintLoss(4, 4).state_dict() == {}
+
+
+@pytest.mark.parametrize("channels", [(3, None), (None, 3), (0, 3), (3, -1)])
+def test_rejects_bad_channels(channels):
+    with pytest.raises(ValueError, match=r"must both be positive or both be None, got \("):
+        HintLoss(*channels)
+
+
+@pytest.mark.parametrize("channels", [(3, 4), (3, 3)])
+def test_rejects_inputs_of_other_channels(channels):
+    loss = HintLoss(*channels)
+    student, teacher = make_pair(4, 3, 2, 2, teacher_shape=(4, channels[1], 2, 2))
+    with pytest.raises(ValueError, match=r"the student must have 3 channels, got shape \(4, 2, 2, 2\)"):
+        loss(student[:, :2], teacher)
+    with pytest.raises(ValueError, match=r"the teacher must have . channels, got shape \(4, 2, 2, 2\)"):
+        loss(student, teacher[:, :2])
+    with pytest.raises(ValueError, match=r"the student must have 3 channels, got shape \(\)"):
+        loss(student.sum(), teacher.sum())
+
+
+def test_rejects_unequal_channels_without_a_learned_map():
+    student, teacher = make_pair(4, 3, 2, 2, teacher_shape=(4, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"of the same N and C, got \(4, 3, 2, 2\) and \(4, 1, 2, 2\)"):
+        HintLoss()(student, teacher)
+
+
+def test_repr_shows_options():
+    assert repr(HintLoss()) == "HintLoss(reduction='mean')"
+    assert repr(HintLoss(3, 4, reduction="sum")).startswith("HintLoss(\n  3, 4, reduction='sum'\n  (regressor): Linear")

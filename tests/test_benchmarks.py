@@ -1,0 +1,429 @@
+"""The benchmarks' harness on tiny sizes, its statistics and its files; docs/performance.md has the real figures."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import distill
+import loss_cases
+import loss_report
+import losses
+import measure
+from loss_report import Row
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(path.parent for path in (ROOT / "docs/results/performance").glob("*/losses.csv"))
+CPU = torch.device("cpu")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def tiny(case, shape):
+    return dataclasses.replace(case, shape=shape)
+
+
+def first_case(table, loss, dtype=torch.float32):
+    cases = loss_cases.list_cases(CPU)
+    return next(case for case in cases if (case.table, case.loss, case.dtype) == (table, loss, dtype))
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda form: form)
+
+
+# --- measure.py ---
+
+
+def test_quartiles_of_known_numbers():
+    assert measure.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0, 4.0)
+    assert measure.quartiles([1.0, 2.0]) == (1.5, 1.25, 1.75)
+
+
+def test_steps_take_turns_and_keep_their_own_times():
+    calls = []
+    steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b"), "c": lambda: calls.append("c")}
+
+    def clock(step, inner):
+        for _ in range(inner):
+            step()
+        return float(len(calls))
+
+    seconds = measure.time_steps(steps, 3, 2, clock)
+    assert "".join(calls) == "aabbcc" + "bbccaa" + "ccaabb"
+    assert seconds == {"a": [2, 12, 16], "b": [4, 8, 18], "c": [6, 10, 14]}
+
+
+def test_wall_clock_divides_by_the_runs(monkeypatch):
+    now = iter([10.0, 16.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now))
+    calls = []
+    assert measure.wall_clock(CPU)(lambda: calls.append(1), 3) == 2.0
+    assert len(calls) == 3
+
+
+def test_cuda_is_timed_by_triton(monkeypatch):
+    def do_bench(step, return_mode):
+        step()
+        return {"median": 250.0}[return_mode]
+
+    monkeypatch.setitem(sys.modules, "triton.testing", types.SimpleNamespace(do_bench=do_bench))
+    calls = []
+    assert measure.find_clock(torch.device("cuda"))(lambda: calls.append(1), 7) == 0.25
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "budget", "expected"),
+    [
+        ([1e-5, 3e-5], 4.0, (101, 200)),  # short: the most repetitions, of 2 ms
+        ([0.5, 0.5], 4.0, (5, 1)),  # long: the fewest
+        ([0.1, 0.1], 2.0, (11, 1)),  # 10, made odd
+        ([0.1, 0.1], 0.0, (5, 1)),
+        ([0.0], 0.0, (5, 2000)),  # a clock that did not move
+    ],
+)
+def test_repetitions_fit_the_budget_and_are_odd(seconds, budget, expected):
+    assert measure.find_repeats(seconds, budget) == expected
+
+
+@linux
+def test_peak_memory_counts_what_is_freed_before_the_end():
+    def step():
+        for _ in range(3):
+            torch.ones(16 << 20)  # 64 MiB at a time
+        return torch.ones(4 << 20)
+
+    step()
+    assert measure.peak_extra_bytes(step, CPU) == pytest.approx(64 << 20, abs=20 << 20)
+    assert measure.peak_extra_bytes(lambda: None, CPU) < 4 << 20
+
+
+def test_memory_is_not_measured_where_the_system_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    assert measure.peak_extra_bytes(lambda: None, CPU) is None
+    monkeypatch.setattr(measure, "CLEAR_REFS", tmp_path / "clear_refs")
+    monkeypatch.setattr(measure, "STATUS", tmp_path / "status")
+    (tmp_path / "status").write_text("VmRSS:\t 3 kB\n")
+    assert measure.peak_extra_bytes(lambda: None, CPU) is None
+    (tmp_path / "status").write_text("VmRSS:\t 3 kB\nVmHWM:\t 7 kB\n")
+    assert measure.peak_extra_bytes(lambda: None, CPU) == 4 * 1024
+
+
+def test_peak_memory_on_cuda_is_the_allocators(monkeypatch):
+    held = {"now": 100, "peak": 900}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update(peak=held["now"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["peak"])
+    assert measure.peak_extra_bytes(lambda: held.update(peak=350), torch.device("cuda")) == 250
+
+
+@linux
+def test_too_large_an_allocation_is_an_error_and_not_a_kill():
+    code = (
+        "import torch, measure\n"
+        "measure.limit_memory(spare=1 << 60)\n"
+        "try:\n    torch.ones(1 << 28)\n"
+        "except RuntimeError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", check=True, capture_output=True, text=True
+    )
+    assert "allocate" in done.stdout
+
+
+def test_machine_is_named():
+    assert re.search(r"\w.*, \d+ cores, \d+ threads$", measure.describe_machine(CPU))
+
+
+# --- loss_cases.py and losses.py ---
+
+
+def test_every_registered_loss_has_its_plain_form():
+    missing = set(distill.list_losses()) - set(loss_cases.PLAIN) - loss_cases.ELSEWHERE
+    assert not missing, f"PLAIN in benchmarks/loss_cases.py must have a plain form of {sorted(missing)}"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_have_names_of_their_own_and_known_losses(device):
+    cases = loss_cases.list_cases(torch.device(device))
+    assert len({case.name for case in cases}) == len(cases)
+    assert {case.table for case in cases} == set(loss_report.TABLES)
+    assert any(case.shape == (8192, 128256) for case in cases) == (device == "cuda")
+
+
+@pytest.mark.parametrize("loss", sorted(loss_cases.PLAIN))
+def test_a_loss_is_measured_beside_its_plain_form(loss, no_compiler):
+    case = first_case("losses", loss)
+    rows = {row.way: row for row in losses.measure_case(case, CPU, 0.0)}
+    assert {"ours", "eager", "torch.compile", "floor"} <= set(rows)
+    size = 256 * 1000 * 4 / 1e6
+    for row in (rows["ours"], rows["eager"], rows["floor"]):
+        assert (row.case, row.loss, row.gradient_mb) == (case.name, loss, pytest.approx(size))
+        assert 0 < row.ms_low <= row.ms <= row.ms_high
+        assert row.repeats == 5
+        assert row.over_ours_low <= row.over_ours <= row.over_ours_high
+    assert rows["ours"].over_ours == 1.0
+    assert rows["floor"].extra_mb is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", ["trained", "frozen"])
+def test_linear_heads_are_measured_beside_formed_logits(heads, dtype, no_compiler):
+    case = dataclasses.replace(first_case("linear", heads), shape=(16, 40, 4, 6), dtype=dtype)
+    rows = {row.way: row for row in losses.measure_case(case, CPU, 0.0)}
+    assert {"ours", "eager", "torch.compile"} <= set(rows)
+    assert ("first call" in rows) == (heads == "frozen")
+    assert rows["ours"].note in ("gram", "factor", "blocks")
+    assert rows["ours"].gradient_mb == pytest.approx((16 * 4 + 40 * 4 * (heads == "trained")) * dtype.itemsize / 1e6)
+
+
+def test_numbers_of_a_row_are_those_of_the_times(monkeypatch, no_compiler):
+    times = {"ours": [1.0, 2.0, 3.0], "eager": [4.0, 2.0, 9.0], "torch.compile": [0.5, 1.0, 1.5], "floor": [0.1] * 3}
+    monkeypatch.setattr(losses, "time_steps", lambda *_: times)
+    monkeypatch.setattr(losses, "find_repeats", lambda *_: (3, 7))
+    rows = {row.way: row for row in losses.measure_case(tiny(first_case("logits", "logit"), (4, 3)), CPU, 0.0)}
+    eager = rows["eager"]
+    assert (eager.ms, eager.ms_low, eager.ms_high) == (4000.0, 3000.0, 6500.0)
+    assert (eager.over_ours, eager.over_ours_low, eager.over_ours_high) == (3.0, 2.0, 3.5)  # of 4, 1 and 3
+    assert (eager.repeats, eager.inner, rows["torch.compile"].over_ours) == (3, 7, 0.5)
+
+
+def test_ways_that_disagree_are_refused(monkeypatch, no_compiler):
+    half = dataclasses.replace(loss_cases.PLAIN["logit"], form=lambda s, t: F.mse_loss(s, t) / 2)
+    monkeypatch.setitem(loss_cases.PLAIN, "logit", half)
+    with pytest.raises(RuntimeError, match=r"eager must compute the same \(loss, norm of gradient\) as ours"):
+        losses.measure_case(tiny(first_case("logits", "logit"), (4, 3)), CPU, 0.0)
+
+
+def test_a_gradient_that_disagrees_is_refused(monkeypatch, no_compiler):
+    wrong = dataclasses.replace(
+        loss_cases.PLAIN["logit"], form=lambda s, t: F.mse_loss(s, t) + s.sum() - s.sum().detach()
+    )
+    monkeypatch.setitem(loss_cases.PLAIN, "logit", wrong)
+    with pytest.raises(RuntimeError, match="eager must compute the same"):
+        losses.measure_case(tiny(first_case("logits", "logit"), (4, 3)), CPU, 0.0)
+
+
+def test_a_way_that_cannot_run_is_a_note(monkeypatch):
+    def compile_nothing(form):
+        def broken(*inputs):
+            raise RuntimeError("no compiler\nand a long story")
+
+        return broken
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    rows = {row.way: row for row in losses.measure_case(tiny(first_case("logits", "kl"), (4, 3)), CPU, 0.0)}
+    assert (rows["torch.compile"].ms, rows["torch.compile"].note) == (None, "no compiler")
+    assert rows["Liger"].note == "its kernels need a GPU"
+    assert rows["eager"].ms > 0
+
+
+def test_ours_must_run(monkeypatch, no_compiler):
+    def broken(*arguments, **options):
+        raise RuntimeError("ours is broken")
+
+    monkeypatch.setattr(distill.LogitLoss, "forward", broken)
+    with pytest.raises(RuntimeError, match="ours is broken"):
+        losses.measure_case(tiny(first_case("logits", "logit"), (4, 3)), CPU, 0.0)
+
+
+def test_liger_says_why_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert loss_cases.why_no_liger(torch.device("cuda")).startswith("it does not import: ")
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", types.ModuleType("liger_kernel.transformers"))
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    assert loss_cases.why_no_liger(torch.device("cuda")) == ""
+
+
+def test_command_measures_writes_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the plain form stays as it is: this is no measurement
+    monkeypatch.setattr(losses, "_revision", lambda: "abc1234")
+    case = "logits/logit/128x10/float32"
+    arguments = ["--device", "cpu", "--only", case, "--seconds", "0", "--out", str(tmp_path)]
+    losses.main([*arguments, "--time-limit", "-1"])
+    assert "1 cases remain; run again to go on" in capsys.readouterr().out
+    assert not (tmp_path / "losses.csv").exists()
+    losses.main(arguments)
+    rows = loss_report.read_rows(tmp_path)
+    assert [row.way for row in rows] == ["ours", "eager", "torch.compile", "floor"]
+    assert (tmp_path / "vocabulary.png").read_bytes().startswith(b"\x89PNG")
+    assert case in capsys.readouterr().out
+
+    measured = []
+    monkeypatch.setattr(loss_report, "_picture", lambda rows: b"")
+    monkeypatch.setattr(losses, "measure_in_child", lambda case, *_: measured.append(case.name) or rows)
+    threads = [dataclasses.replace(row, revision="abc1234", device=measure.describe_machine(CPU)) for row in rows]
+    loss_report.write_report(tmp_path, threads)
+    losses.main(arguments)
+    assert measured == []
+    losses.main([*arguments, "--again"])
+    assert measured == [case]
+    monkeypatch.setattr(losses, "_revision", lambda: "def5678")
+    losses.main(arguments)
+    assert measured == [case, case]
+    monkeypatch.setattr(losses, "_revision", lambda: "abc1234+changes")
+    losses.main(arguments)
+    assert measured == [case, case, case]
+
+
+def test_a_child_that_fails_is_told_with_its_reason(monkeypatch):
+    died = subprocess.CompletedProcess([], -9, "", "a long story\n" * 9 + "killed")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: died)
+    reason = "logits/logit/128x10/float32: its process must end with 0, got -9:\n" + "a long story\n" * 4 + "killed"
+    with pytest.raises(RuntimeError, match=f"^{reason}$"):
+        losses.measure_in_child(first_case("logits", "logit"), "cpu", 0.0)
+
+
+def test_child_prints_its_rows(monkeypatch, capsys):
+    rows = [make_row("ours", 1.0), make_row("eager", 2.0)]
+    monkeypatch.setattr(losses, "measure_case", lambda *_: rows)
+    monkeypatch.setattr(losses, "limit_memory", lambda: None)
+    losses.main(["--child", "logits/logit/128x10/float32", "--device", "cpu"])
+    assert [Row.from_dict(cells) for cells in json.loads(capsys.readouterr().out)] == rows
+
+
+def test_list_names_the_cases(capsys):
+    losses.main(["--list", "--device", "cpu", "--only", "linear/", "--only", "50257"])
+    assert capsys.readouterr().out.split() == [
+        "linear/trained/2048x50257x768x1024/float32",
+        "linear/frozen/2048x50257x768x1024/float32",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
+        (["--seconds", "-1"], "--seconds must be finite and not negative, got -1.0"),
+        (["--only", "nothing"], "--only must leave at least one case (--list shows them), got ['nothing']"),
+    ],
+)
+def test_rejects_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        losses.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+# --- loss_report.py ---
+
+
+def make_row(way, ms, *, case="logits/kl/1024x1000/float32", extra=12.0, **changes):
+    table, loss, shape, dtype = case.split("/")
+    setting = {"device": "a box", "torch": "2.13", "python": "3.11", "revision": "abc", "date": "2026-11-22"}
+    numbers = {"ms": ms, "ms_low": ms * 0.9, "ms_high": ms * 1.1, "extra_mb": extra, "gradient_mb": 4.1}
+    numbers |= {"over_ours": ms / 4, "over_ours_low": ms / 5, "over_ours_high": ms / 2, "repeats": 7, "inner": 1}
+    names = {"case": case, "table": table, "loss": loss, "shape": shape, "dtype": dtype, "way": way}
+    return Row.from_dict({**names, **numbers, **setting, **changes})
+
+
+def some_rows():
+    frozen = "linear/frozen/1024x1000x256x512/float32"
+    return [
+        *(make_row("ours", 4.0), make_row("eager", 10.0, extra=0.2), make_row("floor", 2.0, extra=None)),
+        Row.from_dict(
+            {**make_row("Liger", 1.0).to_dict(), "ms": "", "over_ours": "", "extra_mb": "", "note": "no GPU"}
+        ),
+        *(make_row("ours", 1234.5, case=frozen, note="factor"), make_row("eager", 99999.0, case=frozen)),
+        make_row("ours", 0.01234, case="losses/logit/256x1000/bfloat16", revision="def"),
+    ]
+
+
+def test_tables_say_what_the_rows_say(tmp_path):
+    loss_report.write_report(tmp_path, some_rows())
+    assert (tmp_path / "logits.md").read_text() == (
+        "**KLLoss**\n\n"
+        "| samples, classes | dtype | ours, ms | eager / ours | ours / floor "
+        "| extra MB: ours | eager | gradients alone | n |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| 1024, 1000 | float32 | 4.00 | 2.50 (2.00 to 5.00) | 2.00 (1.00 to 2.50) | 12 | < 1 | 4 | 7 |\n\n"
+        "- Not measured: Liger at logits/kl/1024x1000/float32: no GPU\n"
+    )
+    linear = (tmp_path / "linear.md").read_text()
+    assert "**both heads frozen**" in linear
+    assert "| 1024, 1000, 256, 512 | float32 | 1230 | factor | 24999.8 (" in linear
+    assert "| `logit` | 256, 1000 | bfloat16 | 0.0123 |" in (tmp_path / "losses.md").read_text()
+    assert (tmp_path / "setup.md").read_text() == (
+        "- 2 cases: a box; PyTorch 2.13, Python 3.11; revision abc; 2026-11-22.\n"
+        "- 1 cases: a box; PyTorch 2.13, Python 3.11; revision def; 2026-11-22.\n"
+    )
+
+
+def test_files_are_read_back_and_written_the_same(tmp_path):
+    loss_report.write_report(tmp_path / "first", some_rows())
+    loss_report.write_report(tmp_path / "second", loss_report.read_rows(tmp_path / "first"))
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == ["linear.md", "logits.md", "losses.csv", "losses.md", "setup.md", "vocabulary.png"]
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+def test_tables_without_rows_say_so(tmp_path):
+    loss_report.write_report(tmp_path, some_rows()[:1])
+    assert (tmp_path / "linear.md").read_text() == "Not measured.\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("case,table", "table,case", "line 1: the columns must be case, table"),
+        (",abc,", ",abc", "line 2: there must be 22 cells, got 21"),
+        (",4,3.6,", ",four,3.6,", "line 2: ms must be a finite number, got 'four'"),
+        (",4,3.6,", ",inf,3.6,", "line 2: ms must be a finite number, got 'inf'"),
+        (",7,1,", ",7.5,1,", "line 2: repeats must be a whole number, got '7.5'"),
+        (",ours,", ",theirs,", "line 2: way and table must be of"),
+        (",abc,", ',"a\nb",', "revision must be one line"),
+        (",abc,", ',"abc" ,', "after line 2: "),
+    ],
+)
+def test_rejects_a_malformed_file(old, new, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_report, "_picture", lambda rows: b"")
+    loss_report.write_report(tmp_path, some_rows()[:1])
+    path = tmp_path / "losses.csv"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        loss_report.read_rows(tmp_path)
+
+
+def test_rejects_no_rows(tmp_path):
+    with pytest.raises(ValueError, match="rows must hold at least one measurement, got none"):
+        loss_report.write_report(tmp_path, [])
+
+
+# --- docs/performance.md ---
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_committed_tables_are_regenerated_byte_for_byte(folder, tmp_path):
+    loss_report.write_report(tmp_path, loss_report.read_rows(folder))
+    for path in folder.iterdir():
+        if path.suffix != ".png":  # its pixels depend on the versions of matplotlib and of the fonts
+            assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_page_shows_every_table_and_picture():
+    assert FOLDERS
+    page = (ROOT / "docs/performance.md").read_text()
+    for folder in FOLDERS:
+        for name in ("setup.md", *(f"{table}.md" for table in loss_report.TABLES)):
+            assert f'--8<-- "results/performance/{folder.name}/{name}"' in page
+        assert f"(results/performance/{folder.name}/vocabulary.png)" in page
+        assert (folder / "vocabulary.png").is_file()
+
+
+def test_numbers_in_the_text_are_those_of_the_tables():
+    """Each ratio in the prose (such as 2.57 or 53.1) must stand in some generated table."""
+    tables = "".join(path.read_text() for folder in FOLDERS for path in folder.glob("*.md"))
+    numbers = re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", (ROOT / "docs/performance.md").read_text())
+    assert numbers
+    for number in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", tables), number

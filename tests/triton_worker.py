@@ -1,0 +1,116 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: a process of its own, since Triton is told at import."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import itertools
+
+import torch
+
+from contract import gradient, make_pair
+from distill import KLLoss, LogitLoss, _rowwise, _triton
+from distill._rowwise import RowLoss
+from distill._tensors import reduce
+from distill.losses import kl, logit
+
+LOSSES = [("logit", logit._ROWS, LogitLoss(), {}), ("kl", kl._ROWS, KLLoss(2.5), {"temperature": 2.5})]
+# As if these tensors were on a GPU.
+_rowwise.SMALL = 0
+_rowwise._kernels = lambda x, dtype: _triton if dtype == torch.float32 else None
+
+
+def no_blocks(*args, **options):
+    raise RuntimeError("the kernel was to do this")
+
+
+def pairs():
+    for dtype in (torch.float32, torch.bfloat16, torch.half):
+        for shape in ((5, 10), (3, 1), (7,), (2, 3, 4100)):  # the last takes two rounds of the loop over the columns
+            yield make_pair(*shape, dtype=dtype)
+    student, teacher = make_pair(3, 6, 20, dtype=torch.float32)
+    yield student.detach()[:, :-1], teacher[:, 1:]
+    yield student.detach().transpose(0, 1), teacher.transpose(0, 1)
+    yield student.detach()[:, 0], teacher.bfloat16()[0, :1].expand(3, 20)
+
+
+def check_values_and_gradients():
+    for (name, plain, _, options), (student, teacher) in itertools.product(LOSSES, pairs()):
+        weights = torch.rand(student.shape[:-1], generator=torch.Generator().manual_seed(0))
+        for reduction, mask, factor in [
+            ("mean", None, 1.0),
+            ("mean", weights, 0.3),
+            ("sum", weights > 0.3, 1.0),
+            ("none", weights, 1.0),
+        ]:
+            full = {**options, "dim": -1, "reduction": reduction, "mask": mask}
+            check(name, plain, student, teacher, full, factor)
+
+
+def check(name, plain, student, teacher, options, factor):
+    loss = RowLoss(plain.formula, block=no_blocks, kernel=name)
+    student = student.detach().requires_grad_()
+    exact = plain.formula(student.detach().double(), teacher.double(), **without_reduction(options))
+    value = loss(student, teacher, **options)
+    torch.testing.assert_close(
+        value.double(), reduce(exact, options["reduction"], options["mask"]), rtol=1e-5, atol=1e-6
+    )
+    with torch.no_grad():
+        assert torch.equal(loss(student, teacher, **options), value)
+
+    def exact_loss(s):
+        values = plain.formula(s, teacher.double(), **without_reduction(options))
+        return factor * reduce(values, options["reduction"], options["mask"]).sum()
+
+    (ours,) = torch.autograd.grad(factor * value.sum(), student)
+    assert ours.dtype == student.dtype
+    # The interpreter cuts off where a GPU rounds to bfloat16, here up to twice.
+    rtol = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.half: 2**-9}[ours.dtype]
+    torch.testing.assert_close(ours.double(), gradient(exact_loss, student.double()), rtol=rtol, atol=1e-7)
+
+
+def without_reduction(options):
+    return {name: value for name, value in options.items() if name not in ("reduction", "mask")}
+
+
+def check_extremes():
+    student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    for temperature in (1.0, 4.0):
+        value = KLLoss(temperature)(student, -student.detach())
+        value.backward()
+        torch.testing.assert_close(value.item(), temperature * 2e4)
+        assert student.grad.isfinite().all()
+    same = make_pair(6, 10, dtype=torch.float32)[1]
+    for _, _, module, _ in LOSSES:
+        assert module(same, same) == 0
+        assert gradient(module, same, same).abs().max() == 0
+
+
+def check_layouts_without_a_kernel_take_blocks():
+    student, teacher = make_pair(4, 5, 6, 7, dtype=torch.float32)
+    for module in (LogitLoss(dim=1), KLLoss(dim=1)):
+        torch.testing.assert_close(
+            gradient(module, student, teacher), gradient(module, student.double(), teacher.double()).float()
+        )
+    inner = student.detach()[:3, :4, :5]  # no two strides reach every row
+    assert _triton._layout(inner, inner) is None
+    torch.testing.assert_close(LogitLoss()(inner, inner + 2), torch.tensor(4.0))
+    assert _triton._layout(student, teacher) == (4 * 5 * 6, [0, 7, 0, 7])
+    assert _triton._layout(student[:, :4], teacher[:, 1:]) == (4 * 6, [210, 7, 210, 7])
+
+
+def check_scale():
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.arange(5000).to(dtype)
+        expected = (x.float() * 0.1).to(dtype)
+        _triton.scale(x, torch.tensor(1.0))
+        assert torch.equal(x, torch.arange(5000).to(dtype))
+        _triton.scale(x, torch.tensor(0.1))
+        torch.testing.assert_close(x, expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=0)
+
+
+if __name__ == "__main__":
+    check_values_and_gradients()
+    check_extremes()
+    check_layouts_without_a_kernel_take_blocks()
+    check_scale()
