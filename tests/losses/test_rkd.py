@@ -48,7 +48,7 @@ def test_weights_are_25_and_50_by_default():
     torch.testing.assert_close(RKDLoss()(student, teacher).detach(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_matches_reference_where_the_angles_need_more_than_one_block():
+def test_matches_reference_where_the_angles_need_several_blocks():
     student, teacher = make_pair(70, 4)
     expected = torch.tensor(reference(student.detach().numpy(), teacher.numpy()))
     torch.testing.assert_close(rkd_loss(student, teacher).detach(), expected, rtol=1e-12, atol=1e-12)

@@ -13,7 +13,7 @@ from distill._registry import register_loss
 from distill._tensors import check_samples, without_autocast
 
 # Angles held at a time: on a CPU what its cache holds, elsewhere what keeps the device busy.
-_ANGLES_CPU, _ANGLES = 2**18, 2**24
+_ANGLES_CPU, _ANGLES = 2**16, 2**24
 
 
 def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
@@ -130,7 +130,7 @@ class _AngleLoss(torch.autograd.Function):
         inverse = _inverse_root(student).square()
         sides, across = [], torch.zeros_like(student)
         for anchors, ours, theirs, scale in _blocks(student, teacher):
-            slope = (ours - theirs).clamp(-1, 1)
+            slope = (ours - theirs).clamp_(-1, 1)
             scaled = slope * scale
             # j and k are alike in the angle at i, so the side from i to j counts twice.
             sides.append(2 * scaled.sum(2) - inverse[anchors] * (slope * ours).sum(2))
@@ -152,7 +152,8 @@ def _blocks(student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, T
 def _cosines(squares: Tensor, inverse: Tensor, anchors: slice) -> tuple[Tensor, Tensor]:
     sides = squares[anchors]
     scale = inverse[anchors, :, None] * (inverse[anchors, None, :] / 2)
-    return (sides[:, :, None] + sides[:, None, :] - squares) * scale, scale
+    # In place: fresh memory costs more than the arithmetic.
+    return (sides[:, :, None] + sides[:, None, :]).sub_(squares).mul_(scale), scale
 
 
 def _inverse_root(squares: Tensor) -> Tensor:
