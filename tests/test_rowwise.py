@@ -302,6 +302,33 @@ def test_activation_checkpointing(fused, loss):
         torch.testing.assert_close(student.grad, expected)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_hooks_on_saved_tensors_see_the_inputs_and_nothing_of_the_blocks(fused, loss):
+    rows, options = LOSSES[loss]
+    student, teacher = make_pair(6, 10)
+    mask = torch.rand(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    packed, unpacked = [], []
+
+    def unpack(x):
+        unpacked.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x.detach(), unpack):
+        value = rows(student, teacher, dim=-1, reduction="sum", mask=mask, **options)
+    assert [x.data_ptr() for x in packed] == [x.data_ptr() for x in (student, teacher, mask)]
+    assert unpacked == []
+    value.backward()
+    assert len(unpacked) == 3
+
+
+def test_a_gradient_times_one_is_not_written_again():
+    gradient = torch.ones(3)
+    _rowwise._scale(gradient, torch.tensor(1.0))
+    assert gradient._version == 0
+    _rowwise._scale(gradient, torch.tensor(2.0))
+    assert gradient.tolist() == [2, 2, 2]
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # forward-mode's own imports
 def test_transforms_and_tracing_get_the_plain_form(fused):
     student, teacher = make_pair(6, 10)
