@@ -40,6 +40,7 @@ repeatable = settings(derandomize=True, deadline=None, database=None, max_exampl
 def fused(monkeypatch):
     """As if every input were large, in blocks of at most 64 elements or one row."""
     monkeypatch.setattr(_rowwise, "SMALL", 0)
+    monkeypatch.setattr(_rowwise, "SHORT", 1)
     monkeypatch.setattr(_rowwise, "_block_elements", lambda device: 64)
 
 
@@ -71,7 +72,10 @@ def calls(draw):
 
     def tensor():
         padding = draw(st.lists(st.integers(0, 1), min_size=len(shape), max_size=len(shape)))
-        order = draw(st.permutations(range(len(shape))))
+        order = list(draw(st.permutations(range(len(shape)))))
+        if draw(st.integers(0, 5)):  # mostly with the rows in one piece, as only those are fused
+            order.remove(dim % len(shape))
+            order.append(dim % len(shape))
         large = [shape[d] + padding[d] for d in order]
         x = torch.randn(large, generator=generator, dtype=torch.float64).to(draw(dtypes))
         x = x.permute([order.index(d) for d in range(len(shape))])
@@ -107,9 +111,10 @@ def test_equals_the_plain_form(name):
         plain, plain_gradient = value_and_gradient(loss, student, upstream, teacher.double(), **options)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_rowwise, "SMALL", 0)
+            patch.setattr(_rowwise, "SHORT", 1)
             patch.setattr(_rowwise, "_block_elements", lambda device: 64)
             ours, our_gradient = value_and_gradient(loss, student, upstream, teacher, **options)
-            assert is_fused(ours)
+            assert is_fused(ours) is (student.stride(dim) == teacher.stride(dim) == 1)
             with torch.no_grad():
                 assert torch.equal(loss(student, teacher, **options), ours)
         assert not is_fused(plain)
@@ -152,6 +157,25 @@ def test_small_inputs_are_plain_and_large_ones_are_not():
             value = loss(student, teacher)
             assert is_fused(value) is expected
             torch.testing.assert_close(value, loss(student.double(), teacher.double()).float())
+
+
+def test_a_mean_of_short_rows_is_one_operation():
+    short, long = (make_pair(_rowwise.SMALL // n, n, dtype=torch.float32) for n in (32, 64))
+    assert [is_fused(LogitLoss()(*pair)) for pair in (short, long)] == [False, True]
+    assert is_fused(LogitLoss(reduction="sum")(*short))
+    assert is_fused(LogitLoss()(*short, mask=torch.ones(len(short[0]))))
+    assert is_fused(KLLoss()(*short))
+
+
+def test_rows_in_pieces_are_plain_and_channels_last_are_not(fused):
+    student, teacher = make_pair(2, 5, 3, 4)
+    assert not is_fused(KLLoss(dim=1)(student, teacher))
+    ours, theirs = (x.to(memory_format=torch.channels_last) for x in (student, teacher))
+    value = KLLoss(dim=1)(ours, theirs)
+    assert is_fused(value)
+    (result,) = torch.autograd.grad(value, ours)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(result, gradient(KLLoss(dim=1), student, teacher))
 
 
 def test_rows_too_long_for_a_block_are_plain(fused, monkeypatch):
@@ -352,6 +376,7 @@ def test_subclasses_of_tensor_stay_what_they_are(fused):
 
     student, teacher = make_pair(6, 10)
     assert type(LogitLoss()(student.as_subclass(Sub), teacher)) is Sub
+    assert type(LogitLoss()(student, teacher.as_subclass(Sub))) is Sub
     assert is_fused(LogitLoss()(torch.nn.Parameter(student.detach()), teacher))
 
 

@@ -16,7 +16,7 @@ from distill.losses import kl, logit
 
 LOSSES = [("logit", logit._ROWS, LogitLoss(), {}), ("kl", kl._ROWS, KLLoss(2.5), {"temperature": 2.5})]
 # As if these tensors were on a GPU.
-_rowwise.SMALL = 0
+_rowwise.SMALL, _rowwise.SHORT = 0, 1
 _rowwise._kernels = lambda x, dtype: _triton if dtype == torch.float32 else None
 
 
@@ -76,6 +76,11 @@ def check_extremes():
         value.backward()
         torch.testing.assert_close(value.item(), temperature * 2e4)
         assert student.grad.isfinite().all()
+    # The largest logits come last, so that what was summed before must shrink.
+    rising = torch.linspace(-9, 9, 9000).view(1, -1) + make_pair(1, 9000, dtype=torch.float32)[1]
+    for pair in ((rising, rising.flip(-1)), (rising.flip(-1), rising)):
+        exact = KLLoss(2.5)(*(x.double() for x in pair))
+        torch.testing.assert_close(KLLoss(2.5)(*pair).double(), exact, rtol=1e-5, atol=0)
     same = make_pair(6, 10, dtype=torch.float32)[1]
     for _, _, module, _ in LOSSES:
         assert module(same, same) == 0

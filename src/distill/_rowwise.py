@@ -21,6 +21,7 @@ from typing_extensions import override
 from distill._tensors import Reduction, check_inputs, check_mask, reduce, row_weights
 
 SMALL = 2**20  # elements below which a few plain operations cost less than the fused form
+SHORT = 64  # columns below which summing row by row costs more than a single operation for the mean saves
 LARGEST_ROW = 2**21  # elements of a row above which the buffers of a block would no longer be small
 
 
@@ -73,13 +74,14 @@ class RowLoss:
         """
         dtype = check_inputs(student, teacher, dim=dim)
         teacher = teacher.detach()
-        if torch.compiler.is_compiling() or not _can_fuse(student, teacher, dim):
+        mean = self.mean if reduction == "mean" and mask is None else None
+        if torch.compiler.is_compiling() or not _can_fuse(student, teacher, dim, SHORT if mean else 1):
             if student.dtype != dtype:
                 student = student.to(dtype)
             if teacher.dtype != dtype:
                 teacher = teacher.to(dtype)
-            if mask is None and reduction == "mean" and self.mean is not None:
-                return self.mean(student, teacher, **options)
+            if mean is not None:
+                return mean(student, teacher, **options)
             return reduce(self.formula(student, teacher, dim=dim, **options), reduction, mask)
 
         if mask is not None:
@@ -186,11 +188,13 @@ class _Fused(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def _can_fuse(student: Tensor, teacher: Tensor, dim: int) -> bool:
-    """Whether these are ordinary tensors, large enough, and nobody is tracing or transforming."""
+def _can_fuse(student: Tensor, teacher: Tensor, dim: int, shortest_row: int) -> bool:
+    """Whether these are ordinary tensors, large enough, their rows in one piece, and nobody traces or transforms."""
     return (
         student.numel() >= SMALL
-        and student.shape[dim] <= LARGEST_ROW
+        and shortest_row <= student.shape[dim] <= LARGEST_ROW
+        # Collecting the numbers of a row from all over the memory costs more than blocks save.
+        and student.stride(dim) == teacher.stride(dim) == 1
         and student.device.type in ("cpu", "cuda")
         and type(student) in (Tensor, nn.Parameter)
         and type(teacher) is Tensor
@@ -204,7 +208,7 @@ def _block_elements(device: torch.device) -> int:
     """Give how many elements of a block stay in cache, yet keep every thread busy for longer than it takes to start."""
     if device.type != "cpu":
         return 2**22
-    return min(max(2**18 * torch.get_num_threads(), 2**19), 2**21)
+    return min(max(2**19 * torch.get_num_threads(), 2**19), 2**21)
 
 
 def _cut(shape: torch.Size, limit: int) -> Iterator[tuple[int | slice, ...]]:

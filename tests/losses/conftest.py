@@ -10,4 +10,5 @@ def form(request, monkeypatch):
     """The plain formula, which small inputs get, or blocks of a few rows, as if the inputs were large."""
     if request.param == "blocks":
         monkeypatch.setattr(_rowwise, "SMALL", 0)
+        monkeypatch.setattr(_rowwise, "SHORT", 1)
         monkeypatch.setattr(_rowwise, "_block_elements", lambda device: 16)
