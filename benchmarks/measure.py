@@ -124,7 +124,7 @@ def settle_allocator() -> None:
 
     GNU's C library takes blocks from the system and gives them back one by one until a block of that size was freed,
     of at most 32 MiB, and keeps smaller ones from then on. In a fresh process a tensor of 4 MB would cost the system's
-    fresh memory at every call, five times as much as reading and writing it.
+    fresh memory at every call, which takes several times as long as reading and writing it.
     """
     torch.ones(31 << 18)
 
