@@ -36,7 +36,16 @@ import torch
 
 from loss_cases import Case, Problem, list_cases
 from loss_report import FLOOR, OURS, Row, read_rows, write_report
-from measure import describe_machine, find_clock, find_repeats, limit_memory, peak_extra_bytes, quartiles, time_steps
+from measure import (
+    describe_machine,
+    find_clock,
+    find_repeats,
+    limit_memory,
+    peak_extra_bytes,
+    quartiles,
+    settle_allocator,
+    time_steps,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +64,7 @@ def measure_case(case: Case, device: torch.device, budget: float) -> list[Row]:
     Raises:
         RuntimeError: If the ways do not compute the same loss and gradient.
     """
+    settle_allocator()
     problem = case.build(case, device)
     notes = _try_all(problem, case, device) | problem.notes
     steps, clock = problem.steps(), find_clock(device)

@@ -119,6 +119,16 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
         return None
 
 
+def settle_allocator() -> None:
+    """Bring the allocator to where a training process has it after its first step.
+
+    GNU's C library takes blocks from the system and gives them back one by one until a block of that size was freed,
+    of at most 32 MiB, and keeps smaller ones from then on. In a fresh process a tensor of 4 MB would cost the system's
+    fresh memory at every call, which takes several times as long as reading and writing it.
+    """
+    torch.ones(31 << 18)
+
+
 def limit_memory(spare: int = 1 << 30) -> None:
     """Let allocations fail, as a Python error, where the system would begin to kill processes; Linux only.
 
