@@ -32,6 +32,7 @@ from cifar.checkpoints import RunFiles, read_result
 from cifar.crew import EXPECTED, Place, RunError, train_all
 from cifar.data import Dataset, load_dataset
 from cifar.engine import MODES, find_mode
+from cifar.losses import SETUPS, find_setup
 from cifar.progress import Overview
 from cifar.records import RunResult
 from cifar.report import write_report
@@ -58,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher", type=_depth, default=20, metavar="DEPTH", help="layers, 6n+2; default: 20")
     add("--recipe", choices=list(RECIPES), default="pooled", help="what the networks regress; default: pooled")
     add("--loss", default="logit", metavar="NAME", help=f"default: logit; known: {', '.join(list_losses())}")
-    add("--weight", type=_weight, help="of the loss; default: the recipe's for logit, 1 for any other")
-    add("--at", metavar="PATH", help="module whose output, or input (fc:input), the loss compares, or logits")
+    add("--weight", type=_weight, help="of the loss; default: the recipe's for logit, the published one for others")
+    add("--at", metavar="PATH", help="what the loss compares: logits, or modules, see cifar/losses.py")
     add("--epochs", type=_count, help=f"default: {epochs}")
     add("--runs", type=_count, help=f"seeds per method; default: 1, with --reproduce {RUNS}")
     add("--seed", type=_seed, default=0, help="the first seed; default: 0")
@@ -107,7 +108,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:
-        create_loss(args.loss)
+        if args.loss not in SETUPS or args.loss not in list_losses():
+            create_loss(args.loss)
     except (KeyError, ImportError, ValueError) as error:
         parser.error(f"argument --loss: {error.args[0]}")
     except TypeError as error:
@@ -134,7 +136,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     args.epochs = args.epochs or max(EPOCHS[setting.dataset] for setting in args.settings)
     recipe = RECIPES[args.recipe]
     # The recipe's weight and place were chosen for the logit loss; they would mean nothing for another.
-    weight, at = (recipe.weight, recipe.at) if args.loss == "logit" else (1.0, None)
+    setup = find_setup(args.loss)
+    weight, at = (recipe.weight, recipe.at) if args.loss == "logit" else (setup.weight, setup.at)
     args.weight = weight if args.weight is None else args.weight
     args.at = at if args.at is None else None if args.at == LOGITS else args.at
     return parser, args

@@ -1,6 +1,5 @@
 """Fused equals plain, whatever comes; what is fused and what is not; what it may not cost and what it must notice."""
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -303,6 +302,33 @@ def test_activation_checkpointing(fused, loss):
         torch.testing.assert_close(student.grad, expected)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_hooks_on_saved_tensors_see_the_inputs_and_nothing_of_the_blocks(fused, loss):
+    rows, options = LOSSES[loss]
+    student, teacher = make_pair(6, 10)
+    mask = torch.rand(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    packed, unpacked = [], []
+
+    def unpack(x):
+        unpacked.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x.detach(), unpack):
+        value = rows(student, teacher, dim=-1, reduction="sum", mask=mask, **options)
+    assert [x.data_ptr() for x in packed] == [x.data_ptr() for x in (student, teacher, mask)]
+    assert unpacked == []
+    value.backward()
+    assert len(unpacked) == 3
+
+
+def test_a_gradient_times_one_is_not_written_again():
+    gradient = torch.ones(3)
+    _rowwise._scale(gradient, torch.tensor(1.0))
+    assert gradient._version == 0
+    _rowwise._scale(gradient, torch.tensor(2.0))
+    assert gradient.tolist() == [2, 2, 2]
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # forward-mode's own imports
 def test_transforms_and_tracing_get_the_plain_form(fused):
     student, teacher = make_pair(6, 10)
@@ -395,14 +421,30 @@ def test_triton_kernels_in_the_interpreter():
     assert result.returncode == 0, result.stderr
 
 
-def test_kernels_are_for_tensors_on_a_gpu_and_triton_may_be_missing(monkeypatch):
+def test_triton_is_asked_for_float32_on_a_gpu_only_and_may_be_missing(monkeypatch):
     assert _rowwise._kernels(torch.ones(2), torch.float32) is None
-    _rowwise._import_triton.cache_clear()
-    monkeypatch.setitem(sys.modules, "triton", None)  # makes its import fail
-    monkeypatch.delitem(sys.modules, "distill._triton", raising=False)
-    assert _rowwise._import_triton() is None
-    _rowwise._import_triton.cache_clear()
-    monkeypatch.undo()
-    if importlib.util.find_spec("triton"):
-        assert _rowwise._import_triton().__name__ == "distill._triton"
-    _rowwise._import_triton.cache_clear()
+    monkeypatch.setitem(sys.modules, "distill._triton", sys)
+    assert _rowwise._import_triton.__wrapped__() is sys
+    monkeypatch.setitem(sys.modules, "distill._triton", None)  # makes its import fail
+    assert _rowwise._import_triton.__wrapped__() is None
+
+
+def test_kernels_may_decline_and_scale_where_they_are(fused, monkeypatch):
+    class Kernels:
+        scaled = 0
+
+        @staticmethod
+        def run(name, *tensors, temperature):
+            assert (name, temperature) == ("kl", 4.0)
+            return False
+
+        @classmethod
+        def scale(cls, gradient, factor):
+            cls.scaled += 1
+            gradient.mul_(factor)
+
+    student, teacher = make_pair(6, 10)
+    expected = gradient(lambda s: 2 * KLLoss()(s, teacher), student)
+    monkeypatch.setattr(_rowwise, "_kernels", lambda x, dtype: Kernels)
+    torch.testing.assert_close(gradient(lambda s: 2 * KLLoss()(s, teacher), student), expected)
+    assert Kernels.scaled == 1

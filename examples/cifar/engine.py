@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar.data import Dataset
+from cifar.losses import make_target
 from cifar.steps import EpochMeter, load_batch, train_step
 
 Mode = Literal["eager", "graph", "compile"]
@@ -63,6 +64,7 @@ class Engine:
         batch_size: int,
         precision: str,
         mode: Mode,
+        indices: bool = False,
     ) -> None:
         """Prepare the steps; nothing is compiled or captured before the first one.
 
@@ -74,6 +76,7 @@ class Engine:
             batch_size: Images per step.
             precision: `"float32"`, or `"bfloat16"` for autocast.
             mode: What `find_mode` returned.
+            indices: Whether the model's target holds the images' places in the training set beside their labels.
         """
         device = data.train_images.device
         self.meter = EpochMeter(device)
@@ -86,6 +89,7 @@ class Engine:
         self._data = data
         self._generator = generator
         self._precision = precision
+        self._indices = indices
         self._index = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._captures = mode != "eager" and device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -116,7 +120,8 @@ class Engine:
 
     def _take(self) -> None:
         images, labels = load_batch(self._data, self._index, self._generator)
-        self.meter.update(train_step(self._called, self._optimizer, images, labels, self._precision), labels)
+        target = make_target(labels, self._index, indices=self._indices)
+        self.meter.update(train_step(self._called, self._optimizer, images, target, self._precision), labels)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record a step without taking one: what the warm-up changes is put back."""

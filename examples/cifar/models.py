@@ -18,13 +18,15 @@ STEMS: dict[str, int] = {"7x7": 7, "3x3": 3}
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution with batch norm where the shape changes."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, *, last: bool = False) -> None:
         """Build the block.
 
         Args:
             in_channels: Channels of the input.
             channels: Channels of the output.
             stride: Stride of the first convolution, and of the shortcut.
+            last: Whether the block ends a stage: its last ReLU then leaves its input as it is, for losses that look
+                there.
         """
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
@@ -36,19 +38,23 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
             )
+        self.relu = nn.ReLU(inplace=not last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, in_channels, H, W)` to `(N, channels, ceil(H / stride), ceil(W / stride))`."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         out += self.shortcut(x)
-        return F.relu(out, inplace=True)
+        activated: Tensor = self.relu(out)
+        return activated
 
 
 class ResNet(nn.Module):
     """ResNet for small images (He et al., 2016, section 4.2) with 1x1-convolution shortcuts.
 
-    The input of `fc` is the average-pooled feature, `(N, 64)`: a `Term(..., at="fc:input")` regresses it.
+    The input of `fc` is the average-pooled feature, `(N, 64)`: a `Term(..., at="fc:input")` regresses it. The stages
+    end with `relu1`, `relu2` and `relu3`, whatever the depth: their outputs are the stages' maps, their inputs the same
+    before the ReLU.
     """
 
     def __init__(self, depth: int, num_classes: int, *, stem: Stem = "7x7", in_channels: int = 3) -> None:
@@ -61,6 +67,7 @@ class ResNet(nn.Module):
         self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, stride=1)
         self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, stride=2)
         self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, stride=2)
+        self.relu1, self.relu2, self.relu3 = (stage[-1].relu for stage in (self.layer1, self.layer2, self.layer3))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(WIDTHS[2], num_classes)
 
@@ -136,5 +143,10 @@ def fold_batch_norms(model: ResNet) -> None:
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     """Chain basic blocks; the first one changes channels and size."""
-    first = BasicBlock(in_channels, channels, stride)
-    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+    widths = [in_channels, *[channels] * (blocks - 1)]
+    return nn.Sequential(
+        *(
+            BasicBlock(width, channels, 1 if number else stride, last=number == blocks - 1)
+            for number, width in enumerate(widths)
+        )
+    )

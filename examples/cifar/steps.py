@@ -38,7 +38,7 @@ class CrossEntropy(nn.Module):
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, precision: str
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, target: Tensor, precision: str
 ) -> DistillerOutput:
     """Take one step; nothing in it waits for the device.
 
@@ -46,14 +46,14 @@ def train_step(
         model: A `Distiller` or a `CrossEntropy`.
         optimizer: Holds the parameters to train.
         images: Normalized images `(N, C, H, W)`.
-        labels: Classes `(N,)`.
+        target: What the model takes as its target: classes `(N,)`, or more.
         precision: `"float32"`, or `"bfloat16"` for autocast.
 
     Returns:
         What the model returned.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        output: DistillerOutput = model(images, labels)
+        output: DistillerOutput = model(images, target)
     optimizer.zero_grad()
     output.loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     optimizer.step()

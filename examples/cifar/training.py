@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from cifar.checkpoints import RunFiles, save_state
 from cifar.data import Dataset, normalize
 from cifar.engine import Engine, Mode
+from cifar.losses import Networks, build_distiller, find_setup, make_target
 from cifar.models import ResNet, fold_batch_norms, resnet
 from cifar.progress import Overview, Progress
 from cifar.records import EpochRecord, RunResult
 from cifar.settings import RunConfig, describe_device, find_revision
 from cifar.steps import CrossEntropy, epoch_order, evaluate
-from distill import Distiller, Term, create_loss
+from distill import Distiller
 
 
 def build_student(config: RunConfig, data: Dataset) -> ResNet:
@@ -71,9 +72,9 @@ def build_model(
     student = build_student(config, data)
     if teacher_weights is None:
         return CrossEntropy(student)
-    term = Term(create_loss(config.method), at=config.at, weight=config.weight if config.weight is not None else 1.0)
     teacher = build_teacher(config, data, teacher_weights)
-    distiller = Distiller(student, teacher, {config.method: term})
+    weight = 1.0 if config.weight is None else config.weight
+    distiller = build_distiller(config.method, config.at, weight, Networks(student, teacher, data))
     if _can_fold(teacher, config):
         fold_batch_norms(teacher)
         _place(teacher, data)
@@ -93,8 +94,8 @@ def check_student(config: RunConfig, data: Dataset) -> None:
     with torch.random.fork_rng([]):
         untrained = _build(config.teacher or config.student, config, data, torch.Generator()).state_dict()
         model = build_model(config, data, untrained)
-    images = normalize(data.train_images[:2], data.mean, data.std)
-    model(images, data.train_labels[:2])
+    images, labels = normalize(data.train_images[:2], data.mean, data.std), data.train_labels[:2]
+    model(images, make_target(labels, torch.arange(2, device=labels.device), indices=find_setup(config.method).indices))
 
 
 def use_batch_statistics(model: nn.Module) -> None:
@@ -163,6 +164,7 @@ class Run:
             batch_size=config.recipe.batch_size,
             precision=config.precision,
             mode=mode,
+            indices=config.teacher is not None and find_setup(config.method).indices,
         )
         self.start_time = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.revision = find_revision()
@@ -319,8 +321,9 @@ def _can_fold(teacher: ResNet, config: RunConfig) -> bool:
     """Whether nobody looks at what stands between a convolution and its batch norm."""
     if config.teacher_batch_statistics:
         return False
-    tapped = teacher.get_submodule((config.at or "").removesuffix(":input"))
-    return not isinstance(tapped, (nn.Conv2d, nn.BatchNorm2d))
+    places = (config.at or "").replace("+", ",").split(",")
+    tapped = [teacher.get_submodule(place.removesuffix(":input")) for place in places]
+    return not any(isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) for module in tapped)
 
 
 def _build(depth: int, config: RunConfig, data: Dataset, generator: torch.Generator) -> ResNet:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from typing_extensions import override
 
-# Rows of the weights that are multiplied at a time. Fewer round less, and more are no faster.
-_ROWS = 512
+# Rows of the weights that are multiplied at a time: fewer round less; more wait less for each other's threads.
+_ROWS = {torch.float32: 2048, torch.float64: 1024}
 # Logits that are formed at a time: 4 MB in float32, which stay in a CPU's cache; a GPU wants larger products.
 _LOGITS = 2**20
 _LOGITS_ON_GPU = 2**25
@@ -126,7 +126,7 @@ def make_plan(
 
 def teacher_gram(teacher: Tensor) -> Tensor:
     """`W_t^T W_t` in float64, (d_t, d_t)."""
-    return _left_gram([teacher], teacher.shape[1], torch.float64)
+    return _left_gram([teacher], 1, torch.float64)
 
 
 def factorise(heads: Heads) -> Factor:
@@ -137,7 +137,7 @@ def factorise(heads: Heads) -> Factor:
     parts = [*heads.left(), heads.teacher]
     width = sum(part.shape[1] for part in parts)
     columns = width - heads.teacher.shape[1]
-    rows = max(4 * width, _ROWS)
+    rows = max(4 * width, _ROWS[torch.float64])
     r = heads.student.new_empty(0, width, dtype=torch.float64)
     for start in range(0, len(heads.student), rows):
         r = torch.linalg.qr(torch.cat([r, _stack(parts, start, rows, torch.float64)]), mode="r").R
@@ -227,7 +227,7 @@ class _Gram(Function):
     @override
     def forward(student: Tensor, column: Tensor | None, teacher: Tensor, dtype: torch.dtype) -> Tensor:
         left = Heads(student, teacher, column).left()
-        return _left_gram([*left, teacher], sum(part.shape[1] for part in left), dtype)
+        return _left_gram([*left, teacher], len(left), dtype)
 
     @staticmethod
     @override
@@ -352,22 +352,16 @@ def _stack(parts: list[Tensor], start: int, rows: int, dtype: torch.dtype) -> Te
     return torch.cat([part[start : start + rows].to(dtype) for part in parts], 1)
 
 
-def _left_gram(parts: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
-    """`X[:, :columns]^T X` of matrices side by side."""
-    if torch._C._are_functorch_transforms_active():
-        x = _stack(parts, 0, len(parts[0]), dtype)
-        return x[:, :columns].T @ x
-    widths = [part.shape[1] for part in parts]
+def _left_gram(parts: list[Tensor], left: int, dtype: torch.dtype) -> Tensor:
+    """`L^T X` for X the matrices side by side and L the first so many of them."""
     sums: list[tuple[int, Tensor]] = []  # of so many blocks each, added up in pairs: rounding grows with the logarithm
-    buffer = parts[0].new_empty(_ROWS, sum(widths), dtype=dtype)
-    for start in range(0, len(parts[0]), _ROWS):
-        x = buffer[: len(parts[0]) - start]
-        for part, target in zip(parts, x.split(widths, 1), strict=True):  # type: ignore[no-untyped-call]
-            target.copy_(part[start : start + _ROWS])
-        blocks, product = 1, x[:, :columns].T @ x
-        while sums and (sums[-1][0] == blocks or start + _ROWS >= len(parts[0])):
+    for start in range(0, len(parts[0]), _ROWS[dtype]):
+        rows = [part[start : start + _ROWS[dtype]].to(dtype) for part in parts]
+        product = torch.cat([torch.cat([ours.T @ x for x in rows], 1) for ours in rows[:left]])
+        blocks = 1
+        while sums and (sums[-1][0] == blocks or start + _ROWS[dtype] >= len(parts[0])):
             more, other = sums.pop()
-            blocks, product = blocks + more, product.add_(other)
+            blocks, product = blocks + more, product + other
         sums.append((blocks, product))
     return sums[0][1]
 
@@ -378,8 +372,9 @@ def _combine(
     """`X right` for matrices X side by side, in the dtype of `right`: what the student's matrix and the biases get."""
     factors = right.split([part.shape[1] for part in parts])  # type: ignore[no-untyped-call]
     ours, biases = torch.empty_like(student), None if column is None else torch.empty_like(column)
-    for start in range(0, len(student), _ROWS):
-        rows = slice(start, start + _ROWS)
+    step = _ROWS[right.dtype]
+    for start in range(0, len(student), step):
+        rows = slice(start, start + step)
         both = parts[0][rows].to(right.dtype) @ factors[0]
         for part, factor in zip(parts[1:], factors[1:], strict=True):
             both.addmm_(part[rows].to(right.dtype), factor)

@@ -6,6 +6,7 @@ kernel.
 """
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -266,7 +267,6 @@ def _kernels(x: Tensor, dtype: torch.dtype) -> ModuleType | None:
 @functools.cache
 def _import_triton() -> ModuleType | None:
     try:
-        from distill import _triton
+        return importlib.import_module("distill._triton")
     except ImportError:
         return None
-    return _triton

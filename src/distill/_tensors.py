@@ -138,12 +138,9 @@ def check_labels(target: Tensor | None, logits: Tensor, *, dim: int) -> Tensor:
     """
     if target is None:
         raise ValueError("target must be the class of every sample, got None")
-    shape = list(logits.shape)
-    del shape[dim]
-    if list(target.shape) != shape:
-        raise ValueError(
-            f"target must be one class per sample, of shape {tuple(shape)}, got shape {tuple(target.shape)}"
-        )
+    shape = tuple(size for d, size in enumerate(logits.shape) if d != dim % logits.ndim)
+    if target.shape != shape:
+        raise ValueError(f"target must be one class per sample, of shape {shape}, got shape {tuple(target.shape)}")
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise ValueError(f"target must be integers, got {target.dtype}")
     if target.device != logits.device:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import distill._gram
+import distill._heads
 import distill.losses.linear_logit
 from contract import assert_loss_contract, gradient
 from distill import Distiller, LinearLogitLoss, LogitLoss, Term, linear_logit_loss, logit_loss
@@ -606,10 +607,8 @@ def test_plan_takes_the_cheapest_and_says_why():
 def test_plan_is_what_is_done(samples, trains, monkeypatch):
     taken = []
     for name in METHODS:
-        function = getattr(distill.losses.linear_logit, f"by_{name}")
-        monkeypatch.setattr(
-            distill.losses.linear_logit, f"by_{name}", lambda *a, n=name, f=function: taken.append(n) or f(*a)
-        )
+        function = getattr(distill._heads, f"by_{name}")
+        monkeypatch.setattr(distill._heads, f"by_{name}", lambda *a, n=name, f=function: taken.append(n) or f(*a))
     loss = LinearLogitLoss(*heads((6, 9), 3000, trains=trains))
     loss(*hidden(samples))
     assert taken == [loss.plan(samples).method]
@@ -638,7 +637,7 @@ def test_devices_without_float64_take_blocks(monkeypatch):
     )
     assert plan.method == "blocks"
     monkeypatch.setattr(distill._gram, "has_float64", lambda device: False)
-    monkeypatch.setattr(distill.losses.linear_logit, "has_float64", lambda device: False)
+    monkeypatch.setattr(distill._heads, "has_float64", lambda device: False)
     pair, states = heads(), hidden(5000)
     torch.testing.assert_close(LinearLogitLoss(*pair)(*states), by_logits(pair, states))
     with pytest.raises(ValueError, match="method 'gram' must have a device with float64, got cpu"):

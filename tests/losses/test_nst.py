@@ -96,6 +96,15 @@ def test_finite_on_extreme_maps(size):
         torch.testing.assert_close(slope * scale, gradient(NSTLoss(), student, teacher), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("shape", "most"), [((2, 32, 2, 2), 2 * 32 * 4), ((2, 2, 8, 8), 2 * 2 * 64)])
+def test_keeps_nothing_larger_than_the_maps_for_the_backward(shape, most):
+    sizes = []
+    student, teacher = make_pair(*shape)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        nst_loss(student, teacher)
+    assert max(sizes) == most
+
+
 def test_rejects_what_is_no_map():
     with pytest.raises(ValueError, match=r"maps \(N, C, H, W\) of the same N, got \(4, 3\) and \(4, 3\)"):
         nst_loss(*make_pair(4, 3))

@@ -1,4 +1,4 @@
-"""ReviewLoss against the formulas and figures of Chen et al. (2021)."""
+"""ReviewLoss against the formulas of Chen et al. (2021)."""
 
 import math
 
@@ -23,7 +23,7 @@ from learned import (
 
 
 def reference(student, teacher):
-    """Section 3: squared distances at the full size and of 4, 2 and 1 bins, each with half the weight before it."""
+    """Hierarchical context, squared distances at the full size and of 4, 2, 1 bins, each half the weight before."""
     values = np.zeros(len(student[0]))
     for s, t in zip(student, teacher, strict=True):
         sizes = [k for k in (4, 2, 1) if k < s.shape[2] and k < s.shape[3]]
@@ -34,7 +34,7 @@ def reference(student, teacher):
 
 
 def reference_module(loss, student, teacher):
-    """Figure 4 (a): the attention based fusion, from the deepest level to the shallowest."""
+    """The attention based fusion, from the deepest level to the shallowest."""
     fused, deeper = [], None
     for level in reversed(range(len(student))):
         s, t = (x.reshape(*x.shape, 1, 1) if x.ndim == 2 else x for x in (student[level], teacher[level]))

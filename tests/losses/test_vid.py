@@ -20,7 +20,7 @@ from learned import (
 
 
 def reference(mean, teacher, variance):
-    """Equation 5: minus the logarithm of a normal density, without its constant; averaged, as in the benchmark."""
+    """Section 2: minus the logarithm of a normal density, without its constant; averaged, as in the benchmark."""
     values = np.zeros(len(mean))
     for n, sample in enumerate(teacher):
         terms = []
@@ -33,7 +33,7 @@ def reference(mean, teacher, variance):
 
 
 def reference_module(loss, student, teacher):
-    """The mean network of the benchmark, the variance of equation 6."""
+    """The mean network of the benchmark, and the variance as a softplus."""
     height, width = (min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
     x, teacher = average_pool(student, height, width), average_pool(teacher, height, width)
     first, second, third = (weights(loss.mean_network[i])[0] for i in (0, 2, 4))

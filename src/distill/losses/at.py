@@ -55,7 +55,8 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
 
 def _attention(maps: Tensor, p: float) -> Tensor:
     powers = maps.square() if p == 2 else maps.abs().pow(p)
-    return normalize(powers.mean(1).flatten(1), dim=1)
+    # The sum for the mean: 1/C cancels, and the gradient of mean() would be a tensor of the size of the map.
+    return normalize(powers.sum(1).flatten(1), dim=1)
 
 
 def _check_p(p: float) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -59,7 +60,7 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     if layers[0][0].device != layers[1][0].device:
         raise ValueError(f"the two layers must be on the same device, got {[str(s.device) for s, _ in layers]}")
     (s1, t1), (s2, t2) = layers
-    return (_flow(s1, s2) - _flow(t1, t2)).square().mean((1, 2))
+    return F.mse_loss(_flow(s1, s2), _flow(t1, t2), reduction="none").flatten(1).mean(1)
 
 
 def _flow(first: Tensor, second: Tensor) -> Tensor:

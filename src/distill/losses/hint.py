@@ -48,9 +48,10 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     if 4 in (student.ndim, teacher.ndim):
         student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True))
-        return F.mse_loss(student, teacher, reduction="none").mean((1, 2, 3))
+        # Not mean(): its gradient would be a tensor of the size of the map, that of sum() is a view.
+        return F.mse_loss(student, teacher, reduction="none").flatten(1).sum(1) / student[0].numel()
     student, teacher = check_pair(student, teacher, dim=-1)
-    return F.mse_loss(student, teacher, reduction="none").mean(-1)
+    return F.mse_loss(student, teacher, reduction="none").sum(-1) / student.shape[-1]
 
 
 @register_loss("hint")

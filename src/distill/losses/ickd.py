@@ -1,5 +1,6 @@
 """Inter-channel correlation: Liu et al., "Exploring Inter-Channel Correlation" (2021)."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -47,7 +48,8 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True))
     samples, channels = student.shape[:2]
-    return (_correlation(student) - _correlation(teacher)).square().sum((1, 2)) / (channels * samples)
+    differences = F.mse_loss(_correlation(student), _correlation(teacher), reduction="none")
+    return differences.sum((1, 2)) / (channels * samples)
 
 
 def _correlation(maps: Tensor) -> Tensor:

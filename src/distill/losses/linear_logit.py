@@ -2,24 +2,14 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._gram import (
-    Factor,
-    Heads,
-    Plan,
-    by_blocks,
-    by_factor,
-    by_gram,
-    factorise,
-    has_float64,
-    make_plan,
-    teacher_gram,
-)
+from distill._gram import Plan, factorise, teacher_gram
+from distill._heads import Problem, check_heads, check_vocabulary
 from distill._registry import register_loss
 from distill._tensors import Reduction, check_reduction, reduce
 
@@ -97,7 +87,7 @@ def linear_logit_loss(
         the loss of Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, section 2.2.
     """
     _check_method(method)
-    problem = _check(
+    problem = check_heads(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, vocab_size
     )
     return problem.loss(problem.plan().method if method == "auto" else method)
@@ -164,7 +154,7 @@ class LinearLogitLoss(nn.Module):
         # In a tuple, where nn.Module does not look for submodules: the models own their heads.
         self._heads = (student_head, teacher_head)
         student_weight, _, teacher_weight, _ = self._tensors()
-        _check_vocabulary(len(student_weight), len(teacher_weight), vocab_size)
+        check_vocabulary(len(student_weight), len(teacher_weight), vocab_size)
         self._kept: dict[str, tuple[list[Callable[[], Any]], Any, Any]] = {}
 
     @property
@@ -245,11 +235,11 @@ class LinearLogitLoss(nn.Module):
     def _tensors(self) -> list[Any]:
         return [getattr(head, name, None) for head in self._heads for name in ("weight", "bias")]
 
-    def _problem(self, student: Tensor, teacher: Tensor) -> "_Problem":
+    def _problem(self, student: Tensor, teacher: Tensor) -> Problem:
         weight, bias, teacher_weight, teacher_bias = self._tensors()
-        return _check(student, weight, bias, teacher, teacher_weight, teacher_bias, self.vocab_size)
+        return check_heads(student, weight, bias, teacher, teacher_weight, teacher_bias, self.vocab_size)
 
-    def _plan(self, problem: "_Problem") -> Plan:
+    def _plan(self, problem: Problem) -> Plan:
         weight, bias, teacher_weight, teacher_bias = self._tensors()
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         plan = problem.plan(
@@ -275,131 +265,6 @@ class LinearLogitLoss(nn.Module):
                 value,
             )
         return value
-
-
-class _Problem(NamedTuple):
-    """Checked inputs: hidden states as matrices, both heads, and what the result looks like."""
-
-    student: Tensor  # (N, d_s)
-    teacher: Tensor  # (N, d_t)
-    heads: Heads
-    trains: bool
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def plan(self, *, may_factor: bool = False, keeps_teacher: bool = False) -> Plan:
-        return make_plan(
-            len(self.student),
-            len(self.heads.student),
-            sum(part.shape[1] for part in self.heads.left()),
-            self.teacher.shape[1],
-            device=self.student.device,
-            trains=self.trains,
-            may_factor=may_factor,
-            keeps_teacher=keeps_teacher,
-        )
-
-    def check_possible(self, method: str) -> None:
-        if method == "factor" and self.trains:
-            raise ValueError("method 'factor' must have a student's head that needs no gradient, got one that does")
-        if method != "blocks" and not has_float64(self.student.device):
-            raise ValueError(f"method {method!r} must have a device with float64, got {self.student.device.type}")
-
-    def loss(self, method: str, *, factor: Factor | None = None, own: Tensor | None = None) -> Tensor:
-        self.check_possible(method)
-        student, teacher, heads = self.student, self.teacher, self.heads
-        with torch.autocast(student.device.type, enabled=False):
-            student, teacher = student.to(self.dtype), teacher.to(self.dtype)
-            if method == "blocks":
-                values = by_blocks(student, teacher, heads)
-            else:
-                if heads.column is not None:
-                    ones = student.new_ones(len(student), 1)
-                    student = torch.cat([student, ones], 1)
-                if method == "factor":
-                    values = by_factor(student, teacher, factorise(heads) if factor is None else factor)
-                else:
-                    values = by_gram(student, teacher, heads, teacher_gram(heads.teacher) if own is None else own)
-            return (values / len(heads.student)).to(self.dtype).reshape(self.shape)
-
-
-def _check(
-    student: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    vocab_size: int | None,
-) -> _Problem:
-    for name, matrix in (("student_weight", weight), ("teacher_weight", teacher_weight)):
-        if matrix.ndim != 2 or matrix.numel() == 0:
-            raise ValueError(f"{name} must be a matrix (V, d) and not empty, got shape {tuple(matrix.shape)}")
-    if (*student.shape[-1:], *teacher.shape[-1:]) != (weight.shape[1], teacher_weight.shape[1]) or (
-        student.shape[:-1] != teacher.shape[:-1]
-    ):
-        raise ValueError(
-            f"hidden states must have their heads' sizes, {weight.shape[1]} and {teacher_weight.shape[1]}, as the last "
-            "dimension and else the same shape (nothing is broadcast), "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    for what, given in (
-        ("hidden states", (student, teacher)),
-        ("heads", (weight, teacher_weight, bias, teacher_bias)),
-    ):
-        if not all(tensor.is_floating_point() for tensor in given if tensor is not None):
-            dtypes = " and ".join(str(tensor.dtype) for tensor in given if tensor is not None)
-            raise ValueError(f"{what} must be floating-point, got {dtypes}")
-    tensors = [
-        tensor for tensor in (student, weight, bias, teacher, teacher_weight, teacher_bias) if tensor is not None
-    ]
-    devices = dict.fromkeys(str(tensor.device) for tensor in tensors)
-    if len(devices) > 1:
-        raise ValueError(f"hidden states and heads must be on the same device, got {' and '.join(devices)}")
-    if student.numel() == 0:
-        raise ValueError(f"hidden states must not be empty, got shape {tuple(student.shape)}")
-    size = _check_vocabulary(len(weight), len(teacher_weight), vocab_size)
-    for name, vector, matrix in (("student_bias", bias, weight), ("teacher_bias", teacher_bias, teacher_weight)):
-        if vector is not None and vector.shape != matrix.shape[:1]:
-            raise ValueError(
-                f"{name} must have one value per row of its weight, {len(matrix)}, got shape {tuple(vector.shape)}"
-            )
-    wide = torch.float64 if has_float64(student.device) else torch.float32
-    column = None if bias is None else _first(bias, size)[:, None].to(wide)
-    if teacher_bias is not None:
-        theirs = teacher_bias.detach()[:size, None].to(wide)
-        column = -theirs if column is None else column - theirs
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return _Problem(
-        student.reshape(-1, student.shape[-1]),
-        teacher.detach().reshape(-1, teacher.shape[-1]),
-        Heads(_first(weight, size), _first(teacher_weight.detach(), size), column),
-        torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        student.shape[:-1],
-        dtype,
-    )
-
-
-def _first(tensor: Tensor, size: int) -> Tensor:
-    # A slice of all rows would cost one more gradient of the weight's size in backward.
-    return tensor if len(tensor) == size else tensor[:size]
-
-
-def _check_vocabulary(student: int, teacher: int, size: int | None) -> int:
-    if size is None:
-        if student != teacher:
-            raise ValueError(
-                f"both heads must have the same vocabulary, got {student} and {teacher} rows; vocab_size= compares the "
-                "first rows only, where they mean the same tokens"
-            )
-        return student
-    if not 1 <= size <= min(student, teacher):
-        raise ValueError(
-            f"vocab_size must be between 1 and the rows of both heads, {student} and {teacher}, got {size}"
-        )
-    return size
 
 
 def _check_method(method: Method) -> Method:

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -37,7 +38,7 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
         tensor([-0.7979, -0.7979])
 
     Reference:
-        As `ofd_loss`, section 3.1.
+        As `ofd_loss`, section 3.
     """
     if weight.ndim != 1 or weight.shape != bias.shape:
         raise ValueError(
@@ -93,9 +94,8 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
         raise ValueError(f"margin must have shape ({student.shape[1]},), got {tuple(margin.shape)}")
     shape = (-1, *(1,) * (student.ndim - 2))
     goal = torch.maximum(teacher, margin.detach().to(student.dtype).reshape(shape))
-    difference = student - goal
-    counted = torch.where(goal > 0, difference, difference.relu())
-    return counted.square().flatten(1).sum(1)
+    counted = ((student > goal) | (goal > 0)).to(student.dtype)
+    return (F.mse_loss(student, goal, reduction="none") * counted).flatten(1).sum(1)
 
 
 @register_loss("ofd")

@@ -1,6 +1,9 @@
 """Pearson correlation: Cao et al., "PKD: General Distillation Framework for Object Detectors" (2022)."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -52,12 +55,15 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
         raise ValueError(
             f"a channel must have at least two values over samples and positions, got shape {tuple(student.shape)}"
         )
-    return (_standardize(student) - _standardize(teacher)).square().mean() / 2
+    return F.mse_loss(_standardize(student), _standardize(teacher)) / 2
 
 
 def _standardize(maps: Tensor) -> Tensor:
-    std, mean = torch.std_mean(maps, (0, 2, 3), keepdim=True)
-    return (maps - mean) / (std + _EPS)
+    # Positions first, then samples: on the CPU both at once, or std_mean(), take three times as long.
+    flat = maps.flatten(2)
+    centred = flat - flat.mean(2, keepdim=True).mean(0, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(centred, dim=2, keepdim=True), dim=0, keepdim=True)
+    return centred * (norm / math.sqrt(maps[:, 0].numel() - 1) + _EPS).reciprocal()
 
 
 @register_loss("pearson")

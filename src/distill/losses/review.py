@@ -21,8 +21,8 @@ def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         loss = sum over levels of h(s, t),                              means over channels and positions
 
     Where a k is left out, the weights move up and the divisor is the sum of those that are used: a map of 4 x 4 has
-    `[mean(d^2) + 1/2 mean(d_2^2) + 1/4 mean(d_1^2)] / (7/4)`. The paper does not give these weights; they are those of
-    the authors' code. The student's maps are those that `ReviewLoss` fuses.
+    `[mean(d^2) + 1/2 mean(d_2^2) + 1/4 mean(d_1^2)] / (7/4)`. These weights are those of the authors' code. The
+    student's maps are those that `ReviewLoss` fuses.
 
     Published with weight 0.6 to 8 on CIFAR-100, reached in a linear warm-up over 20 epochs, beside 1 times the
     cross-entropy: 0.6 for ResNet-56 to ResNet-20, 1 for ResNet-110 to ResNet-32, 8 for ResNet-32x4 to ShuffleNetV2,

@@ -49,7 +49,7 @@ def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
 
     Reference:
         Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, "Variational Information
-        Distillation for Knowledge Transfer", CVPR 2019, section 2.1.
+        Distillation for Knowledge Transfer", CVPR 2019, section 2.
     """
     student, teacher = check_pair(student, teacher, dim=1)
     if variance.shape != student.shape[1:2]:

@@ -1,0 +1,179 @@
+"""Which loss compares what in the CIFAR networks, and its published weight.
+
+Places are module paths of `cifar.models.ResNet`: several after a comma are several terms, several joined by a plus go
+into one term together. `relu1` to `relu3` end the stages, and `fc:input` is the pooled feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import distill
+from cifar.data import Dataset
+from cifar.models import WIDTHS, ResNet
+from distill import Distiller, Term, create_loss
+
+STAGES = "relu1,relu2,relu3"
+BEFORE_RELU = "relu1:input,relu2:input,relu3:input"
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a loss may have to know before it is built.
+
+    Attributes:
+        student: The student.
+        teacher: The teacher, with its batch norms.
+        data: The data set.
+    """
+
+    student: ResNet
+    teacher: ResNet
+    data: Dataset
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a loss is used here.
+
+    Attributes:
+        weight: Of each term, beside 1 times the cross-entropy.
+        at: Places, as this file's first lines say; None for the class logits.
+        build: Builds the loss of a place, which is given by its number; by default the registered class as it is.
+        shares: What the weight is multiplied by at each place; by default 1.
+        indices: Whether the loss wants to know where in the training set the images stand.
+    """
+
+    weight: float
+    at: str | None = None
+    build: Callable[[Networks, int], nn.Module] | None = None
+    shares: tuple[float, ...] | None = None
+    indices: bool = False
+
+
+def _ofd(networks: Networks, stage: int) -> nn.Module:
+    last = getattr(networks.teacher, f"layer{stage + 1}")[-1].bn2
+    margin = distill.ofd_margin(last.weight, last.bias)
+    return distill.OFDLoss(WIDTHS[stage], WIDTHS[stage], margin)
+
+
+def _crd(networks: Networks, _place: int) -> nn.Module:
+    labels = networks.data.train_labels
+    # The published 16384 negatives are of 50,000 images; a smaller set gets the same share.
+    negatives = max(1, min(16384, len(labels) * 16384 // 50000))
+    return distill.CRDLoss(WIDTHS[-1], WIDTHS[-1], len(labels), num_negatives=negatives, labels=labels)
+
+
+SETUPS: dict[str, Setup] = {
+    # On the class logits.
+    "kl": Setup(0.9),
+    "reverse_kl": Setup(1.0),
+    "js": Setup(1.0),
+    "tvd": Setup(1.0),
+    "skew_kl": Setup(1.0),
+    "skew_reverse_kl": Setup(1.0),
+    "alpha_beta": Setup(32.0, build=lambda *_: distill.AlphaBetaLoss(0.8, 0.3, temperature=4.0)),
+    "dkd": Setup(1.0),
+    "nkd": Setup(1.0, build=lambda *_: distill.NKDLoss(gamma=3.5, temperature=3.0)),
+    "logit_std": Setup(9.0),
+    "dist": Setup(1.0),
+    "wsld": Setup(2.5),
+    # On the heads, without the logits.
+    "linear_logit": Setup(
+        0.1, "fc:input", build=lambda networks, _: distill.LinearLogitLoss(networks.student.fc, networks.teacher.fc)
+    ),
+    # On feature maps.
+    "hint": Setup(100.0, "relu2", build=lambda *_: distill.HintLoss(WIDTHS[1], WIDTHS[1])),
+    "at": Setup(1000.0, STAGES),
+    "nst": Setup(50.0, STAGES),
+    "fsp": Setup(50.0, "relu1+relu2,relu2+relu3"),
+    "vid": Setup(1.0, STAGES, build=lambda _, stage: distill.VIDLoss(WIDTHS[stage], WIDTHS[stage])),
+    "ofd": Setup(1e-3, BEFORE_RELU, build=_ofd, shares=(0.25, 0.5, 1.0)),
+    "review": Setup(
+        0.6, "relu1+relu2+relu3+fc:input", build=lambda *_: distill.ReviewLoss((*WIDTHS, 64), (*WIDTHS, 64))
+    ),
+    "cwd": Setup(3.0, "relu3"),
+    "mgd": Setup(1.0, "relu3", build=lambda *_: distill.MGDLoss(WIDTHS[2], WIDTHS[2])),
+    "pearson": Setup(6.0, "relu3"),
+    "ickd": Setup(500.0, "relu3"),
+    # On relations between the images of a batch.
+    "rkd": Setup(1.0, "fc:input"),
+    "pkt": Setup(30000.0, "fc:input"),
+    "sp": Setup(3000.0, "relu3"),
+    "cc": Setup(100.0, "fc:input"),
+    "crd": Setup(0.8, "fc:input", build=_crd, indices=True),
+}
+
+
+def find_setup(name: str) -> Setup:
+    """Return how a loss is used here.
+
+    Args:
+        name: The loss's registry name.
+
+    Returns:
+        Its setup; weight 1 on the class logits for a loss that this file does not know.
+    """
+    return SETUPS.get(name, Setup(1.0))
+
+
+def build_distiller(name: str, at: str | None, weight: float, networks: Networks) -> Distiller:
+    """Build the Distiller of a loss.
+
+    Args:
+        name: The loss's registry name.
+        at: Places, as this file's first lines say; None for the class logits.
+        weight: Of each term.
+        networks: Student, teacher and data.
+
+    Returns:
+        The Distiller; with `indices` in the loss's setup its target is `(N, 2)`, labels and indices, else the labels.
+
+    Raises:
+        ValueError: If a place is in neither network, or the places are not as many as the setup's shares.
+    """
+    setup = find_setup(name)
+    places = [None] if at is None else at.split(",")
+    shares = setup.shares or (1.0,) * len(places)
+    if len(shares) != len(places):
+        raise ValueError(f"{name} needs {len(shares)} places, got {at or 'the class logits'}")
+    terms = {}
+    for number, (place, share) in enumerate(zip(places, shares, strict=True)):
+        loss = create_loss(name) if setup.build is None else setup.build(networks, number)
+        side = None if place is None else tuple(place.split("+")) if "+" in place else place
+        where = (side, side) if side is not None else None
+        terms[name if len(places) == 1 else f"{name}@{place}"] = Term(loss, at=where, weight=share * weight)
+    task_loss: nn.Module = nn.CrossEntropyLoss()
+    if setup.indices:
+        task_loss = _OnLabels(task_loss)
+    return Distiller(networks.student, networks.teacher, terms, task_loss=task_loss)
+
+
+class _OnLabels(nn.Module):
+    """A task loss for targets whose first column holds the labels."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        value: Tensor = self.loss(logits, target[:, 0])
+        return value
+
+
+def make_target(labels: Tensor, index: Tensor, *, indices: bool) -> Tensor:
+    """Return what a Distiller of `build_distiller` takes as its target.
+
+    Args:
+        labels: Classes of the batch, `(N,)`.
+        index: Where its images stand in the training set, `(N,)`.
+        indices: Whether the loss wants to know that.
+
+    Returns:
+        The labels, or `(N, 2)`.
+    """
+    return torch.stack([labels, index], 1) if indices else labels

@@ -1,0 +1,137 @@
+"""Tests of examples/cifar/losses.py: every registered loss trains the networks, where and how it says."""
+
+import re
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import cifar_resnet
+import distill
+from cifar.data import normalize
+from cifar.losses import SETUPS, Networks, build_distiller, find_setup, make_target
+from cifar.models import resnet
+from cifar.settings import RECIPES
+from cifar.steps import epoch_order
+from cifar.training import Run, build_student, build_teacher
+from cifar_runs import make_config, make_data, make_teacher
+from distill import create_loss, list_losses, register_loss
+
+
+def make_run(name, **changes):
+    data, setup = make_data(), find_setup(name)
+    config = make_config(name, teacher=14, **{"weight": setup.weight, "at": setup.at} | changes)
+    return Run(config, data, make_teacher(config, data))
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_two_steps_of_every_loss(name):
+    run = make_run(name)
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    run.engine.start_epoch()
+    for index in epoch_order(run.data, 128, run.generator):
+        run.engine.step(index)
+    loss, terms, _ = run.engine.meter.read(1)
+    assert torch.tensor([loss, *terms.values()]).isfinite().all()
+    assert "task" in terms
+    assert all(term == "task" or term == name or term.startswith(f"{name}@") for term in terms)
+    assert len(terms) == 1 + len((find_setup(name).at or "").split(","))
+    # Student and learned parts of the loss alike.
+    after = list(run.model.parameters())
+    assert all((new != old).any() for new, old in zip(after, before, strict=True) if new.ndim > 1)
+
+
+def test_every_loss_of_the_library_has_a_setup():
+    assert {*SETUPS, "logit"} == set(list_losses())
+
+
+@pytest.mark.parametrize("name", sorted(SETUPS))
+def test_the_weight_is_one_that_was_published(name):
+    text = " ".join((getattr(distill, f"{name}_loss").__doc__ + create_docs(name)).split())
+    numbers = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.]*\d)", text)
+    published = "published weight" in text.lower() or "published with weight" in text.lower()
+    assert published, f"the docstring of {name} must say its published weight"
+    if name != "linear_logit":  # that of the logit loss
+        assert find_setup(name).weight in {float(number) for number in numbers}
+
+
+def create_docs(name):
+    return distill._registry._find(name).__doc__
+
+
+def test_losses_of_others_compare_the_class_logits_with_weight_1():
+    @register_loss("halved")
+    class Halved(torch.nn.Module):
+        def forward(self, student, teacher, target=None):
+            return ((student - teacher) ** 2).mean() / 2
+
+    assert (find_setup("halved").weight, find_setup("halved").at) == (1.0, None)
+    run = make_run("halved")
+    images, labels = normalize(run.data.train_images[:16], run.data.mean, run.data.std), run.data.train_labels[:16]
+    output = run.model(images, labels)
+    torch.testing.assert_close(output.terms["halved"], ((output.student - output.teacher) ** 2).mean().detach() / 2)
+
+
+def test_terms_of_several_places_are_added_with_their_weights_and_shares():
+    data, config = make_data(), make_config("ofd", teacher=14, at=SETUPS["ofd"].at, weight=2.0)
+    networks = Networks(build_student(config, data), build_teacher(config, data, make_teacher(config, data)), data)
+    distiller = build_distiller("ofd", config.at, 2.0, networks)
+    assert dict(distiller.weights) == {
+        "ofd@relu1:input": 0.5,
+        "ofd@relu2:input": 1.0,
+        "ofd@relu3:input": 2.0,
+        "task": 1.0,
+    }
+    images, labels = normalize(data.train_images[:16], data.mean, data.std), data.train_labels[:16]
+    output = distiller(images, labels)
+    expected = sum(distiller.weights[name] * value for name, value in output.terms.items())
+    torch.testing.assert_close(output.loss.detach(), expected)
+    with pytest.raises(ValueError, match="ofd needs 3 places, got relu1:input"):
+        build_distiller("ofd", "relu1:input", 1.0, networks)
+
+
+def test_crd_gets_the_places_in_the_training_set_and_the_task_loss_the_labels():
+    run = make_run("crd")
+    labels, index = run.data.train_labels[100:116], torch.arange(100, 116)
+    images = normalize(run.data.train_images[100:116], run.data.mean, run.data.std)
+    target = make_target(labels, index, indices=True)
+    memory = run.model.losses["crd"].student_memory
+    before = memory.clone()
+    output = run.model(images, target)
+    torch.testing.assert_close(output.terms["task"], F.cross_entropy(output.student, labels).detach())
+    assert (memory != before).any(1).nonzero().flatten().tolist() == list(range(100, 116))
+    assert make_target(labels, index, indices=False) is labels
+
+
+def test_the_ends_of_the_stages_have_names_that_do_not_depend_on_the_depth():
+    shapes = {}
+    for depth in (8, 20):
+        model, seen = resnet(depth, 10, stem="3x3"), []
+        for name in ("relu1", "relu2", "relu3"):
+            model.get_submodule(name).register_forward_hook(
+                lambda _m, inputs, output, seen=seen: seen.append((inputs[0], output))
+            )
+        model(torch.rand(2, 3, 32, 32))
+        assert all(torch.equal(output, before.relu()) for before, output in seen)  # the input was not changed
+        assert all((before < 0).any() for before, _ in seen)
+        shapes[depth] = [tuple(output.shape[1:]) for _, output in seen]
+        assert "relu1" not in "".join(model.state_dict())
+    assert shapes[8] == shapes[20] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+def test_the_command_takes_the_setup_and_lets_it_be_changed():
+    def plan(*options):
+        return cifar_resnet.plan(cifar_resnet.parse_arguments(options)[1])[-1]
+
+    assert (plan("--loss", "at").weight, plan("--loss", "at").at) == (1000.0, "relu1,relu2,relu3")
+    assert (plan("--loss", "dkd").weight, plan("--loss", "dkd").at) == (1.0, None)
+    assert (
+        plan("--loss", "at", "--weight", "2", "--at", "relu3").weight,
+        plan("--loss", "at", "--at", "relu3").at,
+    ) == (
+        2.0,
+        "relu3",
+    )
+    assert (plan("--loss", "kl", "--recipe", "logits").weight, plan("--recipe", "logits").weight) == (0.9, 0.1)
+    assert create_loss("kl").temperature == 4.0
+    assert RECIPES["pooled"].weight == 1.0
