@@ -37,8 +37,10 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         loss = 1/C * sum_c (s_c - t_c)^2
 
     The paper writes half the *sum* over the classes, averaged over samples: that is `C / 2` times this value. The
-    mean is what `nn.MSELoss` gives and what benchmarks publish their weights for (weight 1 on pooled features, 0.1 on
-    the logits of CIFAR).
+    mean is what `nn.MSELoss` gives and what benchmarks publish their weights for.
+
+    Published with weight 1 on pooled features and 0.1 on the logits of CIFAR (the latter in the scripts of Hu's
+    Knowledge-Distillation-Zoo).
 
     Args:
         student: What the student gives, `(..., C)`: logits, or features of equal width. Any floating dtype; half and

@@ -1,0 +1,116 @@
+"""Writes what docs/losses.md says of each loss from the registry and the docstrings, whenever the pages are built."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+import distill
+from distill import _registry
+
+MARK = "<!-- the losses -->"
+
+# Which losses stand together, and in which order. A loss that is in none of them is an error.
+FAMILIES = {
+    "Logits": (
+        "What the networks say of each class, at every sample, token or pixel.",
+        ["logit", "linear_logit", "kl", "reverse_kl", "js", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta"],
+    ),
+    "Logits, more than one divergence": (
+        "These treat the labelled class apart, standardise the logits, or compare the samples of a batch too.",
+        ["dkd", "nkd", "wsld", "logit_std", "dist"],
+    ),
+    "Feature maps": (
+        "What the networks see inside. Nothing is learned here but the hint's map, where the channels differ.",
+        ["hint", "at", "nst", "fsp", "cwd", "pearson", "ickd"],
+    ),
+    "Feature maps through learned layers": (
+        "These losses own parameters. Inside a `Distiller` they are in `distiller.parameters()`; elsewhere give "
+        "`loss.parameters()` to the optimizer.",
+        ["vid", "ofd", "review", "mgd"],
+    ),
+    "Relations between samples": (
+        "What is compared is how the samples of a batch stand to each other, so the widths of the two networks are "
+        "free. There is one value for the whole batch, no reduction and no mask.",
+        ["rkd", "pkt", "sp", "cc", "crd"],
+    ),
+}
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Put the losses where the page has its mark; mkdocs calls this for every page."""
+    return markdown.replace(MARK, render()) if page.file.src_uri == "losses.md" else markdown
+
+
+def render() -> str:
+    """Tables and references of all families, in Markdown.
+
+    Raises:
+        ValueError: If a loss of the library is in no family, or a name in a family is no loss.
+    """
+    listed = sorted(name for _, names in FAMILIES.values() for name in names)
+    losses = {name: cls for name, cls in _registry._registered.items() if cls.__module__.startswith("distill.losses.")}
+    if listed != sorted(losses):
+        raise ValueError(
+            "FAMILIES in docs/losses_page.py must have every loss once, "
+            f"got them without {sorted({*losses} - {*listed})} and with {sorted({*listed} - {*losses})}"
+        )
+    return "\n\n".join(_family(title, *family, losses) for title, family in FAMILIES.items())
+
+
+def _family(title: str, text: str, names: list[str], losses: dict[str, type[nn.Module]]) -> str:
+    rows = ["| name | formula | inputs | published with | reference |", "|---|---|---|---|---|"]
+    rows += [_row(name, losses[name]) for name in names]
+    shown = [f"::: distill.{public}" for name in names for public in _public(losses[name].__module__)]
+    return "\n\n".join([f"## {title}", text, "\n".join(rows), *shown])
+
+
+def _row(name: str, loss: type[nn.Module]) -> str:
+    function = inspect.getdoc(getattr(distill, f"{name}_loss")) or ""
+    published = re.search(r"Published with (.*?)\.(?=\s+[A-Z]|\s*$|\n\n)", f"{function}\n\n{loss.__doc__}", re.DOTALL)
+    inputs = _arguments(loss.forward)
+    if inputs["target"].startswith("Not used;"):
+        del inputs["target"]
+    reference = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", _section(function, "Reference"))
+    cells = [
+        f"[`{name}`][distill.{loss.__name__}]",
+        f"`{_formula(function)}`",
+        "<br>".join(f"*{side}:* {said}" for side, said in inputs.items() if side != "mask"),
+        _line(published[1]) if published else "no weight of its own",
+        _line(reference),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _formula(doc: str) -> str:
+    """The line of the formula that says what the loss is, with the lines that go on with it."""
+    start = next(line for line in doc.splitlines() if line.startswith("    loss = "))
+    further = doc.split(start, 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+    return _line(" ".join([start, *(line for line in further if line.startswith(" " * 7))]))
+
+
+def _arguments(forward: Any) -> dict[str, str]:
+    """What a method's docstring says of each argument."""
+    args = _section(inspect.getdoc(forward) or "", "Args")
+    said = re.finditer(r"^(\w+): (.*?)(?=^\w|\Z)", args, re.MULTILINE | re.DOTALL)
+    return {match[1]: _line(match[2]) for match in said}
+
+
+def _section(doc: str, name: str) -> str:
+    body = re.search(rf"^{name}:\n((?:    .*\n?)+)", doc, re.MULTILINE)
+    if body is None:
+        raise ValueError(f"a docstring must have the section {name!r}, got:\n{doc}")
+    return inspect.cleandoc(body[1])
+
+
+def _public(module: str) -> list[str]:
+    """The public names of a loss's file: functions first, as the file has them."""
+    names = [name for name in distill.__all__ if getattr(distill, name).__module__ == module]
+    return sorted(names, key=lambda name: (name[0].isupper(), name))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).removesuffix(".")

@@ -1,0 +1,97 @@
+"""What the pages say of each loss comes from the registry and the docstrings, and leaves none out."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+import distill
+import losses_page
+from distill import _registry
+
+ROOT = Path(__file__).parents[1]
+
+
+def page(name):
+    return SimpleNamespace(file=SimpleNamespace(src_uri=name))
+
+
+def rows():
+    return dict(re.findall(r"^\| \[`(\w+)`\]\[distill\.(\w+)\] \| `loss = .* \|$", losses_page.render(), re.MULTILINE))
+
+
+def test_the_page_has_the_mark_once_and_mkdocs_the_hook():
+    text = (ROOT / "docs/losses.md").read_text()
+    assert text.count(losses_page.MARK) == 1
+    assert "\nhooks: [docs/losses_page.py]\n" in (ROOT / "mkdocs.yml").read_text()
+    written = losses_page.on_page_markdown(text, page=page("losses.md"), config=None, files=None)
+    assert written == text.replace(losses_page.MARK, losses_page.render())
+    assert losses_page.on_page_markdown(text, page=page("why.md"), config=None, files=None) == text
+
+
+def test_every_loss_has_its_row_and_every_public_name_its_entry():
+    assert set(rows()) == {name for name, cls in _registry._registered.items() if cls.__module__.startswith("distill.")}
+    for name, cls in rows().items():
+        assert getattr(distill, cls) is _registry._registered[name]
+    shown = re.findall(r"^::: distill\.(\w+)$", losses_page.render(), re.MULTILINE)
+    of_losses = [n for n in distill.__all__ if getattr(distill, n).__module__.startswith("distill.losses.")]
+    assert sorted(shown) == sorted(of_losses)
+
+
+def test_a_row_says_what_the_docstrings_say():
+    text = losses_page.render()
+    assert (
+        "| [`kl`][distill.KLLoss] | `loss = T^2 * KL(p || q) = T^2 * sum_c p_c (log p_c - log q_c)` "
+        "| *student:* Logits, `(..., C)`<br>*teacher:* Logits, same shape "
+        "| weight 0.9 at temperature 4, beside 0.1 times the cross-entropy (the CIFAR-100 benchmark of Tian, Krishnan "
+        'and Isola, "Contrastive Representation Distillation", ICLR 2020) '
+        '| Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network", NIPS deep '
+        "learning workshop 2014 and [arXiv 1503.02531](https://arxiv.org/abs/1503.02531) (2015), section 2 |\n"
+    ) in text
+    assert "<br>*target:* The class of every sample, `(...)`, integers | weight 1 beside the cross-entropy" in text
+    assert "q_c^(alpha + beta) - p_c^alpha q_c^beta]` |" in text  # a formula of more than one line
+    assert "published" not in text.split("| [`crd`]")[1].splitlines()[0]  # found in the class's docstring
+    assert "weight 0.8 on pooled features" in text.split("| [`crd`]")[1].splitlines()[0]
+
+
+def test_changes_with_the_docstring(monkeypatch):
+    monkeypatch.setattr(distill.sp_loss, "__doc__", distill.sp_loss.__doc__.replace("weight 3000", "weight 3"))
+    assert "weight 3 on the last feature maps" in losses_page.render()
+
+
+def test_refuses_a_loss_without_a_family_and_a_name_without_a_loss(monkeypatch):
+    class NewLoss(nn.Module):
+        pass
+
+    NewLoss.__module__ = "distill.losses.new"
+    distill.register_loss("new")(NewLoss)
+    with pytest.raises(ValueError, match=r"every loss once, got them without \['new'\] and with \[\]"):
+        losses_page.render()
+    monkeypatch.setitem(losses_page.FAMILIES, "Others", ("", ["new", "gone"]))
+    with pytest.raises(ValueError, match=r"every loss once, got them without \[\] and with \['gone'\]"):
+        losses_page.render()
+    monkeypatch.setitem(losses_page.FAMILIES, "Others", ("", ["new", "kl"]))
+    with pytest.raises(ValueError, match="every loss once"):
+        losses_page.render()
+
+
+def test_losses_of_other_packages_are_left_out():
+    @distill.register_loss("from_elsewhere")
+    class ElsewhereLoss(nn.Module):
+        pass
+
+    assert "from_elsewhere" not in losses_page.render()
+
+
+def test_refuses_a_docstring_without_the_section(monkeypatch):
+    monkeypatch.setattr(distill.sp_loss, "__doc__", distill.sp_loss.__doc__.replace("Reference:", "See:"))
+    with pytest.raises(ValueError, match="a docstring must have the section 'Reference', got:"):
+        losses_page.render()
+
+
+def test_the_page_for_choosing_names_every_loss_and_no_other():
+    text = (ROOT / "docs/choosing.md").read_text()
+    named = set(re.findall(r"`([a-z_]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
+    assert named == set(rows())
