@@ -44,7 +44,9 @@ def test_every_loss_file_has_its_line_in_init_its_name_and_its_twin():
         module = sys.modules.get(f"distill.losses.{stem}")
         assert module is not None, f"src/distill/__init__.py must import from distill.losses.{stem}"
         classes = [
-            cls for cls in vars(module).values() if inspect.isclass(cls) and cls.__module__ == f"distill.losses.{stem}"
+            cls
+            for name, cls in vars(module).items()
+            if inspect.isclass(cls) and cls.__module__ == f"distill.losses.{stem}" and not name.startswith("_")
         ]
         for thing in (*classes, getattr(module, f"{stem}_loss")):
             line = f"from distill.losses.{stem} import {thing.__name__}"
