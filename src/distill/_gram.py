@@ -39,6 +39,10 @@ class Heads(NamedTuple):
         """The student's matrix with the column of biases, in parts side by side: (V, a)."""
         return [self.student] if self.column is None else [self.student, self.column]
 
+    def trains(self) -> bool:
+        """Whether the student's head gets a gradient."""
+        return torch.is_grad_enabled() and any(part.requires_grad for part in self.left())
+
 
 class Factor(NamedTuple):
     """What is left of two heads by a QR factorisation: |student z + teacher h_t|^2 + |rest h_t|^2."""
@@ -114,9 +118,14 @@ def make_plan(
         if may_factor:
             costs["factor"] = wide * (small + 4 * v * (a + t) ** 2 / _CALLS)
     costs = {name: cost / 1e9 for name, cost in costs.items()}
-    method = min(costs, key=lambda name: costs[name])
+    method = "blocks"
+    for name, cost in costs.items():
+        if cost < costs[method]:
+            method = name
+    if torch.compiler.is_compiling():
+        return Plan(method, costs, "")  # nobody reads it, and a text would fix N in what is traced
     heads = "the student's head trains" if trains else "the heads are frozen" if may_factor else "no factor is kept"
-    estimates = ", ".join(f"{name} {cost:.3g}" for name, cost in sorted(costs.items(), key=lambda item: item[1]))
+    estimates = ", ".join(f"{name} {cost:.3g}" for name, cost in costs.items())
     reason = (
         f"{method}: N={n}, V={v}, {a} and {t} columns on {device.type}, {heads}; "
         f"in 10^9 float32 multiply-adds: {estimates}"
@@ -181,7 +190,7 @@ def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tens
 
     def compute(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         h_s, h_t = student.to(dtype), teacher.to(dtype)
-        gram: Tensor = _Gram.apply(heads.student, heads.column, heads.teacher, dtype)  # type: ignore[no-untyped-call]
+        gram: Tensor = _function(_Gram, heads)(heads.student, heads.column, heads.teacher, dtype)
         columns = h_s.shape[-1]
         s, t = h_s @ gram[:, :columns], h_t @ gram[:, columns:].T
         rest = h_t.new_zeros(len(h_t))
@@ -208,12 +217,12 @@ def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
         teacher: `h_t`, (N, d_t), in that dtype.
         heads: The heads.
     """
-    wanted = False, False
-    if torch.is_grad_enabled():
-        trains = heads.student.requires_grad or (heads.column is not None and heads.column.requires_grad)
-        traced = torch._C._are_functorch_transforms_active()
-        wanted = student.requires_grad, trains and not traced and len(student) * len(heads.student) <= _KEPT
-    outputs = _Blocks.apply(student, heads.student, heads.column, teacher, heads.teacher, *wanted)  # type: ignore[no-untyped-call]
+    wants_gradient = torch.is_grad_enabled() and student.requires_grad
+    keeps = (
+        heads.trains() and not torch._C._are_functorch_transforms_active() and len(student) * len(heads.student) <= _KEPT
+    )
+    function = _function(_Blocks, heads, student)
+    outputs = function(student, heads.student, heads.column, teacher, heads.teacher, wants_gradient, keeps)
     values: Tensor = outputs[0]
     return values
 
@@ -312,6 +321,12 @@ class _Blocks(Function):
                     if biases is not None:
                         biases[start:stop] = difference.T @ scale
             return scale * gradient if ctx.needs_input_grad[0] else None, ours, biases, *nothing
+
+
+def _function(function: type[Function], heads: Heads, *more: Tensor) -> Callable[..., Any]:
+    # torch 2.5 cannot trace `apply` where nothing needs a gradient.
+    needed = heads.trains() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in more))
+    return function.apply if needed else function.forward
 
 
 def _must_stay_differentiable() -> bool:

@@ -25,7 +25,6 @@ class Problem(NamedTuple):
     student: Tensor  # (N, d_s)
     teacher: Tensor  # (N, d_t)
     heads: Heads
-    trains: bool
     shape: torch.Size
     dtype: torch.dtype
 
@@ -37,14 +36,14 @@ class Problem(NamedTuple):
             sum(part.shape[1] for part in self.heads.left()),
             self.teacher.shape[1],
             device=self.student.device,
-            trains=self.trains,
+            trains=self.heads.trains(),
             may_factor=may_factor,
             keeps_teacher=keeps_teacher,
         )
 
     def check_possible(self, method: str) -> None:
         """Raise ValueError if a form cannot be taken here."""
-        if method == "factor" and self.trains:
+        if method == "factor" and self.heads.trains():
             raise ValueError("method 'factor' must have a student's head that needs no gradient, got one that does")
         if method != "blocks" and not has_float64(self.student.device):
             raise ValueError(f"method {method!r} must have a device with float64, got {self.student.device.type}")
@@ -135,7 +134,6 @@ def check_heads(
         student.reshape(-1, student.shape[-1]),
         teacher.detach().reshape(-1, teacher.shape[-1]),
         Heads(_first(weight, size), _first(teacher_weight.detach(), size), column),
-        torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)),
         student.shape[:-1],
         dtype,
     )

@@ -247,7 +247,7 @@ class LinearLogitLoss(nn.Module):
             keeps_teacher=_can_keep([teacher_weight]),
         )
         if self.method != "auto":
-            plan = plan._replace(method=self.method, reason=f"as asked for; by cost it would be {plan.reason}")
+            return Plan(self.method, plan.costs, f"as asked for; by cost it would be {plan.reason}")
         return plan
 
     def _keep(self, name: str, tensors: list[Any], compute: Callable[[], Any]) -> Any:
