@@ -215,9 +215,13 @@ def _tables(rows: Sequence[Row], table: str) -> str:
         cells = [[*lines[0]], ["---"] * len(lines[0]), *([*line.values()] for line in lines)]
         parts += [f"**{TITLES.get(loss, loss)}**\n"] if loss else []
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
-        parts += [
-            f"- Not measured: {row.way} at {row.case}: {row.note}\n" for row in same if row.ms is None and row.note
-        ]
+        missing: dict[tuple[str, str], list[str]] = {}
+        for row in same:
+            if row.ms is None and row.note:
+                missing.setdefault((row.way, row.note), []).append(row.case)
+        for (way, note), cases in missing.items():
+            where = "" if len(cases) == len({row.case for row in same}) else f" at {', '.join(cases)}"
+            parts.append(f"- Not measured: {way}{where}: {note}\n")
     return "\n".join(parts)
 
 

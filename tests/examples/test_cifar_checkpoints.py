@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifar import checkpoints, engine, training
+from cifar import checkpoints, engine, losses
 from cifar.checkpoints import CheckpointError, RunFiles, save_state, write_atomically
 from cifar.settings import RECIPES, find_precision
 from cifar.training import train
@@ -29,7 +29,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from cifar_runs import train_all
-from cifar import checkpoints, engine, training
+from cifar import checkpoints, engine, losses
 
 where, count, precision, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 calls = 0
@@ -109,7 +109,7 @@ class Noisy(nn.Module):
 
 
 def test_a_loss_that_draws_random_numbers_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "create_loss", lambda _: Noisy())
+    monkeypatch.setattr(losses, "create_loss", lambda _: Noisy())
     train_all(tmp_path / "whole", "float32")
     torch.rand(3)  # whatever the global generator is at must not matter
     train_step, steps = engine.train_step, []
