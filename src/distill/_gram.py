@@ -122,13 +122,16 @@ def make_plan(
     for name, cost in costs.items():
         if cost < costs[method]:
             method = name
-    if torch.compiler.is_compiling():
-        return Plan(method, costs, "")  # nobody reads it, and a text would fix N in what is traced
     heads = "the student's head trains" if trains else "the heads are frozen" if may_factor else "no factor is kept"
-    estimates = ", ".join(f"{name} {cost:.3g}" for name, cost in costs.items())
+    # Nobody reads it in traced code, where a text would fix N.
+    traced = torch.compiler.is_compiling()
     reason = (
-        f"{method}: N={n}, V={v}, {a} and {t} columns on {device.type}, {heads}; "
-        f"in 10^9 float32 multiply-adds: {estimates}"
+        ""
+        if traced
+        else (
+            f"{method}: N={n}, V={v}, {a} and {t} columns on {device.type}, {heads}; in 10^9 float32 multiply-adds: "
+            + ", ".join(f"{name} {cost:.3g}" for name, cost in costs.items())
+        )
     )
     return Plan(method, costs, reason)
 
@@ -219,7 +222,9 @@ def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
     """
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
     keeps = (
-        heads.trains() and not torch._C._are_functorch_transforms_active() and len(student) * len(heads.student) <= _KEPT
+        heads.trains()
+        and not torch._C._are_functorch_transforms_active()
+        and len(student) * len(heads.student) <= _KEPT
     )
     function = _function(_Blocks, heads, student)
     outputs = function(student, heads.student, heads.column, teacher, heads.teacher, wants_gradient, keeps)
