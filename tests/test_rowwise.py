@@ -380,6 +380,7 @@ def test_subclasses_of_tensor_stay_what_they_are(fused):
     assert is_fused(LogitLoss()(torch.nn.Parameter(student.detach()), teacher))
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody
 @pytest.mark.parametrize("loss", [LogitLoss(), KLLoss()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_takes_no_memory_but_the_gradient_and_a_few_blocks(loss, dtype):

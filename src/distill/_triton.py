@@ -26,7 +26,6 @@ def _logit(
     values,
     factors,
     gradient,
-    columns,
     inner,
     s_stride_0,
     s_stride_1,
@@ -34,6 +33,7 @@ def _logit(
     t_stride_1,
     g_stride_0,
     g_stride_1,
+    columns: tl.constexpr,
     BLOCK: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
 ):
@@ -64,7 +64,6 @@ def _kl(
     values,
     factors,
     gradient,
-    columns,
     inner,
     s_stride_0,
     s_stride_1,
@@ -73,6 +72,7 @@ def _kl(
     g_stride_0,
     g_stride_1,
     temperature,
+    columns: tl.constexpr,
     BLOCK: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
 ):
@@ -162,10 +162,10 @@ def run(
             # Where there is no gradient the kernel touches neither, but wants pointers.
             values if factors is None else factors.contiguous(),
             values if gradient is None else gradient,
-            columns,
             inner,
             *strides,
             **options,
+            columns=columns,  # fixed at compile time: a model has few vocabularies
             BLOCK=min(triton.next_power_of_2(columns), 4096),
             WITH_GRADIENT=gradient is not None,
             num_warps=8,

@@ -82,6 +82,9 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
 class KLLoss(nn.Module):
     """Divergence of the softened distributions, T^2 KL(teacher || student); see `kl_loss` for the formula.
 
+    With large inputs a mean or sum forms the gradient already in the forward, which costs one tensor of the student's
+    size: evaluate under `torch.no_grad()`.
+
     Args:
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).

@@ -73,6 +73,9 @@ class LogitLoss(nn.Module):
 
     It needs no argument, and `LogitLoss()` equals `torch.nn.MSELoss()` with the teacher detached.
 
+    With large inputs a mean or sum forms the gradient already in the forward, which costs one tensor of the student's
+    size: evaluate under `torch.no_grad()`.
+
     Args:
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
         dim: The dimension of the `C` values.
