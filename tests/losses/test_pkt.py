@@ -8,6 +8,7 @@ import torch
 
 from contract import assert_loss_contract, gradient, make_pair
 from distill import PKTLoss, pkt_loss
+from distill.losses import pkt
 
 
 def reference(student, teacher):
@@ -75,6 +76,8 @@ def test_finite_on_opposite_samples():
     value.backward()
     assert value.isfinite()
     assert student.grad.isfinite().all()
+    half = make_pair(200, 5, dtype=torch.float32)[1]
+    assert (pkt._neighbours(torch.cat([half, -half])) >= 0).all()  # rounding takes some of these cosines below -1
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1e4])

@@ -8,6 +8,7 @@ import torch
 
 from contract import assert_loss_contract, gradient, make_pair
 from distill import RKDLoss, rkd_loss
+from distill.losses import rkd
 
 
 def reference(student, teacher, distance_weight=25.0, angle_weight=50.0):
@@ -117,6 +118,19 @@ def test_precise_in_float32_far_from_the_origin():
     far = student.detach().float() + 100
     exact = rkd_loss(far.double(), teacher)
     torch.testing.assert_close(rkd_loss(far, teacher.float()).double(), exact, rtol=1e-5, atol=0)
+
+
+def test_precise_in_float32_where_samples_are_near_each_other():
+    # Two pairs, far apart: their own distances are 1e-4 of the largest, whose square float32 knows to 1e-7.
+    student, teacher = make_pair(4, 16)
+    near = student.detach().clone()
+    near[2:] = near[:2] + 1e-4 * near[2:]
+    near = near.float()
+    exact = rkd_loss(near.double(), teacher, distance_weight=0.0)
+    torch.testing.assert_close(rkd_loss(near, teacher.float(), distance_weight=0.0).double(), exact, rtol=1e-3, atol=0)
+    distances = rkd._relative_distances(rkd._squared_distances(near))
+    exact = rkd._relative_distances(rkd._squared_distances(near.double()))
+    torch.testing.assert_close(distances.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_angle_is_at_the_first_sample():
