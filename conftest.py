@@ -7,6 +7,10 @@ import pytest
 from distill import _registry
 
 
+# It imports Triton, which a machine without a GPU may lack, and which would make this process look for one.
+collect_ignore = ["src/distill/_triton.py"]
+
+
 @pytest.fixture(autouse=True)
 def _registry_as_it_was() -> Iterator[None]:
     """A loss that a test or an example registers is gone after it."""
