@@ -6,7 +6,6 @@ import pytest
 
 from distill import _registry
 
-
 # It imports Triton, which a machine without a GPU may lack, and which would make this process look for one.
 collect_ignore = ["src/distill/_triton.py"]
 
