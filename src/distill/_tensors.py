@@ -192,8 +192,8 @@ def normalize(tensor: Tensor, *, dim: int, eps: float = 1e-12) -> Tensor:
     `F.normalize` divides by `eps` there instead, and multiplies the gradient of a channel that is 0 by 1e12.
     """
     norm = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
-    # Two steps: where() stops the gradient of what it does not choose, but 0 times an infinite one would be NaN.
-    return tensor * torch.where(norm > eps, norm.clamp_min(eps).reciprocal(), 0.0)
+    # What is divided by infinity is 0, and so is its gradient.
+    return tensor / torch.where(norm > eps, norm, math.inf)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
