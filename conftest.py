@@ -6,8 +6,8 @@ import pytest
 
 from distill import _registry
 
-# It imports Triton, which a machine without a GPU may lack, and which would make this process look for one.
-collect_ignore = ["src/distill/_triton.py"]
+# They import Triton, which a machine without a GPU may lack, and which would make this process look for one.
+collect_ignore = ["src/distill/_triton.py", "tests/triton_worker.py"]
 
 
 @pytest.fixture(autouse=True)
