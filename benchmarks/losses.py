@@ -13,6 +13,7 @@ are timed in turns:
     floor          reads both inputs and writes a fresh tensor of the gradient's size: what any way must do
     first call     of `LinearLogitLoss` with frozen heads: with the factor that later calls find ready
     Liger          Liger-Kernel's loss, on CUDA and where it is installed
+    as published   the form of the authors' code, where it takes far more memory than the plain form need
 
 Printed and written are medians over the repetitions and their quartiles; a ratio is taken within a repetition. After
 the timing each way runs once more to measure its peak of extra memory, the gradient included. What the folder's
