@@ -182,9 +182,11 @@ class CRDLoss(nn.Module):
             self.register_buffer(name, self._first_entries(num_samples, dim))
         # One for each side's anchors, NaN until the first batch.
         self.register_buffer("log_means", torch.full((2,), math.nan))
-        order, excluded = _by_class(num_samples, labels)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("excluded", excluded, persistent=False)
+        self.by_class = labels is not None
+        if labels is not None:
+            order, excluded = _by_class(num_samples, labels)
+            self.register_buffer("order", order, persistent=False)
+            self.register_buffer("excluded", excluded, persistent=False)
 
     @override
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
@@ -241,9 +243,13 @@ class CRDLoss(nn.Module):
 
     def _negatives(self, own: Tensor) -> Tensor:
         """Draw entries of the memory, (N, K), none of the class (or, without labels, of the place) of the sample."""
-        start, count = self.excluded[own].unbind(1)
         device = own.device if self.generator is None else self.generator.device
         shape = (len(own), self.num_negatives)
+        if not self.by_class:
+            others = len(self.student_memory) - 1
+            drawn = torch.randint(others, shape, generator=self.generator, device=device).to(own.device)
+            return drawn + (drawn >= own[:, None])
+        start, count = self.excluded[own].unbind(1)
         drawn = torch.randint(2**62, shape, generator=self.generator, device=device).to(own.device)
         drawn = drawn % (len(self.order) - count)[:, None]
         return self.order[torch.where(drawn >= start[:, None], drawn + count[:, None], drawn)]
@@ -301,14 +307,8 @@ def _scores(anchors: Tensor, memory: Tensor, entries: Tensor) -> Tensor:
         return (anchors @ memory.clone().to(anchors.dtype).mT).gather(1, entries)
 
 
-def _by_class(num_samples: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Samples sorted by class, (M,), and where in them each sample's class starts and how many it has, (M, 2).
-
-    Without labels every sample is a class of its own.
-    """
-    if labels is None:
-        order = torch.arange(num_samples)
-        return order, torch.stack([order, torch.ones_like(order)], 1)
+def _by_class(num_samples: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples sorted by class, (M,), and where in them each sample's class starts and how many it has, (M, 2)."""
     if labels.shape != (num_samples,) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers ({num_samples},), got {labels.dtype} {tuple(labels.shape)}")
     classes, inverse, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
