@@ -1,13 +1,13 @@
 """Contrastive distillation: Tian, Krishnan and Isola, "Contrastive Representation Distillation" (ICLR 2020)."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._random import RandomLoss
 from distill._registry import register_loss
 from distill._tensors import check_positive, check_samples, normalize, without_autocast
 
@@ -89,7 +89,7 @@ def _log_mean(scores: Tensor) -> Tensor:
 
 
 @register_loss("crd")
-class CRDLoss(nn.Module):
+class CRDLoss(RandomLoss):
     """Noise-contrastive loss of learned embeddings, against a memory of the embeddings of all training samples.
 
         s_i = embed_s(student_i), t_i = embed_t(teacher_i): linear, then divided by their L2 norm
@@ -258,21 +258,6 @@ class CRDLoss(nn.Module):
         with torch.no_grad():
             moved = self.momentum * memory[own] + (1 - self.momentum) * embeddings
             memory.index_copy_(0, own, normalize(moved, dim=1).to(memory.dtype))
-
-    # Not every version of torch can copy or pickle a generator: its device and state stand in for it.
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self.generator is not None:
-            state["generator"] = (str(self.generator.device), self.generator.get_state())
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if self.generator is not None:
-            device, numbers = state["generator"]
-            self.generator = torch.Generator(device)
-            self.generator.set_state(numbers)
 
 
 def _embed(embedding: nn.Linear, features: Tensor, side: str) -> Tensor:
