@@ -3,6 +3,7 @@
     python examples/cifar_resnet.py                                             # digits, half a minute on 2 cores
     python examples/cifar_resnet.py --dataset cifar10 --runs 3                  # ResNet-20 -> 20, 200 epochs
     python examples/cifar_resnet.py --dataset cifar100 --student 20 --teacher 110 --recipe logits
+    python examples/cifar_resnet.py --dataset cifar10 --loss logit,kl,dkd,at    # losses beside one another
     python examples/cifar_resnet.py --reproduce                                 # the whole published table
     python examples/cifar_resnet.py --reproduce --recipe logits --only 20/cifar10,20-110/cifar10
 
@@ -58,7 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--student", type=_depth, default=20, metavar="DEPTH", help="layers, 6n+2; default: 20")
     add("--teacher", type=_depth, default=20, metavar="DEPTH", help="layers, 6n+2; default: 20")
     add("--recipe", choices=list(RECIPES), default="pooled", help="what the networks regress; default: pooled")
-    add("--loss", default="logit", metavar="NAME", help=f"default: logit; known: {', '.join(list_losses())}")
+    add(
+        "--loss",
+        default="logit",
+        metavar="NAMES",
+        help=f"one, or several after commas to compare them; default: logit; known: {', '.join(list_losses())}",
+    )
     add("--weight", type=_weight, help="of the loss; default: the recipe's for logit, the published one for others")
     add("--at", metavar="PATH", help="what the loss compares: logits, or modules, see cifar/losses.py")
     add("--epochs", type=_count, help=f"default: {epochs}")
@@ -107,13 +113,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     """
     parser = build_parser()
     args = parser.parse_args(arguments)
-    try:
-        if args.loss not in SETUPS or args.loss not in list_losses():
-            create_loss(args.loss)
-    except (KeyError, ImportError, ValueError) as error:
-        parser.error(f"argument --loss: {error.args[0]}")
-    except TypeError as error:
-        parser.error(f"argument --loss: {args.loss!r} cannot be built without arguments: {error}")
+    args.losses = list(dict.fromkeys(args.loss.split(",")))
+    for name in args.losses:
+        try:
+            if name not in SETUPS or name not in list_losses():
+                create_loss(name)
+        except (KeyError, ImportError, ValueError) as error:
+            parser.error(f"argument --loss: {error.args[0]}")
+        except TypeError as error:
+            parser.error(f"argument --loss: {name!r} cannot be built without arguments: {error}")
+    for option in ("weight", "at"):
+        if len(args.losses) > 1 and getattr(args, option) is not None:
+            parser.error(f"argument --{option}: only with one --loss, got {args.loss}")
     try:
         args.device = find_device(args.device)
     except ValueError as error:
@@ -134,13 +145,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     args.precision = find_precision(args.precision, args.device)
     args.data_dir = args.data_dir or Path("data")
     args.epochs = args.epochs or max(EPOCHS[setting.dataset] for setting in args.settings)
-    recipe = RECIPES[args.recipe]
-    # The recipe's weight and place were chosen for the logit loss; they would mean nothing for another.
-    setup = find_setup(args.loss)
-    weight, at = (recipe.weight, recipe.at) if args.loss == "logit" else (setup.weight, setup.at)
-    args.weight = weight if args.weight is None else args.weight
-    args.at = at if args.at is None else None if args.at == LOGITS else args.at
+    args.use = {name: _use(name, args) for name in args.losses}
     return parser, args
+
+
+def _use(name: str, args: argparse.Namespace) -> tuple[float, str | None]:
+    """Return the weight of a loss and what it compares."""
+    # The recipe's weight and place were chosen for the logit loss; they would mean nothing for another.
+    usual = RECIPES[args.recipe] if name == "logit" else find_setup(name)
+    at = usual.at if args.at is None else None if args.at == LOGITS else args.at
+    return usual.weight if args.weight is None else args.weight, at
 
 
 def _complete_reproduction(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -181,15 +195,16 @@ def plan(args: argparse.Namespace) -> list[RunConfig]:
         }
         students = [
             RunConfig(
-                method=args.loss,
+                method=name,
                 seed=seed,
                 teacher=setting.teacher,
-                weight=args.weight,
-                at=args.at,
+                weight=weight,
+                at=at,
                 teacher_batch_statistics=args.teacher_batch_statistics,
                 **common,
             )
             for seed in range(args.seed, args.seed + args.runs)
+            for name, (weight, at) in args.use.items()
         ]
         runs.append(students[0].teacher_config())
         for student in students:
@@ -243,10 +258,11 @@ def describe(args: argparse.Namespace, runs: list[RunConfig], datasets: dict[str
     for setting in args.settings:
         where = f" on {setting.dataset}" if len(args.settings) > 1 else ""
         lines += [
-            f"student:  resnet{setting.student}{where}, loss = cross-entropy + {args.weight:g} * {args.loss}, "
-            f"compared at {args.at or 'the class logits'}",
-            f"teacher:  resnet{setting.teacher}{where}, its last epoch, {statistics}",
+            f"student:  resnet{setting.student}{where}, loss = cross-entropy + {weight:g} * {name}, "
+            f"compared at {at or 'the class logits'}"
+            for name, (weight, at) in args.use.items()
         ]
+        lines.append(f"teacher:  resnet{setting.teacher}{where}, its last epoch, {statistics}")
     side = f", {args.jobs} side by side" if args.jobs > 1 else ""
     return "\n".join(
         [
@@ -276,13 +292,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = dict.fromkeys(setting.dataset for setting in args.settings)
         datasets = {name: load_dataset(name, args.data_dir).to(args.device) for name in names}
-        try:
+        for run in runs:
             # A teacher may take hours: what its student would stumble over is found before.
-            for run in runs:
-                if run.teacher is not None and run.seed == args.seed:
+            if run.teacher is not None and run.seed == args.seed:
+                try:
                     check_student(run, datasets[run.dataset])
-        except (ValueError, TypeError, RuntimeError) as error:
-            parser.error(f"--loss {args.loss} at {args.at or LOGITS} does not work here: {error}")
+                except (ValueError, TypeError, RuntimeError) as error:
+                    parser.error(f"--loss {run.method} at {run.at or LOGITS} does not work here: {error}")
         print(describe(args, runs, datasets, len(finished)), flush=True)
 
         def report(_run: RunConfig) -> None:

@@ -133,14 +133,9 @@ def test_a_run_that_fails_is_named_and_ends_the_command(one_by_one, tmp_path):
 def test_a_process_that_dies_is_named(monkeypatch, tmp_path, capsys):
     killer = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
     (tmp_path / "sitecustomize.py").write_text(killer)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     # The parent is this process, so only the children meet the killer.
-    monkeypatch.setattr(os, "environ", environment)
-    os.putenv("PYTHONPATH", str(tmp_path))
-    try:
-        assert cifar_resnet.main([*OPTIONS, "--jobs", "2", "--out", str(tmp_path / "runs")]) == 1
-    finally:
-        os.putenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert cifar_resnet.main([*OPTIONS, "--jobs", "2", "--out", str(tmp_path / "runs")]) == 1
     assert "ended with exit code -9; the same command goes on after its last whole epoch" in capsys.readouterr().err
 
 

@@ -89,13 +89,14 @@ def test_the_same_command_again_trains_nothing(first, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_another_loss_uses_the_same_teacher_and_baseline_and_joins_the_table(first, capsys):
+def test_other_losses_use_the_same_teacher_and_baseline_and_join_the_table(first, capsys):
     out, _ = first
-    assert run(out, "--epochs", "2", "--loss", "kl") == 0
+    assert run(out, "--epochs", "2", "--loss", "logit,kl,sp") == 0
     text = capsys.readouterr().out
-    assert trained(text) == ["kl seed 0"]
-    assert "loss = cross-entropy + 1 * kl, compared at the class logits" in text
-    assert {result["method"] for result in read_runs(out)} == {"teacher", "baseline", "logit", "kl"}
+    assert trained(text) == ["kl seed 0", "sp seed 0"]
+    assert "loss = cross-entropy + 0.9 * kl, compared at the class logits" in text
+    assert "loss = cross-entropy + 3000 * sp, compared at relu3" in text
+    assert {result["method"] for result in read_runs(out)} == {"teacher", "baseline", "logit", "kl", "sp"}
     assert "| kl |" in (out / "results.md").read_text()
 
 
@@ -149,8 +150,13 @@ def test_plan_follows_the_recipe_for_logit_and_the_logits_for_other_losses():
     assert (student.epochs, student.teacher, student.weight, student.at) == (200, 110, 1.0, "fc:input")
     assert {run.recipe for run in (teacher, baseline, student)} == {RECIPES["pooled"]}
     assert [(r.weight, r.at) for r in plan("--recipe", "logits")[2:]] == [(0.1, None)]
-    assert [(r.weight, r.at) for r in plan("--loss", "kl")[2:]] == [(1.0, None)]
-    assert [(r.weight, r.at) for r in plan("--recipe", "logits", "--loss", "kl")[2:]] == [(1.0, None)]
+    assert [(r.weight, r.at) for r in plan("--loss", "kl")[2:]] == [(0.9, None)]
+    assert [(r.weight, r.at) for r in plan("--recipe", "logits", "--loss", "kl")[2:]] == [(0.9, None)]
+    several = plan("--loss", "kl,logit,at", "--runs", "2")[1:]
+    assert [(run.method, run.seed) for run in several] == [
+        (method, seed) for seed in (0, 1) for method in ("baseline", "kl", "logit", "at")
+    ]
+    assert [(r.weight, r.at) for r in several[1:4]] == [(0.9, None), (1.0, "fc:input"), (1000.0, "relu1,relu2,relu3")]
     assert [(r.weight, r.at) for r in plan("--weight", "2", "--at", "layer2")[2:]] == [(2.0, "layer2")]
     assert [(r.weight, r.at) for r in plan("--at", "logits")[2:]] == [(1.0, None)]
 
@@ -159,6 +165,9 @@ def test_plan_follows_the_recipe_for_logit_and_the_logits_for_other_losses():
     ("options", "message"),
     [
         (["--loss", "logits"], r"--loss: a loss name must be a registered one, got 'logits'; did you mean 'logit'\?"),
+        (["--loss", "kl,at,"], r"--loss: a loss name must be a registered one, got ''"),
+        (["--loss", "kl,at", "--weight", "2"], "--weight: only with one --loss, got kl,at"),
+        (["--loss", "kl,at", "--at", "fc"], "--at: only with one --loss, got kl,at"),
         (["--student", "21"], r"--student: must be 6n\+2 with n >= 1 .* got 21"),
         (["--teacher", "2"], r"--teacher: must be 6n\+2"),
         (["--student", "deep"], "--student: invalid .* value: 'deep'"),
