@@ -91,7 +91,8 @@ def dkd_loss(
     of_target = of_target + (-gap_p).sigmoid() * (F.logsigmoid(-gap_p) - F.logsigmoid(-gap_q))
 
     p = (others - log_others_p).exp()  # 0 at the target
-    of_others = (p * (teacher - student)).sum(dim) - (log_others_p - log_others_q).squeeze(dim)
+    # The difference inside the sum: p sums to 1 only as far as the logits are exact, and large logits are not.
+    of_others = (p * (teacher - student - (log_others_p - log_others_q))).sum(dim)
     return (alpha * of_target.squeeze(dim) + beta * of_others) * temperature**2
 
 
