@@ -119,7 +119,8 @@ def test_does_not_count_shifts():
 
 def test_large_logits_cost_no_more_digits_than_their_own_rounding():
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randint(-16, 16, (6, 10), generator=generator) / 8 for _ in range(2))  # exact when shifted
+    # Eighths, which the shifts leave exact.
+    student, teacher = (torch.randint(-16, 16, (6, 10), generator=generator) / 8 for _ in range(2))
     target = make_labels(6, classes=10)
     expected = dkd_loss(student.double(), teacher.double(), target, temperature=1.0)
     values = dkd_loss(student + 1e4, teacher - 1e4, target, temperature=1.0)
