@@ -151,16 +151,16 @@ def test_row_weights_are_the_derivative_of_reduce(reduction):
 
 
 def test_small_inputs_are_plain_and_large_ones_are_not():
-    for shape, expected in [((128, 10), False), ((_rowwise.SMALL // 512 - 1, 512), False), ((2048, 512), True)]:
-        student, teacher = make_pair(*shape, dtype=torch.float32)
+    for rows, logits, divergence in [(1, False, False), (2047, False, False), (2048, False, True), (6144, True, True)]:
+        student, teacher = make_pair(rows, 512, dtype=torch.float32)
         for loss in (LogitLoss(), KLLoss(), LogitLoss(reduction="sum"), logit_loss, kl_loss):
             value = loss(student, teacher)
-            assert is_fused(value) is expected
+            assert is_fused(value) is (divergence if loss is kl_loss or isinstance(loss, KLLoss) else logits)
             torch.testing.assert_close(value, loss(student.double(), teacher.double()).float())
 
 
 def test_a_mean_of_short_rows_is_one_operation():
-    short, long = (make_pair(_rowwise.SMALL // n, n, dtype=torch.float32) for n in (32, 64))
+    short, long = (make_pair(3 * _rowwise.SMALL // n, n, dtype=torch.float32) for n in (32, 64))
     assert [is_fused(LogitLoss()(*pair)) for pair in (short, long)] == [False, True]
     assert is_fused(LogitLoss(reduction="sum")(*short))
     assert is_fused(LogitLoss()(*short, mask=torch.ones(len(short[0]))))
@@ -347,9 +347,9 @@ def test_hooks_on_saved_tensors_see_the_inputs_and_nothing_of_the_blocks(fused, 
 
 def test_a_gradient_times_one_is_not_written_again():
     gradient = torch.ones(3)
-    _rowwise._scale(gradient, torch.tensor(1.0))
+    _rowwise.scale(gradient, torch.tensor(1.0))
     assert gradient._version == 0
-    _rowwise._scale(gradient, torch.tensor(2.0))
+    _rowwise.scale(gradient, torch.tensor(2.0))
     assert gradient.tolist() == [2, 2, 2]
 
 
@@ -426,8 +426,15 @@ def test_kl_of_blocks_is_as_exact_as_the_formula_near_zero():
     assert (blocks - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
+@pytest.mark.parametrize("columns", [1, 1000, 4099, 128256])
+def test_squares_of_a_row_are_as_exact_as_a_sum(columns):
+    for row in (make_pair(3, columns, dtype=torch.float32)[1], torch.full((3, columns), 0.1)):
+        exact = row.double().square().sum(-1)
+        torch.testing.assert_close(logit._squares(row, torch.empty_like(row)).double(), exact, rtol=2e-6, atol=0)
+
+
 def test_equals_torch_on_a_large_input():
-    student, teacher = make_pair(512, 4096, dtype=torch.float32)
+    student, teacher = make_pair(1024, 4096, dtype=torch.float32)
     ours, theirs = LogitLoss()(student, teacher), F.mse_loss(student, teacher)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(v, student)[0] for v in (ours, theirs)))
