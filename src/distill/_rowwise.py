@@ -8,6 +8,7 @@ kernel.
 import functools
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -266,12 +267,23 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
 
 def _kernels(x: Tensor, dtype: torch.dtype) -> ModuleType | None:
     """Give the module of Triton kernels, where they can compute on this tensor in this dtype."""
-    return _import_triton() if x.is_cuda and dtype == torch.float32 else None
+    return _import_triton(x.device) if x.is_cuda and dtype == torch.float32 else None
 
 
 @functools.cache
-def _import_triton() -> ModuleType | None:
+def _import_triton(device: torch.device) -> ModuleType | None:
+    """Give the module of Triton kernels if they run on a device; only there is Triton imported at all."""
     try:
-        return importlib.import_module("distill._triton")
+        kernels = importlib.import_module("distill._triton")
     except ImportError:
         return None
+    try:
+        kernels.scale(torch.zeros(16, device=device), torch.ones((), device=device))
+    except Exception as error:  # whatever Triton raises for a GPU too old or a missing C compiler
+        warnings.warn(
+            f"Triton does not run on {device}, so that large losses take plain operations in blocks of rows: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return kernels

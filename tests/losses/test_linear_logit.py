@@ -228,6 +228,20 @@ def test_autocast_changes_nothing(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_inside_autocast_rounds_the_products_of_all_forms_but_blocks(method, reduction):
+    pair, states = heads((64, 96), 300, trains=method != "factor"), hidden(40, sizes=(64, 96))
+    loss = LinearLogitLoss(*pair, method=method, reduction=reduction)
+    wanted = [states[0]] if method == "factor" else [states[0], *pair[0].parameters()]
+    expected = torch.autograd.grad(loss(*states).mean(), wanted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = torch.autograd.grad(loss(*states).mean(), wanted)
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(rounded, expected, strict=True)]
+    assert max(errors) < 0.02
+    assert (max(errors) < 1e-6) is (method == "blocks")
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_prefix_compares_the_first_rows_only(method):
     student, teacher = heads(vocabulary=40, trains=method != "factor")[0], heads(vocabulary=50)[1]
     states = hidden(5)
