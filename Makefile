@@ -18,7 +18,7 @@ help:
 	@echo "make test    the tests, with coverage"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the pages, into site/"
-	@echo "make bench   the benchmarks, in about XX minutes"
+	@echo "make bench   the benchmarks, in at most half an hour; stops and goes on"
 	@echo "make wheel   the package, into dist/"
 	@echo "make clean   remove .venv and all that the commands above made"
 

@@ -1,26 +1,28 @@
 """What `losses.py` measures: every case is a loss, a shape and a dtype, and two or more ways to compute it.
 
-A new loss needs one entry in `PLAIN`: the best plain PyTorch form that is known, and inputs where logits do not do.
+A new loss needs one entry in `PLAIN`: its form in `plain_forms.py`, and inputs where logits do not do.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import distill
-from loss_report import COMPILED, EAGER, FIRST, FLOOR, LIGER, OURS
+import plain_forms
+from loss_report import COMPILED, EAGER, FIRST, FLOOR, LIGER, OURS, PUBLISHED
+from plain_forms import Form
 
 Shape = tuple[int, ...]
-Inputs = tuple[Tensor, ...]  # student, teacher and what else the loss takes
+Inputs = tuple[Any, ...]  # student and teacher, a tensor or a tuple of tensors each, and what else the loss takes
 MakeInputs = Callable[[Shape, torch.dtype, torch.Generator], Inputs]
-Form = Callable[..., Tensor]
 
 
 @dataclass
@@ -40,7 +42,9 @@ class Problem:
 
     def result(self, name: str) -> tuple[float, float]:
         """Return the loss and the norm of all gradients, to compare the ways."""
-        value = self.forward[name]()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # masks and negatives that are drawn from the global generator are the same for all
+            value = self.forward[name]()
         value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         gradients = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).item() for gradient in gradients]
@@ -76,33 +80,128 @@ class Case:
 
 # --- one loss against its plain form --------------------------------------------------------------------------------
 
-
-def logits(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    """Make student and teacher logits, independent standard normal."""
-    student = torch.randn(shape, dtype=dtype, generator=generator, device=generator.device)
-    return student, torch.randn(shape, dtype=dtype, generator=generator, device=generator.device)
+SMALL_LOGITS, FEATURES, MAPS = (128, 100), (128, 64), (128, 64, 8, 8)
 
 
-def plain_kl(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
-    """Write the soft-target loss as training scripts do."""
-    log_q, p = F.log_softmax(student / temperature, -1), F.softmax(teacher / temperature, -1)
-    return F.kl_div(log_q, p, reduction="batchmean") * temperature**2
+def normal(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Make a standard normal tensor on the generator's device."""
+    return torch.randn(shape, dtype=dtype, generator=generator, device=generator.device)
+
+
+def pair(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Make student and teacher of one shape, independent standard normal."""
+    return normal(shape, dtype, generator), normal(shape, dtype, generator)
+
+
+def pair_and_labels(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Make logits and the classes."""
+    labels = torch.randint(shape[-1], shape[:-1], generator=generator, device=generator.device)
+    return (*pair(shape, dtype, generator), labels)
+
+
+def twice_as_wide(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Make a teacher with twice the student's channels."""
+    teacher = (shape[0], 2 * shape[1], *shape[2:])
+    return normal(shape, dtype, generator), normal(teacher, dtype, generator)
+
+
+def wide_and_indices(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Make a teacher twice as wide, and where in the training set the samples stand."""
+    indices = torch.randperm(_crd_sizes(shape)[0], generator=generator, device=generator.device)[: shape[0]]
+    return (*twice_as_wide(shape, dtype, generator), indices)
+
+
+def stages(shape: Shape, count: int) -> list[Shape]:
+    """Give the shapes of a ResNet's stages: half the height and width, twice the channels of the one before."""
+    n, channels, height, width = shape
+    return [(n, channels << k, height >> k, width >> k) for k in range(count)]
+
+
+def two_stages(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Make two maps on each side."""
+    return tuple(tuple(normal(stage, dtype, generator) for stage in stages(shape, 2)) for _ in range(2))
+
+
+def three_stages(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Make three maps and the pooled features on each side."""
+    shapes = [*stages(shape, 3), (shape[0], shape[1] << 2)]
+    return tuple(tuple(normal(stage, dtype, generator) for stage in shapes) for _ in range(2))
 
 
 @dataclass(frozen=True)
 class Plain:
     """The plain form of a registered loss, and what to try it on."""
 
-    form: Form
-    shape: Shape = (256, 1000)
-    inputs: MakeInputs = logits
+    form: Callable[..., Any]
+    shape: Shape = SMALL_LOGITS  # of the student's tensor, the first one if there are more
+    inputs: MakeInputs = pair
     make: Callable[[Shape], nn.Module] | None = None  # where `create_loss(name)` lacks arguments
+    learned: bool = False  # `form(module)` then gives the form, which shares the module's weights
+    published: Callable[..., Any] | None = None  # what the authors' code does, where that takes far more memory
+    random: bool = False  # draws from the global generator, of which a compiler makes other numbers
+
+
+def _widths(kind: Callable[..., nn.Module]) -> Callable[[Shape], nn.Module]:
+    return lambda shape: kind(shape[1], 2 * shape[1])
+
+
+def _crd_sizes(shape: Shape) -> tuple[int, int]:
+    """Give the samples in memory and the negatives: as published for CIFAR-100 at 128 samples, else in proportion."""
+    return 50_000 * shape[0] // 128, 16_384 * shape[0] // 128
+
+
+def _crd_module(shape: Shape) -> nn.Module:
+    samples, negatives = _crd_sizes(shape)
+    return distill.CRDLoss(shape[1], 2 * shape[1], samples, num_negatives=negatives)
+
+
+def _ofd_module(shape: Shape) -> nn.Module:
+    norm = nn.BatchNorm2d(2 * shape[1])
+    return distill.OFDLoss(shape[1], 2 * shape[1], distill.ofd_margin(norm.weight, norm.bias))
+
+
+def _review_module(shape: Shape) -> nn.Module:
+    channels = [stage[1] for stage in stages(shape, 3)] + [shape[1] << 2]
+    return distill.ReviewLoss(channels, channels)
+
+
+def _linear_module(shape: Shape) -> nn.Module:
+    return distill.LinearLogitLoss(nn.Linear(shape[1], 100), nn.Linear(2 * shape[1], 100).requires_grad_(False))
 
 
 PLAIN: dict[str, Plain] = {
-    "kl": Plain(plain_kl),
+    "alpha_beta": Plain(plain_forms.alpha_beta, make=lambda _: distill.AlphaBetaLoss(*plain_forms.AB)),
+    "at": Plain(plain_forms.at, MAPS),
+    "cc": Plain(plain_forms.cc, FEATURES),
+    "crd": Plain(plain_forms.crd, FEATURES, wide_and_indices, _crd_module,
+                 learned=True, published=plain_forms.crd_published, random=True),
+    "cwd": Plain(plain_forms.cwd, MAPS),
+    "dist": Plain(plain_forms.dist),
+    "dkd": Plain(plain_forms.dkd, inputs=pair_and_labels),
+    "fsp": Plain(plain_forms.fsp, (128, 32, 16, 16), two_stages),
+    "hint": Plain(plain_forms.hint, MAPS, twice_as_wide, _widths(distill.HintLoss), learned=True),
+    "ickd": Plain(plain_forms.ickd, MAPS),
+    "js": Plain(plain_forms.js),
+    "kl": Plain(plain_forms.kl),
+    "linear_logit": Plain(plain_forms.linear_logit, FEATURES, twice_as_wide, _linear_module, learned=True),
     "logit": Plain(F.mse_loss),
-}
+    "logit_std": Plain(plain_forms.logit_std),
+    "mgd": Plain(plain_forms.mgd, MAPS, twice_as_wide, _widths(distill.MGDLoss), learned=True, random=True),
+    "nkd": Plain(plain_forms.nkd, inputs=pair_and_labels),
+    "nst": Plain(plain_forms.nst, MAPS, published=plain_forms.nst_published),
+    "ofd": Plain(plain_forms.ofd, MAPS, twice_as_wide, _ofd_module, learned=True),
+    "pearson": Plain(plain_forms.pearson, MAPS),
+    "pkt": Plain(plain_forms.pkt, FEATURES),
+    "review": Plain(plain_forms.review, (128, 16, 32, 32), three_stages, _review_module, learned=True),
+    "reverse_kl": Plain(plain_forms.reverse_kl),
+    "rkd": Plain(plain_forms.rkd, FEATURES, published=plain_forms.rkd_published),
+    "skew_kl": Plain(plain_forms.skew_kl),
+    "skew_reverse_kl": Plain(plain_forms.skew_reverse_kl),
+    "sp": Plain(plain_forms.sp, MAPS),
+    "tvd": Plain(plain_forms.tvd),
+    "vid": Plain(plain_forms.vid, MAPS, twice_as_wide, _widths(distill.VIDLoss), learned=True),
+    "wsld": Plain(plain_forms.wsld, inputs=pair_and_labels),
+}  # fmt: skip
 
 
 def liger_kl(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -112,8 +211,6 @@ def liger_kl(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tens
     value: Tensor = loss(log_q, log_p) * temperature**2
     return value
 
-
-ELSEWHERE = {"linear_logit"}  # registered losses that a table of their own shows
 
 LIGER_FORMS: dict[str, Form] = {"kl": liger_kl}
 
@@ -132,25 +229,40 @@ def why_no_liger(device: torch.device) -> str:
 def build_loss(case: Case, device: torch.device) -> Problem:
     """Build a registered loss beside its plain form, eager and compiled, and the floor."""
     plain = PLAIN[case.loss]
-    ours = (distill.create_loss(case.loss) if plain.make is None else plain.make(case.shape)).to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ours = (distill.create_loss(case.loss) if plain.make is None else plain.make(case.shape)).to(device)
     inputs = plain.inputs(case.shape, case.dtype, torch.Generator(device).manual_seed(0))
-    student, teacher = inputs[0].requires_grad_(), inputs[1]
-    compiled = torch.compile(plain.form)
-    forward: dict[str, Callable[[], Tensor]] = {
-        OURS: lambda: ours(*inputs),
-        EAGER: lambda: plain.form(*inputs),
-        COMPILED: lambda: compiled(*inputs),
-    }
-    problem = Problem(forward, (student, *ours.parameters()), partial(_move, student.detach(), teacher))
+    student, teacher = (side if isinstance(side, tuple) else (side,) for side in inputs[:2])
+    for tensor in student:
+        tensor.requires_grad_()
+
+    def bind(form: Form) -> Callable[[], Tensor]:
+        return lambda: form(*inputs)
+
+    eager, compiled = (plain.form(ours) if plain.learned else plain.form for _ in range(2))  # each with its own state
+    forward = {OURS: bind(ours), EAGER: bind(eager), COMPILED: bind(torch.compile(compiled))}
+    if plain.published is not None:
+        forward[PUBLISHED] = bind(plain.published(ours) if plain.learned else plain.published)
+    floor = partial(_move, [tensor.detach() for tensor in student], teacher)
+    problem = Problem(forward, (*student, *_parameters(ours)), floor, other=(COMPILED,) if plain.random else ())
     if case.loss in LIGER_FORMS:
         _add_liger(problem, lambda: LIGER_FORMS[case.loss](*inputs), device)
     return problem
 
 
-def _move(student: Tensor, teacher: Tensor) -> None:
+def _parameters(loss: nn.Module) -> list[nn.Parameter]:
+    """Give what trains: the loss's own parameters, and those of a head that it reads but leaves to the model."""
+    modules = (loss, loss.student_head) if isinstance(loss, distill.LinearLogitLoss) else (loss,)
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _move(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
     """Read both inputs and write as much as the gradient into memory that is fresh, as a gradient's is."""
-    torch.empty_like(student).copy_(student)
-    teacher.sum()
+    for tensor in student:
+        torch.empty_like(tensor).copy_(tensor)
+    for tensor in teacher:
+        tensor.sum()
 
 
 def _add_liger(problem: Problem, form: Callable[[], Tensor], device: torch.device) -> None:

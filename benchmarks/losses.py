@@ -13,10 +13,12 @@ are timed in turns:
     floor          reads both inputs and writes a fresh tensor of the gradient's size: what any way must do
     first call     of `LinearLogitLoss` with frozen heads: with the factor that later calls find ready
     Liger          Liger-Kernel's loss, on CUDA and where it is installed
+    as published   the form of the authors' code, where it takes far more memory than the plain form need
 
 Printed and written are medians over the repetitions and their quartiles; a ratio is taken within a repetition. After
-the timing each way runs once more to measure its peak of extra memory, the gradient included. What the folder's
-`losses.csv` already has of the same commit, machine and PyTorch is not measured again: a run that was stopped goes on.
+the timing each way runs once more to measure its peak of extra memory, the gradient included. After 25 minutes, or what
+--time-limit says, no further case is started, but with --full. What the folder's `losses.csv` already has of the same
+commit, machine and PyTorch is not measured again: a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -164,7 +166,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the cases and end")
     parser.add_argument("--again", action="store_true", help="measure also what is in the folder's losses.csv")
     parser.add_argument("--seconds", type=float, default=4.0, help="for the timing of a case, about; default 4")
-    parser.add_argument("--time-limit", type=float, help="start no case after so many seconds; run again to go on")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS",
+                        help="start no case after so long; default 1500, with --full none")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: a CUDA GPU if there is one")
     parser.add_argument("--out", type=Path, default=Path("runs/performance"), help="default runs/performance")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -173,6 +176,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device not in ("cpu", "cuda"):
         parser.error(f"--device must be auto, cpu or cuda, got {args.device!r}")
+    if args.time_limit is None and not args.full:
+        args.time_limit = 1500.0
     if not 0 <= args.seconds < float("inf"):
         parser.error(f"--seconds must be finite and not negative, got {args.seconds}")
     args.cases = [

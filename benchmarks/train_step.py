@@ -14,16 +14,15 @@ Steps of recipe `pooled`, teacher and student of the same depth, random images:
     jobs     on a CPU: several engines side by side, a process and a thread each, as --jobs runs them
 
 Each repetition times all of them, in an order that turns from one to the next, so that a busy machine disturbs them
-alike; printed are medians over the repetitions, of the ratios within a repetition, with their quartiles.
+alike; printed are medians over the repetitions, of the ratios within a repetition, with their quartiles. Without
+--repeats there are as many as fit into a minute, 5 at least and 60 at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,10 +39,12 @@ from cifar.models import ResNet, fold_batch_norms, resnet
 from cifar.settings import RECIPES, RunConfig, describe_device, find_device, find_precision
 from cifar.steps import train_step
 from cifar.training import Run, build_model, build_optimizer, build_student, build_teacher
+from measure import quartiles, time_steps, wall_clock
 
 Step = Callable[[], Tensor]
 HandStep = Callable[[Tensor, Tensor], Tensor]
 RECIPE = RECIPES["pooled"]
+SECONDS = 60  # for the repetitions, where nobody says how many
 
 
 def hand_step(student: ResNet, teacher: ResNet, optimizer: torch.optim.Optimizer, precision: str) -> HandStep:
@@ -191,48 +192,16 @@ def build_steps(config: RunConfig, data: Dataset) -> dict[str, Step]:
     }
 
 
-def time_steps(steps: dict[str, Step], repeats: int, inner: int, device: torch.device) -> dict[str, list[float]]:
-    """Time the steps, interleaved.
-
-    Args:
-        steps: The steps by name.
-        repeats: Repetitions.
-        inner: Steps in a row that make one measurement.
-        device: The device they run on.
-
-    Returns:
-        Seconds per step, one value for each repetition, by name.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for repeat in range(repeats):
-        turn = repeat % len(names)
-        for name in names[turn:] + names[:turn]:
-            _wait(device)
-            start = time.perf_counter()
-            for _ in range(inner):
-                steps[name]()
-            _wait(device)
-            seconds[name].append((time.perf_counter() - start) / inner)
-    return seconds
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return the median and the two quartiles around it."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
-
-
 def main() -> None:
     """Run the benchmark and print what it found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--depth", type=int, default=20, help="of teacher and student, default 20")
     parser.add_argument("--batch-size", type=int, default=128, help="default 128")
-    parser.add_argument("--repeats", type=int, default=60, help="repetitions, at least 2, default 60")
+    parser.add_argument("--repeats", type=int, help="repetitions, at least 2; default: what a minute allows, 5 to 60")
     parser.add_argument("--engine", choices=["auto", *MODES], default="auto", help="mode of the engine on a CPU")
     parser.add_argument("--device", default="auto", help="default: a CUDA GPU if there is one, else the CPU")
     args = parser.parse_args()
-    if args.repeats < 2 or args.batch_size < 2:
+    if (args.repeats is not None and args.repeats < 2) or args.batch_size < 2:
         parser.error(f"--repeats and --batch-size must be at least 2, got {args.repeats} and {args.batch_size}")
     try:
         device = find_device(args.device)
@@ -247,8 +216,6 @@ def main() -> None:
     )
     data = make_data(args.batch_size, device)
     threads = torch.get_num_threads()
-    print(f"ResNet-{args.depth} -> {args.depth}, batch {args.batch_size}, {describe_device(device, precision)}, "
-          f"torch {torch.__version__}, {args.repeats} repetitions")  # fmt: skip
 
     steps = build_steps(config, data)
     first = {name: float(step()) for name, step in steps.items()}
@@ -263,8 +230,12 @@ def main() -> None:
         steps[name], images[name] = jobs, args.batch_size * threads * jobs.inner
 
     inner = 1 if device.type == "cpu" else 20
-    time_steps(steps, 3, 1, device)
-    seconds = time_steps(steps, args.repeats, inner, device)
+    clock = wall_clock(device)
+    once = sum(map(min, time_steps(steps, 3, 1, clock).values()))
+    repeats = args.repeats or min(max(round(SECONDS / (inner * once)), 5), 60)
+    print(f"ResNet-{args.depth} -> {args.depth}, batch {args.batch_size}, {describe_device(device, precision)}, "
+          f"torch {torch.__version__}, {repeats} repetitions", flush=True)  # fmt: skip
+    seconds = time_steps(steps, repeats, inner, clock)
 
     for name, values in seconds.items():
         middle, low, high = quartiles([1e3 * args.batch_size * value / images[name] for value in values])
@@ -276,11 +247,6 @@ def main() -> None:
               f"{ratio[0]:.2f} times plain ({ratio[1]:.2f} to {ratio[2]:.2f})")  # fmt: skip
     middle, low, high = quartiles([100 * (b / a - 1) for a, b in zip(seconds["hand"], seconds["example"], strict=True)])
     print(f"the Distiller's overhead over hand: {middle:+.2f}% (quartiles {low:+.2f}% to {high:+.2f}%)")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

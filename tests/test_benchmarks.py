@@ -147,8 +147,8 @@ def test_machine_is_named():
 # --- loss_cases.py and losses.py ---
 
 
-def test_plain_forms_are_of_registered_losses():
-    assert {*loss_cases.PLAIN, *loss_cases.ELSEWHERE} <= set(distill.list_losses())
+def test_every_registered_loss_has_a_plain_form():
+    assert sorted(loss_cases.PLAIN) == distill.list_losses()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -159,14 +159,30 @@ def test_cases_have_names_of_their_own_and_known_losses(device):
     assert any(case.shape == (8192, 128256) for case in cases) == (device == "cuda")
 
 
-@pytest.mark.parametrize("loss", sorted(loss_cases.PLAIN))
-def test_a_loss_is_measured_beside_its_plain_form(loss, no_compiler):
+def small_case(loss):
     case = first_case("losses", loss)
+    return tiny(case, {2: (6, 8), 4: (4, 4, 16, 16)}[len(case.shape)])
+
+
+@pytest.mark.parametrize("loss", sorted(loss_cases.PLAIN))
+def test_a_loss_and_its_plain_forms_agree(loss, no_compiler):
+    case = small_case(loss)
+    problem = case.build(case, CPU)
+    assert losses._try_all(problem, case, CPU) == {}  # it raises where loss or gradient differ
+    assert {"ours", "eager", "torch.compile"} <= set(problem.forward)
+    assert ("as published" in problem.forward) == (loss in ("crd", "nst", "rkd"))
+    # Where it draws, a compiled form draws other numbers.
+    assert problem.other == (("torch.compile",) if loss in ("crd", "mgd") else ())
+
+
+@pytest.mark.parametrize("loss", ["kl", "mgd", "nst", "fsp"])
+def test_a_loss_is_measured_beside_its_plain_form(loss, no_compiler):
+    case = small_case(loss)
     rows = {row.way: row for row in losses.measure_case(case, CPU, 0.0)}
-    assert {"ours", "eager", "torch.compile", "floor"} <= set(rows)
-    size = 256 * 1000 * 4 / 1e6
+    size = torch.Size(case.shape).numel() * 4 / 1e6  # and more, where several maps or weights get a gradient
     for row in (rows["ours"], rows["eager"], rows["floor"]):
-        assert (row.case, row.loss, row.gradient_mb) == (case.name, loss, pytest.approx(size))
+        assert (row.case, row.loss) == (case.name, loss)
+        assert row.gradient_mb >= 0.999 * size
         assert 0 < row.ms_low <= row.ms <= row.ms_high
         assert row.repeats == 5
         assert row.over_ours_low <= row.over_ours <= row.over_ours_high
@@ -296,6 +312,11 @@ def test_list_names_the_cases(capsys):
         "linear/trained/2048x50257x768x1024/float32",
         "linear/frozen/2048x50257x768x1024/float32",
     ]
+
+
+def test_the_default_run_is_bounded_and_a_full_one_is_not():
+    assert losses.parse_arguments([]).time_limit == 1500
+    assert losses.parse_arguments(["--full"]).time_limit is None
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,10 @@ def check_maps(
             f"student and teacher must be maps (N, C, H, W) of the same {'N and C' if same_channels else 'N'}, "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    for name, tensor, expected in zip(("student", "teacher"), (student, teacher), channels or (), strict=False):
-        if tensor.shape[1] != expected:
-            raise ValueError(f"{name} must have {expected} channels, got shape {tuple(tensor.shape)}")
+    if channels is not None:
+        for name, tensor, expected in (("student", student, channels[0]), ("teacher", teacher, channels[1])):
+            if tensor.shape[1] != expected:
+                raise ValueError(f"{name} must have {expected} channels, got shape {tuple(tensor.shape)}")
     return make_ready(student, teacher)
 
 

@@ -57,7 +57,12 @@ def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
 def make_ready(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Check what does not depend on the shapes, detach the teacher and bring both to the dtype of the loss."""
     dtype = check_kinds(student, teacher)
-    return student.to(dtype), teacher.detach().to(dtype)
+    return widen(student, dtype), widen(teacher.detach(), dtype)
+
+
+def widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring a tensor to the dtype of the loss; to ask first is cheaper than a call that changes nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def check_inputs(student: Tensor, teacher: Tensor, *, dim: int) -> torch.dtype:
@@ -102,7 +107,7 @@ def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, T
         ValueError: As `check_inputs`.
     """
     dtype = check_inputs(student, teacher, dim=dim)
-    return student.to(dtype), teacher.detach().to(dtype)
+    return widen(student, dtype), widen(teacher.detach(), dtype)
 
 
 def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -151,6 +156,11 @@ def check_labels(target: Tensor | None, logits: Tensor, *, dim: int) -> Tensor:
 def soften(logits: Tensor, temperature: float) -> Tensor:
     """Divide by the temperature, and spare the pass over memory where it is 1."""
     return logits if temperature == 1 else logits / temperature
+
+
+def harden(values: Tensor, temperature: float) -> Tensor:
+    """Multiply by the squared temperature, for the gradient that `soften` took away, and spare that where it is 1."""
+    return values if temperature == 1 else values * temperature**2
 
 
 def log_mixture(a: Tensor, b: Tensor, share: float) -> Tensor:

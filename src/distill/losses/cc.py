@@ -2,7 +2,7 @@
 
 import math
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -56,8 +56,7 @@ def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int 
     _check_options(gamma, order)
     student, teacher = check_samples(student, teacher)
     with without_autocast(student):
-        difference = _correlations(student, gamma, order) - _correlations(teacher, gamma, order)
-        return difference.square().mean()
+        return F.mse_loss(_correlations(student, gamma, order), _correlations(teacher, gamma, order))
 
 
 def _check_options(gamma: float, order: int) -> None:
@@ -70,8 +69,8 @@ def _correlations(features: Tensor, gamma: float, order: int) -> Tensor:
     features = normalize(features, dim=1)
     cosines = features @ features.mT
     # Horner's rule: 1 + 2 gamma c / 1 (1 + 2 gamma c / 2 (1 + ...))
-    series = torch.ones_like(cosines)
-    for power in range(order, 0, -1):
+    series = 1 + cosines * (2 * gamma / order)
+    for power in range(order - 1, 0, -1):
         series = 1 + series * cosines * (2 * gamma / power)
     return series * math.exp(-2 * gamma)
 

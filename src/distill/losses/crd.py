@@ -1,13 +1,13 @@
 """Contrastive distillation: Tian, Krishnan and Isola, "Contrastive Representation Distillation" (ICLR 2020)."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._random import RandomLoss
 from distill._registry import register_loss
 from distill._tensors import check_positive, check_samples, normalize, without_autocast
 
@@ -89,7 +89,7 @@ def _log_mean(scores: Tensor) -> Tensor:
 
 
 @register_loss("crd")
-class CRDLoss(nn.Module):
+class CRDLoss(RandomLoss):
     """Noise-contrastive loss of learned embeddings, against a memory of the embeddings of all training samples.
 
         s_i = embed_s(student_i), t_i = embed_t(teacher_i): linear, then divided by their L2 norm
@@ -189,9 +189,11 @@ class CRDLoss(nn.Module):
             self.register_buffer(name, self._first_entries(num_samples, dim))
         # One for each side's anchors, NaN until the first batch.
         self.register_buffer("log_means", torch.full((2,), math.nan))
-        order, excluded = _by_class(num_samples, labels)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("excluded", excluded, persistent=False)
+        self.by_class = labels is not None
+        if labels is not None:
+            order, excluded = _by_class(num_samples, labels)
+            self.register_buffer("order", order, persistent=False)
+            self.register_buffer("excluded", excluded, persistent=False)
 
     @override
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
@@ -248,9 +250,13 @@ class CRDLoss(nn.Module):
 
     def _negatives(self, own: Tensor) -> Tensor:
         """Draw entries of the memory, (N, K), none of the class (or, without labels, of the place) of the sample."""
-        start, count = self.excluded[own].unbind(1)
         device = own.device if self.generator is None else self.generator.device
         shape = (len(own), self.num_negatives)
+        if not self.by_class:
+            others = len(self.student_memory) - 1
+            drawn = torch.randint(others, shape, generator=self.generator, device=device).to(own.device)
+            return drawn + (drawn >= own[:, None])
+        start, count = self.excluded[own].unbind(1)
         drawn = torch.randint(2**62, shape, generator=self.generator, device=device).to(own.device)
         drawn = drawn % (len(self.order) - count)[:, None]
         return self.order[torch.where(drawn >= start[:, None], drawn + count[:, None], drawn)]
@@ -259,21 +265,6 @@ class CRDLoss(nn.Module):
         with torch.no_grad():
             moved = self.momentum * memory[own] + (1 - self.momentum) * embeddings
             memory.index_copy_(0, own, normalize(moved, dim=1).to(memory.dtype))
-
-    # Not every version of torch can copy or pickle a generator: its device and state stand in for it.
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self.generator is not None:
-            state["generator"] = (str(self.generator.device), self.generator.get_state())
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if self.generator is not None:
-            device, numbers = state["generator"]
-            self.generator = torch.Generator(device)
-            self.generator.set_state(numbers)
 
 
 def _embed(embedding: nn.Linear, features: Tensor, side: str) -> Tensor:
@@ -308,14 +299,8 @@ def _scores(anchors: Tensor, memory: Tensor, entries: Tensor) -> Tensor:
         return (anchors @ memory.clone().to(anchors.dtype).mT).gather(1, entries)
 
 
-def _by_class(num_samples: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Samples sorted by class, (M,), and where in them each sample's class starts and how many it has, (M, 2).
-
-    Without labels every sample is a class of its own.
-    """
-    if labels is None:
-        order = torch.arange(num_samples)
-        return order, torch.stack([order, torch.ones_like(order)], 1)
+def _by_class(num_samples: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples sorted by class, (M,), and where in them each sample's class starts and how many it has, (M, 2)."""
     if labels.shape != (num_samples,) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers ({num_samples},), got {labels.dtype} {tuple(labels.shape)}")
     classes, inverse, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)

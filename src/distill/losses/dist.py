@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._registry import register_loss
-from distill._tensors import check_not_negative, check_pair, check_positive, soften
+from distill._tensors import check_not_negative, check_pair, check_positive, harden, soften
 
 _EPS = 1e-8
 
@@ -81,7 +81,7 @@ def dist_loss(
     p = torch.softmax(soften(teacher, temperature), dim).movedim(dim, -1).flatten(0, -2)
     inter = 1 - _correlation(q, p, dim=1).mean()
     intra = 1 - _correlation(q, p, dim=0).mean()
-    return (beta * inter + gamma * intra) * temperature**2
+    return harden(beta * inter + gamma * intra, temperature)
 
 
 def _correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:

@@ -11,6 +11,7 @@ from distill._tensors import (
     check_pair,
     check_positive,
     check_reduction,
+    harden,
     log_mixture,
     reduce,
     soften,
@@ -74,7 +75,7 @@ def js_loss(student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature:
     log_m = log_mixture(p, q, beta)
     of_teacher = (p * (log_p - log_m)).sum(dim)
     of_student = (q * (log_q - log_m)).sum(dim)
-    return (beta * of_teacher + (1 - beta) * of_student) * temperature**2
+    return harden(beta * of_teacher + (1 - beta) * of_student, temperature)
 
 
 @register_loss("js")

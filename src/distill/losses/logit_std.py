@@ -6,7 +6,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_classes, check_pair, check_positive, check_reduction, reduce, soften
+from distill._tensors import (
+    Reduction,
+    check_classes,
+    check_pair,
+    check_positive,
+    check_reduction,
+    harden,
+    reduce,
+    soften,
+)
 
 _EPS = 1e-7
 
@@ -61,7 +70,7 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
     check_classes(student, dim=dim)
     log_q = F.log_softmax(soften(_standardise(student, dim), temperature), dim)
     log_p = F.log_softmax(soften(_standardise(teacher, dim), temperature), dim)
-    return (log_p.exp() * (log_p - log_q)).sum(dim) * temperature**2
+    return harden((log_p.exp() * (log_p - log_q)).sum(dim), temperature)
 
 
 def _standardise(logits: Tensor, dim: int) -> Tensor:

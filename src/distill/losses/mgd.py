@@ -1,13 +1,12 @@
 """Masked generative distillation: Yang et al., "Masked Generative Distillation" (ECCV 2022)."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._maps import check_channels, check_maps, pool_to_smaller, run_layers
+from distill._random import RandomLoss
 from distill._registry import register_loss
 from distill._tensors import Reduction, check_pair, check_positive, check_reduction, reduce
 
@@ -61,7 +60,7 @@ def mgd_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Tensor
 
 
 @register_loss("mgd")
-class MGDLoss(nn.Module):
+class MGDLoss(RandomLoss):
     """The student's map, masked at random, must generate the teacher's; see `mgd_loss` for the formula.
 
     A learned 1x1 convolution where the channels differ, random positions set to zero in all channels, then a
@@ -159,18 +158,3 @@ class MGDLoss(nn.Module):
         device = x.device if self.generator is None else self.generator.device
         drawn = torch.rand((x.shape[0], 1, *x.shape[2:]), generator=self.generator, device=device)
         return x * (drawn >= self.mask_ratio).to(x)
-
-    # Not every version of torch can copy or pickle a generator: its device and state stand in for it.
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self.generator is not None:
-            state["generator"] = (str(self.generator.device), self.generator.get_state())
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if self.generator is not None:
-            device, numbers = state["generator"]
-            self.generator = torch.Generator(device)
-            self.generator.set_state(numbers)

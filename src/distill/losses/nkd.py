@@ -85,12 +85,13 @@ def nkd_loss(
     index = check_labels(target, student, dim=dim)
     log_q_target = F.log_softmax(student, dim).gather(dim, index)
     p_target = torch.softmax(teacher, dim).gather(dim, index)
-    of_target = -(p_target * log_q_target).squeeze(dim)
+    of_target = (-p_target * log_q_target).squeeze(dim)
 
     student = soften(student, temperature)
     p = torch.softmax(soften(teacher, temperature).scatter(dim, index, -math.inf), dim)  # 0 at the target
-    of_others = student.scatter(dim, index, -math.inf).logsumexp(dim) - (p * student).sum(dim)
-    return of_target + gamma * temperature**2 * of_others
+    # Not -inf: 0 times that would be NaN.
+    log_q = F.log_softmax(student.scatter(dim, index, torch.finfo(student.dtype).min / 2), dim)
+    return of_target.sub((p * log_q).sum(dim), alpha=gamma * temperature**2)
 
 
 @register_loss("nkd")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_pair, check_positive, check_reduction, reduce, soften
+from distill._tensors import Reduction, check_pair, check_positive, check_reduction, harden, reduce, soften
 
 
 def reverse_kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim: int = -1) -> Tensor:
@@ -57,7 +57,7 @@ def reverse_kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.
     student, teacher = check_pair(student, teacher, dim=dim)
     log_q = F.log_softmax(soften(student, temperature), dim)
     log_p = F.log_softmax(soften(teacher, temperature), dim)
-    return (log_q.exp() * (log_q - log_p)).sum(dim) * temperature**2
+    return harden((log_q.exp() * (log_q - log_p)).sum(dim), temperature)
 
 
 @register_loss("reverse_kl")

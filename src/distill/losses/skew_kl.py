@@ -12,6 +12,7 @@ from distill._tensors import (
     check_pair,
     check_positive,
     check_reduction,
+    harden,
     log_mixture,
     reduce,
     soften,
@@ -71,7 +72,7 @@ def skew_kl_loss(
     log_p = F.log_softmax(soften(teacher, temperature), dim)
     p = log_p.exp()
     log_m = log_mixture(p, torch.softmax(student, dim), alpha) if alpha > 0 else F.log_softmax(student, dim)
-    return (p * (log_p - log_m)).sum(dim) * temperature**2
+    return harden((p * (log_p - log_m)).sum(dim), temperature)
 
 
 @register_loss("skew_kl")

@@ -12,6 +12,7 @@ from distill._tensors import (
     check_pair,
     check_positive,
     check_reduction,
+    harden,
     log_mixture,
     reduce,
     soften,
@@ -72,7 +73,7 @@ def skew_reverse_kl_loss(
     teacher = soften(teacher, temperature)
     q = log_q.exp()
     log_m = log_mixture(q, torch.softmax(teacher, dim), alpha) if alpha > 0 else F.log_softmax(teacher, dim)
-    return (q * (log_q - log_m)).sum(dim) * temperature**2
+    return harden((q * (log_q - log_m)).sum(dim), temperature)
 
 
 @register_loss("skew_reverse_kl")

@@ -1,5 +1,6 @@
 """Similarity preservation: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019)."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -50,7 +51,7 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = check_samples(student, teacher)
     with without_autocast(student):
-        return (_similarities(student) - _similarities(teacher)).square().mean()
+        return F.mse_loss(_similarities(student), _similarities(teacher))
 
 
 def _similarities(features: Tensor) -> Tensor:
