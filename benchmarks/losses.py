@@ -73,7 +73,7 @@ def measure_case(case: Case, device: torch.device, budget: float) -> list[Row]:
     first = time_steps(steps, 1, 1, clock)
     if sum(map(sum, first.values())) < budget / 10:  # the first calls of short steps say little
         first = time_steps(steps, 5, 1, clock)
-    repeats, inner = find_repeats([min(values) for values in first.values()], budget)
+    repeats, inner = find_repeats({way: min(values) for way, values in first.items()}, budget)
     seconds = time_steps(steps, repeats, inner, clock)
     gradient = sum(leaf.numel() * leaf.element_size() for leaf in problem.leaves)
 
@@ -90,7 +90,7 @@ def measure_case(case: Case, device: torch.device, budget: float) -> list[Row]:
         numbers = {
             **dict(zip(("ms", "ms_low", "ms_high"), (1e3 * value for value in quartiles(values)), strict=True)),
             **dict(zip(("over_ours", "over_ours_low", "over_ours_high"), quartiles(ratios), strict=True)),
-            **{"repeats": repeats, "inner": inner, "extra_mb": None if extra is None else extra / 1e6},
+            **{"repeats": repeats, "inner": inner[way], "extra_mb": None if extra is None else extra / 1e6},
         }
         rows.append(Row.from_dict({**described, "way": way, "note": notes.pop(way, ""), **numbers}))
     return rows + [Row.from_dict({**described, "way": way, "note": note}) for way, note in notes.items()]

@@ -45,13 +45,15 @@ def find_clock(device: torch.device) -> Clock:
     return lambda step, _: do_bench(step, return_mode="median") / 1e3
 
 
-def time_steps(steps: Mapping[str, Step], repeats: int, inner: int, clock: Clock) -> dict[str, list[float]]:
+def time_steps(
+    steps: Mapping[str, Step], repeats: int, inner: Mapping[str, int] | int, clock: Clock
+) -> dict[str, list[float]]:
     """Time the steps, interleaved, in an order that turns from one repetition to the next.
 
     Args:
         steps: The steps by name.
         repeats: Repetitions.
-        inner: Steps in a row that make one measurement.
+        inner: Steps in a row that make one measurement, by name or for all.
         clock: Measures one of them.
 
     Returns:
@@ -62,22 +64,23 @@ def time_steps(steps: Mapping[str, Step], repeats: int, inner: int, clock: Clock
     for repeat in range(repeats):
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
-            seconds[name].append(clock(steps[name], inner))
+            seconds[name].append(clock(steps[name], inner if isinstance(inner, int) else inner[name]))
     return seconds
 
 
-def find_repeats(seconds: Sequence[float], budget: float) -> tuple[int, int]:
+def find_repeats(seconds: Mapping[str, float], budget: float) -> tuple[int, dict[str, int]]:
     """Choose how often to measure steps that take so long.
 
     Args:
-        seconds: What one run of each step takes.
+        seconds: What one run of each step takes, by name.
         budget: Seconds that all measurements may take together; five repetitions are made whatever it says.
 
     Returns:
-        Repetitions, an odd number from 5 to 101, and steps in a row that make one measurement of at least 2 ms.
+        Repetitions, an odd number from 5 to 101, and for each step how many in a row make a measurement of about 2 ms.
     """
-    inner = max(1, round(0.002 / max(min(seconds), 1e-6)))
-    repeats = round(budget / (inner * max(sum(seconds), 1e-6)))
+    seconds = {name: max(value, 1e-6) for name, value in seconds.items()}
+    inner = {name: max(1, round(0.002 / value)) for name, value in seconds.items()}
+    repeats = round(budget / sum(inner[name] * value for name, value in seconds.items()))
     return min(max(repeats, 5), 101) | 1, inner
 
 

@@ -49,7 +49,7 @@ def test_quartiles_of_known_numbers():
 
 def test_steps_take_turns_and_keep_their_own_times():
     calls = []
-    steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b"), "c": lambda: calls.append("c")}
+    steps = {name: lambda name=name: calls.append(name) for name in "abc"}
 
     def clock(step, inner):
         for _ in range(inner):
@@ -83,15 +83,16 @@ def test_cuda_is_timed_by_triton(monkeypatch):
 @pytest.mark.parametrize(
     ("seconds", "budget", "expected"),
     [
-        ([1e-5, 3e-5], 4.0, (101, 200)),  # short: the most repetitions, of 2 ms
-        ([0.5, 0.5], 4.0, (5, 1)),  # long: the fewest
-        ([0.1, 0.1], 2.0, (11, 1)),  # 10, made odd
-        ([0.1, 0.1], 0.0, (5, 1)),
-        ([0.0], 0.0, (5, 2000)),  # a clock that did not move
+        ([1e-5, 4e-5], 4.0, (101, [200, 50])),  # short: the most repetitions, of 2 ms each
+        ([1e-5, 0.398], 4.0, (11, [200, 1])),  # the short one runs no more often because of the long one
+        ([0.5, 0.5], 4.0, (5, [1, 1])),  # long: the fewest
+        ([0.1, 0.1], 2.0, (11, [1, 1])),  # 10, made odd
+        ([0.0], 0.0, (5, [2000])),  # a clock that did not move
     ],
 )
 def test_repetitions_fit_the_budget_and_are_odd(seconds, budget, expected):
-    assert measure.find_repeats(seconds, budget) == expected
+    repeats, inner = measure.find_repeats(dict(enumerate(seconds)), budget)
+    assert (repeats, [*inner.values()]) == expected
 
 
 @linux
@@ -160,8 +161,7 @@ def test_cases_have_names_of_their_own_and_known_losses(device):
 
 
 def small_case(loss):
-    case = first_case("losses", loss)
-    return tiny(case, {2: (6, 8), 4: (4, 4, 16, 16)}[len(case.shape)])
+    return tiny(case := first_case("losses", loss), {2: (6, 8), 4: (4, 4, 16, 16)}[len(case.shape)])
 
 
 @pytest.mark.parametrize("loss", sorted(loss_cases.PLAIN))
@@ -204,7 +204,7 @@ def test_linear_heads_are_measured_beside_formed_logits(heads, dtype, no_compile
 def test_numbers_of_a_row_are_those_of_the_times(monkeypatch, no_compiler):
     times = {"ours": [1.0, 2.0, 3.0], "eager": [4.0, 2.0, 9.0], "torch.compile": [0.5, 1.0, 1.5], "floor": [0.1] * 3}
     monkeypatch.setattr(losses, "time_steps", lambda *_: times)
-    monkeypatch.setattr(losses, "find_repeats", lambda *_: (3, 7))
+    monkeypatch.setattr(losses, "find_repeats", lambda *_: (3, {"ours": 6, "eager": 7, "torch.compile": 8, "floor": 9}))
     rows = {row.way: row for row in losses.measure_case(tiny(first_case("logits", "logit"), (4, 3)), CPU, 0.0)}
     eager = rows["eager"]
     assert (eager.ms, eager.ms_low, eager.ms_high) == (4000.0, 3000.0, 6500.0)
