@@ -321,11 +321,13 @@ SWEEP = (10, 100, 1000, 10000, 32000, 128256)  # classes at 1024 samples, for th
 LOGITS = ((128, 10), *((1024, classes) for classes in SWEEP), (2048, 32000), (4096, 128256))
 LINEAR = (*((1024, classes, 256, 512) for classes in SWEEP),
           (2048, 1000, 768, 1024), (2048, 32000, 256, 512), (2048, 50257, 768, 1024))  # fmt: skip
+LINEAR_SMALL = ((32, 10, 64, 64), (128, 10, 64, 64), (128, 100, 64, 256), (128, 1000, 512, 2048), (256, 1000, 256, 512),
+                (512, 4096, 256, 512))  # fmt: skip
 LINEAR_BFLOAT16 = ((2048, 32000, 256, 512),)
 CUDA_LOGITS = ((8192, 128256),)
 CUDA_LINEAR = ((16384, 128256, 2048, 4096),)
 PICTURE_ONLY = {(1024, classes) for classes in (10, 100, 10000, 32000)}
-FULL = PICTURE_ONLY | {(4096, 128256), *LINEAR[: len(SWEEP)]}
+FULL = PICTURE_ONLY | {(4096, 128256), *LINEAR[: len(SWEEP)], *LINEAR_SMALL}
 
 
 def list_cases(device: torch.device) -> list[Case]:
@@ -336,7 +338,7 @@ def list_cases(device: torch.device) -> list[Case]:
     """
     cuda = device.type == "cuda"
     logit_shapes = LOGITS + CUDA_LOGITS * cuda
-    linear_shapes = LINEAR + CUDA_LINEAR * cuda, LINEAR_BFLOAT16 + CUDA_LINEAR * cuda
+    linear_shapes = LINEAR_SMALL + LINEAR + CUDA_LINEAR * cuda, LINEAR_BFLOAT16 + CUDA_LINEAR * cuda
     dtypes = (torch.float32, torch.bfloat16)
     cases = [
         Case("logits", loss, shape, dtype, shape in FULL, build_loss)

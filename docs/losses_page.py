@@ -62,7 +62,7 @@ def render() -> str:
 
 
 def _family(title: str, text: str, names: list[str], losses: dict[str, type[nn.Module]]) -> str:
-    rows = ["| name | formula | inputs | published with | reference |", "|---|---|---|---|---|"]
+    rows = ["| name | formula | inputs | published with, at which scale | reference |", "|---|---|---|---|---|"]
     rows += [_row(name, losses[name]) for name in names]
     shown = [f"::: distill.{public}" for name in names for public in _public(losses[name].__module__)]
     return "\n\n".join([f"## {title}", text, "\n".join(rows), *shown])
@@ -70,7 +70,8 @@ def _family(title: str, text: str, names: list[str], losses: dict[str, type[nn.M
 
 def _row(name: str, loss: type[nn.Module]) -> str:
     function = inspect.getdoc(getattr(distill, f"{name}_loss")) or ""
-    published = re.search(r"Published with (.*?)\.(?=\s+[A-Z]|\s*$|\n\n)", f"{function}\n\n{loss.__doc__}", re.DOTALL)
+    doc = f"{function}\n\n{inspect.getdoc(loss)}"
+    published = re.search(r"Published with (.*?)\.(?=\s+[A-Z]|\s*$|\n\n)", doc, re.DOTALL)
     inputs = _arguments(loss.forward)
     if inputs["target"].startswith("Not used;"):
         del inputs["target"]
@@ -79,7 +80,7 @@ def _row(name: str, loss: type[nn.Module]) -> str:
         f"[`{name}`][distill.{loss.__name__}]",
         f"`{_formula(function)}`",
         "<br>".join(f"*{side}:* {said}" for side, said in inputs.items() if side != "mask"),
-        _line(published[1]) if published else "no weight of its own",
+        "<br>".join([_line(published[1]) if published else "no weight of its own", *_said_of_the_scale(doc)]),
         _line(reference),
     ]
     return f"| {' | '.join(cells)} |"
@@ -90,6 +91,12 @@ def _formula(doc: str) -> str:
     start = next(line for line in doc.splitlines() if line.startswith("    loss = "))
     further = doc.split(start, 1)[1].split("\n\n", 1)[0].splitlines()[1:]
     return _line(" ".join([start, *(line for line in further if line.startswith(" " * 7))]))
+
+
+def _said_of_the_scale(doc: str) -> list[str]:
+    """The paragraphs that say which file fixed the scale, and what is not certain of it."""
+    said = re.findall(r"^(Scale|Doubt): (.*?)(?=\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
+    return [f"*{kind}:* {_line(text)}" for kind, text in said]
 
 
 def _arguments(forward: Any) -> dict[str, str]:

@@ -25,6 +25,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--weight", type=_weight, help="of the loss; default: the recipe's for logit, the published one for others")
     add("--at", metavar="PATH", help="what the loss compares: logits, or modules, see cifar/losses.py")
+    add(
+        "--warmup",
+        type=_share,
+        metavar="SHARE",
+        help="of the run, over which the loss's weight rises from 0; default: the published one, 0 for most",
+    )
     add("--epochs", type=_count, help=f"default: {epochs}")
     add("--runs", type=_count, help=f"seeds per method; default: 1, with --reproduce {RUNS}")
     add("--seed", type=_seed, default=0, help="the first seed; default: 0")
@@ -122,7 +129,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
             parser.error(f"argument --loss: {error.args[0]}")
         except TypeError as error:
             parser.error(f"argument --loss: {name!r} cannot be built without arguments: {error}")
-    for option in ("weight", "at"):
+    for option in ("weight", "at", "warmup"):
         if len(args.losses) > 1 and getattr(args, option) is not None:
             parser.error(f"argument --{option}: only with one --loss, got {args.loss}")
     try:
@@ -149,12 +156,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     return parser, args
 
 
-def _use(name: str, args: argparse.Namespace) -> tuple[float, str | None]:
-    """Return the weight of a loss and what it compares."""
+def _use(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return how a loss is used: the fields `weight`, `at` and `warmup` of its runs."""
     # The recipe's weight and place were chosen for the logit loss; they would mean nothing for another.
-    usual = RECIPES[args.recipe] if name == "logit" else find_setup(name)
-    at = usual.at if args.at is None else None if args.at == LOGITS else args.at
-    return usual.weight if args.weight is None else args.weight, at
+    setup = find_setup(name)
+    usual = RECIPES[args.recipe] if name == "logit" else setup
+    return {
+        "weight": usual.weight if args.weight is None else args.weight,
+        "at": usual.at if args.at is None else None if args.at == LOGITS else args.at,
+        "warmup": setup.warmup if args.warmup is None else args.warmup or None,
+    }
 
 
 def _complete_reproduction(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -165,7 +176,7 @@ def _complete_reproduction(parser: argparse.ArgumentParser, args: argparse.Names
             parser.error("argument --only: needs --reproduce")
         args.settings = [Setting(args.student, args.teacher, args.dataset)]
         return
-    for name in ("dataset", "student", "teacher", "loss", "weight", "at", "no_baseline"):
+    for name in ("dataset", "student", "teacher", "loss", "weight", "at", "warmup", "no_baseline"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name.replace('_', '-')}: fixed by --reproduce, got {getattr(args, name)!r}")
     try:
@@ -198,13 +209,12 @@ def plan(args: argparse.Namespace) -> list[RunConfig]:
                 method=name,
                 seed=seed,
                 teacher=setting.teacher,
-                weight=weight,
-                at=at,
                 teacher_batch_statistics=args.teacher_batch_statistics,
+                **use,
                 **common,
             )
             for seed in range(args.seed, args.seed + args.runs)
-            for name, (weight, at) in args.use.items()
+            for name, use in args.use.items()
         ]
         runs.append(students[0].teacher_config())
         for student in students:
@@ -258,9 +268,10 @@ def describe(args: argparse.Namespace, runs: list[RunConfig], datasets: dict[str
     for setting in args.settings:
         where = f" on {setting.dataset}" if len(args.settings) > 1 else ""
         lines += [
-            f"student:  resnet{setting.student}{where}, loss = cross-entropy + {weight:g} * {name}, "
-            f"compared at {at or 'the class logits'}"
-            for name, (weight, at) in args.use.items()
+            f"student:  resnet{setting.student}{where}, loss = cross-entropy + {use['weight']:g} * {name}, "
+            f"compared at {use['at'] or 'the class logits'}"
+            + ("" if use["warmup"] is None else f", its weight rising over {use['warmup']:.1%} of the run")
+            for name, use in args.use.items()
         ]
         lines.append(f"teacher:  resnet{setting.teacher}{where}, its last epoch, {statistics}")
     side = f", {args.jobs} side by side" if args.jobs > 1 else ""
@@ -350,6 +361,12 @@ def _seed(text: str) -> int:
     if not 0 <= int(text) < 2**30:
         raise argparse.ArgumentTypeError(f"must be in 0..2**30-1, got {text}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return float(text)
 
 
 def _weight(text: str) -> float:

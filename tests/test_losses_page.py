@@ -46,14 +46,33 @@ def test_a_row_says_what_the_docstrings_say():
         "| [`kl`][distill.KLLoss] | `loss = T^2 * KL(p || q) = T^2 * sum_c p_c (log p_c - log q_c)` "
         "| *student:* Logits, `(..., C)`<br>*teacher:* Logits, same shape "
         "| weight 0.9 at temperature 4, beside 0.1 times the cross-entropy (the CIFAR-100 benchmark of Tian, Krishnan "
-        'and Isola, "Contrastive Representation Distillation", ICLR 2020) '
+        'and Isola, "Contrastive Representation Distillation", ICLR 2020)'
+        "<br>*Scale:* `distiller_zoo/KD.py` of that benchmark (`HobbitLong/RepDistiller`): T^2 times the sum over the "
+        "classes, averaged over the samples<br>*Doubt:* none known "
         '| Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network", NIPS deep '
-        "learning workshop 2014 and [arXiv 1503.02531](https://arxiv.org/abs/1503.02531) (2015), section 2 |\n"
+        "learning workshop 2014 and [arXiv 1503.02531](https://arxiv.org/abs/1503.02531) (2015) |\n"
     ) in text
     assert "<br>*target:* The class of every sample, `(...)`, integers | weight 1 beside the cross-entropy" in text
     assert "q_c^(alpha + beta) - p_c^alpha q_c^beta]` |" in text  # a formula of more than one line
     assert "published" not in text.split("| [`crd`]")[1].splitlines()[0]  # found in the class's docstring
     assert "weight 0.8 on pooled features" in text.split("| [`crd`]")[1].splitlines()[0]
+
+
+def test_every_loss_says_which_file_fixed_its_scale_and_what_is_not_certain():
+    lines = {name: line for line in losses_page.render().splitlines() for name in re.findall(r"^\| \[`(\w+)`\]", line)}
+    matching = {"logit", "linear_logit"}  # nn.MSELoss, as their docstrings say
+    silent = {name for name, line in lines.items() if not re.search(r"<br>\*Scale:\* .+<br>\*Doubt:\* .+ \|", line)}
+    assert lines.keys() == rows().keys()
+    assert silent == matching
+    for name, line in lines.items():
+        assert len(re.sub(r"`[^`]*`", "", line).split("|")) == 7, name  # five cells: no stray bar ends one
+
+
+def test_says_nothing_twice():
+    text = (ROOT / "docs/losses.md").read_text().replace(losses_page.MARK, losses_page.render())
+    for kind in (r"^## .+", r"^::: .+", r"^- \*\*\w+\.?\*\*"):
+        found = re.findall(kind, text, re.MULTILINE)
+        assert sorted(set(found)) == sorted(found)
 
 
 def test_changes_with_the_docstring(monkeypatch):

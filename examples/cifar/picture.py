@@ -1,4 +1,7 @@
-"""The picture of many runs: accuracy over the epochs, and how often student and teacher agree after the last one."""
+"""The picture of many runs: accuracy over the epochs, and how often student and teacher agree after the last one.
+
+Where there are more kinds of runs than curves can be told apart, only the last epoch is shown, a row for each kind.
+"""
 
 import io
 import math
@@ -27,9 +30,23 @@ def draw_picture(results: Sequence[RunResult]) -> bytes:
     settings = group_runs(results, *SETTING)
     agreement = any(run.agreement is not None for run in results)
     widths = (6.5, 4.5, 4.5) if agreement else (7.2, 4.8)  # in inches: the whole course, its end, the agreement
-    figure = Figure(figsize=(sum(widths), 5 * len(settings)), dpi=100, layout="constrained")
-    grid = figure.add_gridspec(len(settings), len(widths), width_ratios=widths)
+    kinds = [len(group_runs(runs, *KIND)) for runs in settings.values()]
+    heights = [5.0 if count <= len(COLOURS) else 1.5 + 0.35 * count for count in kinds]
+    figure = Figure(figsize=(sum(widths), sum(heights)), dpi=100, layout="constrained")
+    grid = figure.add_gridspec(len(settings), len(widths), width_ratios=widths, height_ratios=heights)
     for row, (setting, runs) in enumerate(settings.items()):
+        if kinds[row] > len(COLOURS):
+            axes = figure.add_subplot(grid[row, :2], title=TITLE.format(*setting))
+            draw_ranking(
+                axes,
+                runs,
+                "acc_last",
+                "accuracy on all test images after the last epoch (%); dot: seed, bar: mean, grey: baselines",
+            )
+            if any(run.agreement is not None for run in runs):
+                axes = figure.add_subplot(grid[row, 2], title="agreement with the teacher, last epoch")
+                draw_ranking(axes, runs, "agreement", "test images in the same class (%)")
+            continue
         nepoch = runs[0].nepoch
         # The whole course but for its steep start and, of a longer one, the last quarter: there the lines differ.
         last = nepoch + 1 - math.ceil(nepoch / 4) if nepoch >= 8 else 0
@@ -92,9 +109,7 @@ def draw_agreement(axes: Axes, runs: Sequence[RunResult]) -> None:
         text = f"{method} {student}, teacher {student if teacher == '-' else teacher}: {mean_and_deviation(values)}"
         left = axes.get_yaxis_transform()  # x in parts of the panel's width
         axes.annotate(text, (0.03, shown), (0, 13), left, "offset points", fontsize="small")
-        axes.plot(values, [shown] * len(values), "o", color=colour, alpha=0.6, markersize=7, markeredgewidth=0)
-        if len(values) > 1:
-            axes.plot([statistics.fmean(values)], [shown], "|", color=colour, markersize=18, markeredgewidth=2)
+        _draw_seeds(axes, values, shown, colour)
         shown += 1
     axes.set(
         title="agreement with the teacher, last epoch",
@@ -104,3 +119,36 @@ def draw_agreement(axes: Axes, runs: Sequence[RunResult]) -> None:
     )
     axes.margins(x=0.12)
     axes.grid(alpha=0.3, axis="x")
+
+
+def draw_ranking(axes: Axes, runs: Sequence[RunResult], field: str, name: str) -> None:
+    """Draws a row for each kind of run, the most accurate above, and the baselines' range behind all of them.
+
+    Args:
+        axes: Where to draw.
+        runs: The runs of one setting.
+        field: What is drawn: `"acc_last"`, with the kinds' names beside it, or `"agreement"`.
+        name: The field in words.
+    """
+    kinds = group_runs(runs, *KIND)
+    ranked = sorted(kinds, key=lambda kind: statistics.fmean(run.acc_last for run in kinds[kind]), reverse=True)
+    labels = []
+    for row, kind in enumerate(ranked):
+        method, student, _, weight = kind
+        values = [value for run in kinds[kind] if (value := getattr(run, field)) is not None]
+        if method == "baseline" and values:
+            axes.axvspan(min(values), max(values), color="#bbbbbb", alpha=0.4, linewidth=0)
+        _draw_seeds(axes, values, row, "#0072B2")
+        text = mean_and_deviation(values) if values else "-"
+        label = f"{method} {student}" + ("" if weight is None else f", weight {weight:g}")
+        labels.append(f"{label}: {text}" if field == "acc_last" else text)
+    axes.set(xlabel=name, ylim=(len(ranked) - 0.5, -0.5))
+    axes.set_yticks(range(len(ranked)), labels)
+    axes.margins(x=0.05)
+    axes.grid(alpha=0.3)
+
+
+def _draw_seeds(axes: Axes, values: Sequence[float], row: int, colour: str) -> None:
+    axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6, markersize=7, markeredgewidth=0)
+    if len(values) > 1:
+        axes.plot([statistics.fmean(values)], [row], "|", color=colour, markersize=18, markeredgewidth=2)

@@ -51,7 +51,8 @@ NOTES_REFERENCE = """\
 - `difference` is our mean `acc` minus the reference's, in percentage points. It is *met* if it is not negative when
   rounded to 0.01, which is one test image. A shortfall is also counted in standard errors of our mean: the standard
   deviation over the square root of the number of runs. A run with other settings than the reference is not comparable.
-- `time per run` is the mean duration of the student's epochs, evaluation included.
+- `time per run` is the mean duration of the student's epochs, evaluation included. Runs side by side share the machine:
+  together they take less time than this times their number.
 """
 NOTES_AGREEMENT = """\
 - `agreement` is the share, in %, of all test images that the network after its last epoch puts into the same class as

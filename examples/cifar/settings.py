@@ -82,6 +82,7 @@ class RunConfig:
         weight: Weight of the loss beside the cross-entropy.
         at: What the loss compares; None for the class logits.
         teacher_batch_statistics: Whether the teacher's batch norms use the statistics of the batch.
+        warmup: Share of the run over which the weight rises from 0; None where it is whole from the start.
     """
 
     method: str
@@ -96,11 +97,14 @@ class RunConfig:
     weight: float | None = None
     at: str | None = None
     teacher_batch_statistics: bool = False
+    warmup: float | None = None
 
     @property
     def label(self) -> str:
-        """Name of the method as the tables show it: a study option sets it apart from the plain method."""
-        return self.method + ("+batch-statistics" if self.teacher_batch_statistics else "")
+        """Name of the method as the tables show it: what is not the plain method's is named."""
+        return (
+            self.method + "+batch-statistics" * self.teacher_batch_statistics + "+warm-up" * (self.warmup is not None)
+        )
 
     @property
     def run_id(self) -> str:
@@ -109,6 +113,8 @@ class RunConfig:
         if self.teacher is not None:
             place = (self.at or "logits").replace(":", "-")
             name += f"-from-resnet{self.teacher}-{place}-weight{self.weight:g}"
+        if self.warmup is not None:
+            name += f"-over{self.warmup:g}"
         name += f"-{self.epochs}epochs"
         return name if self.method == "teacher" else f"{name}-seed{self.seed}"
 

@@ -74,7 +74,10 @@ def build_model(
         return CrossEntropy(student)
     teacher = build_teacher(config, data, teacher_weights)
     weight = 1.0 if config.weight is None else config.weight
-    distiller = build_distiller(config.method, config.at, weight, Networks(student, teacher, data))
+    steps = config.epochs * (len(data.train_labels) // config.recipe.batch_size)
+    warmup = 0 if config.warmup is None else max(1, round(config.warmup * steps))
+    networks = Networks(student, teacher, data)
+    distiller = build_distiller(config.method, config.at, weight, networks, warmup=warmup)
     if _can_fold(teacher, config):
         fold_batch_norms(teacher)
         _place(teacher, data)

@@ -1,4 +1,4 @@
-"""The squared difference of two linear heads' logits: what it costs and how it is computed without forming them."""
+"""The squared difference of two linear heads' logits from Gram matrices or a factor, without forming them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,18 +10,6 @@ from typing_extensions import override
 
 # Rows of the weights that are multiplied at a time: fewer round less; more wait less for each other's threads.
 _ROWS = {torch.float32: 2048, torch.float64: 1024}
-# Logits that are formed at a time: 4 MB in float32, which stay in a CPU's cache; a GPU wants larger products.
-_LOGITS = 2**20
-_LOGITS_ON_GPU = 2**25
-# Differences of logits that are kept for backward: 128 MB in float32. More are computed again.
-_KEPT = 2**25
-# A float64 multiply-add in those of float32: GPUs that compute it at full rate, and others.
-_GPUS_WITH_FULL_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
-_FLOAT64_COST = {True: 2.0, False: 64.0}
-# What it costs to write, subtract and square one logit, in multiply-adds; measured on a CPU.
-_PER_LOGIT = 100.0
-# Calls over which the factor, computed once, is expected to be used.
-_CALLS = 100
 # The smallest squared difference, relative to the squares of the logits, that a form gives to better than 1e-3, as
 # benchmarks/agreement.py measures: Gram matrices err by some eps / r^2, a factor by some eps / r.
 _SMALLEST_BY_GRAM = {torch.float32: 1e-3, torch.float64: 1e-10}
@@ -50,90 +38,6 @@ class Factor(NamedTuple):
     student: Tensor  # (k, a), k at most a
     teacher: Tensor  # (k, d_t)
     rest: list[Tensor]  # what no student's hidden state can reach: a triangle, in slabs without their leading zeros
-
-
-class Plan(NamedTuple):
-    """Which form is taken, and why.
-
-    Attributes:
-        method: `"factor"`, `"gram"` or `"blocks"`.
-        costs: The estimate for every form that can be taken, in 10^9 float32 multiply-adds.
-        reason: The same in words.
-    """
-
-    method: str
-    costs: dict[str, float]
-    reason: str
-
-
-def has_float64(device: torch.device) -> bool:
-    """Whether the device computes in float64 at all."""
-    return device.type != "mps"
-
-
-def _float64_cost(device: torch.device) -> float:
-    # A CPU computes in float32 first, and seldom again.
-    if device.type != "cuda":
-        return 1.0
-    return _FLOAT64_COST[torch.cuda.get_device_capability(device) in _GPUS_WITH_FULL_FLOAT64]
-
-
-def make_plan(
-    samples: int,
-    vocabulary: int,
-    student: int,
-    teacher: int,
-    *,
-    device: torch.device,
-    trains: bool,
-    may_factor: bool,
-    keeps_teacher: bool,
-) -> Plan:
-    """Estimate forward and backward of every form, and take the cheapest.
-
-    Args:
-        samples: N, how many hidden states there are.
-        vocabulary: V, the rows of both heads.
-        student: Columns of the student's head, one more with a bias.
-        teacher: Columns of the teacher's head.
-        device: Where it will run.
-        trains: Whether the student's head gets a gradient.
-        may_factor: Whether a factor may be taken: nothing in the heads is trained, and it can be kept between calls.
-        keeps_teacher: Whether the teacher's own Gram matrix is kept between calls.
-
-    Returns:
-        The plan.
-    """
-    n, v, a, t = samples, vocabulary, student, teacher
-    logits = n * v * (a + t + _PER_LOGIT)
-    again = logits if n * v > _KEPT else 0
-    costs = {"blocks": logits + n * v * a + (again + n * v * a if trains else 0)}
-    if has_float64(device):
-        wide = _float64_cost(device)
-        # Products of hidden states forward, and backward for the hidden states.
-        small = n * (a * (a + t) + t * t) + n * a * a
-        gram = v * a * (a + t) + (0 if keeps_teacher else v * t * t)
-        backward = (v + n) * a * (a + t) if trains else 0
-        costs["gram"] = wide * (small + gram + backward)
-        if may_factor:
-            costs["factor"] = wide * (small + 4 * v * (a + t) ** 2 / _CALLS)
-    costs = {name: cost / 1e9 for name, cost in costs.items()}
-    method = "blocks"
-    for name, cost in costs.items():
-        if cost < costs[method]:
-            method = name
-    heads = "the student's head trains" if trains else "the heads are frozen" if may_factor else "no factor is kept"
-    # Nobody reads it in traced code, where a text would fix N.
-    traced = torch.compiler.is_compiling()
-    reason = (
-        ""
-        if traced
-        else (
-            f"{method}: N={n}, V={v}, {a} and {t} columns on {device.type}, {heads}; in 10^9 float32 multiply-adds: "
-            + ", ".join(f"{name} {cost:.3g}" for name, cost in costs.items())
-        )
-    )
-    return Plan(method, costs, reason)
 
 
 def teacher_gram(teacher: Tensor) -> Tensor:
@@ -193,7 +97,7 @@ def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tens
 
     def compute(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         h_s, h_t = student.to(dtype), teacher.to(dtype)
-        gram: Tensor = _function(_Gram, heads)(heads.student, heads.column, heads.teacher, dtype)
+        gram: Tensor = function_of(_Gram, heads)(heads.student, heads.column, heads.teacher, dtype)
         columns = h_s.shape[-1]
         s, t = h_s @ gram[:, :columns], h_t @ gram[:, columns:].T
         rest = h_t.new_zeros(len(h_t))
@@ -210,26 +114,6 @@ def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tens
         else:
             better = values.clamp(min=0)
     return values + (better - values).detach()
-
-
-def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
-    """Sums over the vocabulary of the squared differences, (N,), from logits formed for some classes at a time.
-
-    Args:
-        student: `h_s`, (N, d_s), in the dtype to compute in.
-        teacher: `h_t`, (N, d_t), in that dtype.
-        heads: The heads.
-    """
-    wants_gradient = torch.is_grad_enabled() and student.requires_grad
-    keeps = (
-        heads.trains()
-        and not torch._C._are_functorch_transforms_active()
-        and len(student) * len(heads.student) <= _KEPT
-    )
-    function = _function(_Blocks, heads, student)
-    outputs = function(student, heads.student, heads.column, teacher, heads.teacher, wants_gradient, keeps)
-    values: Tensor = outputs[0]
-    return values
 
 
 class _Gram(Function):
@@ -256,85 +140,20 @@ class _Gram(Function):
         a, width = len(grad), student.shape[1]
         right = torch.cat([grad[:, :a] + grad[:, :a].T, grad[:, a:].T])
         with torch.autocast(grad.device.type, enabled=False):
-            if _must_stay_differentiable():
+            if must_stay_differentiable():
                 both = _stack(parts, 0, len(student), right.dtype) @ right
                 biases = None if column is None else both[:, width:].to(column.dtype)
                 return both[:, :width].to(student.dtype), biases, None, None
             return *_combine(parts, right, student, column), None, None
 
 
-class _Blocks(Function):
-    """Sums of squared differences, (N,); for backward half their gradient, (N, d_s), and the differences, (N, V)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    @override
-    def forward(
-        hidden: Tensor,
-        student: Tensor,
-        column: Tensor | None,
-        theirs: Tensor,
-        teacher: Tensor,
-        wants_gradient: bool,
-        keeps_differences: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        heads = Heads(student, teacher, column)
-        values, gradient = hidden.new_zeros(len(hidden)), hidden.new_zeros(0)
-        kept = hidden.new_empty(len(hidden), len(student) if keeps_differences else 0)
-        for start, stop in _classes(heads, len(hidden)):
-            difference, weight = _difference(hidden, theirs, heads, start, stop)
-            values = values + difference.square().sum(-1)
-            if wants_gradient:
-                gradient = torch.addmm(gradient, difference, weight) if start else difference @ weight
-            if keeps_differences:
-                kept[:, start:stop] = difference
-        return values, gradient, kept
-
-    @staticmethod
-    @override
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:5], *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # zeros for the differences, which want no gradient, would be large
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:  # which PyTorch passes where nothing reached the values
-            return (None,) * 7
-        hidden, student, column, theirs, teacher, gradient, kept = ctx.saved_tensors
-        heads = Heads(student, teacher, column)
-        scale = 2 * grad.unsqueeze(-1)
-        nothing = None, None, None, None
-        with torch.autocast(hidden.device.type, enabled=False):
-            scaled = scale * hidden
-            if _must_stay_differentiable():
-                difference, weight = _difference(hidden, theirs, heads, 0, len(student))
-                ours = (difference.T @ scaled).to(student.dtype)
-                biases = None if column is None else (difference.T @ scale).to(column.dtype)
-                return scale * (difference @ weight), ours, biases, *nothing
-            ours = biases = None
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                ours, biases = torch.empty_like(student), None if column is None else torch.empty_like(column)
-                for start, stop in _classes(heads, len(hidden)):
-                    if kept.numel():
-                        difference = kept[:, start:stop]
-                    else:
-                        difference = _difference(hidden, theirs, heads, start, stop)[0]
-                    ours[start:stop] = difference.T @ scaled
-                    if biases is not None:
-                        biases[start:stop] = difference.T @ scale
-            return scale * gradient if ctx.needs_input_grad[0] else None, ours, biases, *nothing
-
-
-def _function(function: type[Function], heads: Heads, *more: Tensor) -> Callable[..., Any]:
+def function_of(function: type[Function], heads: Heads, *more: Tensor) -> Callable[..., Any]:
     # torch 2.5 cannot trace `apply` where nothing needs a gradient.
     needed = heads.trains() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in more))
     return function.apply if needed else function.forward
 
 
-def _must_stay_differentiable() -> bool:
+def must_stay_differentiable() -> bool:
     """Whether a backward is itself differentiated (`create_graph=True`) or transformed (`torch.func`).
 
     Then it is written as plain operations, which need memory for all of the vocabulary.
@@ -402,19 +221,3 @@ def _combine(
         if biases is not None:
             biases[rows] = both[:, student.shape[1] :]
     return ours, biases
-
-
-def _classes(heads: Heads, samples: int) -> list[tuple[int, int]]:
-    """The classes of each block."""
-    vocabulary = len(heads.student)
-    step = max((_LOGITS_ON_GPU if heads.student.is_cuda else _LOGITS) // samples, 16)
-    return [(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step)]
-
-
-def _difference(hidden: Tensor, theirs: Tensor, heads: Heads, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The difference of the logits of some classes, (N, classes), and the student's rows for them."""
-    weight, teacher = heads.student[start:stop].to(hidden.dtype), heads.teacher[start:stop].to(hidden.dtype)
-    ours = hidden @ weight.T
-    if heads.column is not None:
-        ours = ours + heads.column[start:stop, 0].to(hidden.dtype)
-    return torch.addmm(ours, theirs, teacher.T, alpha=-1), weight

@@ -3,64 +3,107 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from distill._gram import (
-    Factor,
-    Heads,
-    Plan,
-    by_blocks,
-    by_factor,
-    by_gram,
-    factorise,
-    has_float64,
-    make_plan,
-    teacher_gram,
-)
+from distill._blocks import by_blocks, forms_early, reduce_by_blocks
+from distill._gram import Factor, Heads, by_factor, by_gram, factorise, teacher_gram
+from distill._plan import Size, has_float64, is_tiny
+from distill._tensors import Reduction, check_mask, reduce
 
 
 class Problem(NamedTuple):
-    """Checked inputs: hidden states as matrices, both heads, and what the result looks like."""
+    """Checked inputs: hidden states and the rows of both heads to compare, the teacher's side detached."""
 
-    student: Tensor  # (N, d_s)
-    teacher: Tensor  # (N, d_t)
-    heads: Heads
-    shape: torch.Size
+    student: Tensor  # (..., d_s)
+    teacher: Tensor  # (..., d_t)
+    student_weight: Tensor  # (V, d_s)
+    teacher_weight: Tensor  # (V, d_t)
+    student_bias: Tensor | None  # (V,)
+    teacher_bias: Tensor | None
     dtype: torch.dtype
 
-    def plan(self, *, may_factor: bool = False, keeps_teacher: bool = False) -> Plan:
-        """Which form to take; see `make_plan`."""
-        return make_plan(
-            len(self.student),
-            len(self.heads.student),
-            sum(part.shape[1] for part in self.heads.left()),
-            self.teacher.shape[1],
+    def heads(self) -> Heads:
+        """The heads, their biases as one column in the widest dtype there is."""
+        wide = torch.float64 if has_float64(self.student.device) else torch.float32
+        column = None if self.student_bias is None else self.student_bias[:, None].to(wide)
+        if self.teacher_bias is not None:
+            theirs = self.teacher_bias[:, None].to(wide)
+            column = -theirs if column is None else column - theirs
+        return Heads(self.student_weight, self.teacher_weight, column)
+
+    def trains(self) -> bool:
+        """Whether the student's head gets a gradient."""
+        bias = self.student_bias
+        return torch.is_grad_enabled() and (
+            self.student_weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+
+    def is_tiny(self) -> bool:
+        """See the function."""
+        vocabulary, columns = self.student_weight.shape
+        return is_tiny(self.student.numel() // columns, vocabulary, columns, self.teacher_weight.shape[1])
+
+    def size(self, *, reduction: Reduction = "none", may_factor: bool = False, keeps_teacher: bool = False) -> Size:
+        """What the costs of the forms depend on."""
+        vocabulary, columns = self.student_weight.shape
+        return Size(
+            self.student.numel() // columns,
+            vocabulary,
+            columns + (self.student_bias is not None or self.teacher_bias is not None),
+            self.teacher_weight.shape[1],
             device=self.student.device,
-            trains=self.heads.trains(),
+            trains=self.trains(),
             may_factor=may_factor,
             keeps_teacher=keeps_teacher,
+            early=forms_early(self.student_weight, reduction, None),
         )
 
     def check_possible(self, method: str) -> None:
         """Raise ValueError if a form cannot be taken here."""
-        if method == "factor" and self.heads.trains():
+        if method == "factor" and self.trains():
             raise ValueError("method 'factor' must have a student's head that needs no gradient, got one that does")
-        if method != "blocks" and not has_float64(self.student.device):
+        if method in ("factor", "gram") and not has_float64(self.student.device):
             raise ValueError(f"method {method!r} must have a device with float64, got {self.student.device.type}")
 
-    def loss(self, method: str, *, factor: Factor | None = None, own: Tensor | None = None) -> Tensor:
-        """Per-sample values by the form of that name.
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Both logits, (..., V)."""
+        student = self.student, self.student_weight, self.student_bias
+        teacher = self.teacher, self.teacher_weight, self.teacher_bias
+        # The context costs as much as a small product.
+        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(self.student.device.type):
+            return _linear(*student, self.dtype), _linear(*teacher, self.dtype)
+        with torch.autocast(self.student.device.type, enabled=False):
+            return _linear(*student, self.dtype), _linear(*teacher, self.dtype)
+
+    def loss(
+        self,
+        method: str,
+        reduction: Reduction = "none",
+        mask: Tensor | None = None,
+        *,
+        factor: Factor | None = None,
+        own: Tensor | None = None,
+    ) -> Tensor:
+        """The loss by a form that never has all logits.
 
         Args:
             method: `"factor"`, `"gram"` or `"blocks"`.
+            reduction: As in `reduce`.
+            mask: As in `reduce`.
             factor: What `factorise` gave before, for `"factor"`.
             own: What `teacher_gram` gave before, for `"gram"`.
         """
-        self.check_possible(method)
-        student, teacher, heads = self.student, self.teacher, self.heads
-        with torch.autocast(student.device.type, enabled=False):
-            student, teacher = student.to(self.dtype), teacher.to(self.dtype)
+        shape, heads = self.student.shape[:-1], self.heads()
+        with torch.autocast(self.student.device.type, enabled=False):
+            student = self.student.reshape(-1, self.student.shape[-1]).to(self.dtype)
+            teacher = self.teacher.reshape(-1, self.teacher.shape[-1]).to(self.dtype)
             if method == "blocks":
+                if forms_early(self.student_weight, reduction, mask):
+                    if mask is not None:
+                        check_mask(mask, shape, student.device)
+                        mask = mask.reshape(-1)
+                    return reduce_by_blocks(student, teacher, heads, reduction, mask)
                 values = by_blocks(student, teacher, heads)
             else:
                 if heads.column is not None:
@@ -70,7 +113,8 @@ class Problem(NamedTuple):
                     values = by_factor(student, teacher, factorise(heads) if factor is None else factor)
                 else:
                     values = by_gram(student, teacher, heads, teacher_gram(heads.teacher) if own is None else own)
-            return (values / len(heads.student)).to(self.dtype).reshape(self.shape)
+                values = (values / len(heads.student)).to(self.dtype)
+            return reduce(values.reshape(shape), reduction, mask)
 
 
 def check_heads(
@@ -85,7 +129,7 @@ def check_heads(
     """Check hidden states and heads, and make them ready.
 
     Returns:
-        The problem: hidden states as matrices, only the rows to compare, the teacher's side detached.
+        The problem: only the rows to compare, the teacher's side detached.
 
     Raises:
         ValueError: As `linear_logit_loss` says.
@@ -93,27 +137,32 @@ def check_heads(
     for name, matrix in (("student_weight", weight), ("teacher_weight", teacher_weight)):
         if matrix.ndim != 2 or matrix.numel() == 0:
             raise ValueError(f"{name} must be a matrix (V, d) and not empty, got shape {tuple(matrix.shape)}")
-    if (*student.shape[-1:], *teacher.shape[-1:]) != (weight.shape[1], teacher_weight.shape[1]) or (
-        student.shape[:-1] != teacher.shape[:-1]
+    if (
+        student.shape[-1:] != weight.shape[1:]
+        or teacher.shape[-1:] != teacher_weight.shape[1:]
+        or student.shape[:-1] != teacher.shape[:-1]
     ):
         raise ValueError(
             f"hidden states must have their heads' sizes, {weight.shape[1]} and {teacher_weight.shape[1]}, as the last "
             "dimension and else the same shape (nothing is broadcast), "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    for what, given in (
-        ("hidden states", (student, teacher)),
-        ("heads", (weight, teacher_weight, bias, teacher_bias)),
-    ):
-        if not all(tensor.is_floating_point() for tensor in given if tensor is not None):
-            dtypes = " and ".join(str(tensor.dtype) for tensor in given if tensor is not None)
-            raise ValueError(f"{what} must be floating-point, got {dtypes}")
     tensors = [
-        tensor for tensor in (student, weight, bias, teacher, teacher_weight, teacher_bias) if tensor is not None
+        tensor for tensor in (student, teacher, weight, bias, teacher_weight, teacher_bias) if tensor is not None
     ]
-    devices = dict.fromkeys(str(tensor.device) for tensor in tensors)
-    if len(devices) > 1:
-        raise ValueError(f"hidden states and heads must be on the same device, got {' and '.join(devices)}")
+    dtype = torch.float32
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            states = tensor is student or tensor is teacher
+            given = (student, teacher) if states else (weight, teacher_weight, bias, teacher_bias)
+            dtypes = " and ".join(str(x.dtype) for x in given if x is not None)
+            raise ValueError(f"{'hidden states' if states else 'heads'} must be floating-point, got {dtypes}")
+        if tensor.device != student.device:
+            raise ValueError(
+                f"hidden states and heads must be on the same device, got {student.device} and {tensor.device}"
+            )
+        if tensor.dtype != torch.float32:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     if student.numel() == 0:
         raise ValueError(f"hidden states must not be empty, got shape {tuple(student.shape)}")
     size = check_vocabulary(len(weight), len(teacher_weight), vocab_size)
@@ -122,21 +171,25 @@ def check_heads(
             raise ValueError(
                 f"{name} must have one value per row of its weight, {len(matrix)}, got shape {tuple(vector.shape)}"
             )
-    wide = torch.float64 if has_float64(student.device) else torch.float32
-    column = None if bias is None else _first(bias, size)[:, None].to(wide)
-    if teacher_bias is not None:
-        theirs = teacher_bias.detach()[:size, None].to(wide)
-        column = -theirs if column is None else column - theirs
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
     return Problem(
-        student.reshape(-1, student.shape[-1]),
-        teacher.detach().reshape(-1, teacher.shape[-1]),
-        Heads(_first(weight, size), _first(teacher_weight.detach(), size), column),
-        student.shape[:-1],
+        student,
+        teacher.detach(),
+        _first(weight, size),
+        _first(teacher_weight.detach(), size),
+        None if bias is None else _first(bias, size),
+        None if teacher_bias is None else _first(teacher_bias.detach(), size),
         dtype,
     )
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if hidden.dtype != dtype:
+        hidden = hidden.to(dtype)
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    return F.linear(hidden, weight, bias)
 
 
 def _first(tensor: Tensor, size: int) -> Tensor:

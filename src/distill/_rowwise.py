@@ -8,6 +8,7 @@ kernel.
 import functools
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -39,12 +40,14 @@ class RowLoss:
         kernel: The name of the kernel in `_triton` that does the same on a GPU. None: blocks there too.
         mean: `mean(student, teacher, **options)` gives the mean of the formula over all samples, where PyTorch has a
             single operation for it.
+        pays_from: How many times `SMALL` elements there must be for the fused form to pay.
     """
 
     formula: Callable[..., Tensor]
     block: Callable[..., Tensor] | None = None
     kernel: str | None = None
     mean: Callable[..., Tensor] | None = None
+    pays_from: int = 1
 
     def __call__(
         self,
@@ -75,7 +78,7 @@ class RowLoss:
         dtype = check_inputs(student, teacher, dim=dim)
         teacher = teacher.detach()
         mean = self.mean if reduction == "mean" and mask is None else None
-        if torch.compiler.is_compiling() or not _can_fuse(student, teacher, dim, SHORT if mean else 1):
+        if torch.compiler.is_compiling() or not self._can_fuse(student, teacher, dim, SHORT if mean else 1):
             if student.dtype != dtype:
                 student = student.to(dtype)
             if teacher.dtype != dtype:
@@ -95,6 +98,21 @@ class RowLoss:
             value: Tensor = _Fused.apply(student, teacher, mask, call)  # type: ignore[no-untyped-call]
             return value
         return reduce(call.run(student, teacher)[0], reduction, mask)
+
+    def _can_fuse(self, student: Tensor, teacher: Tensor, dim: int, shortest_row: int) -> bool:
+        """Whether these are ordinary tensors, large enough, with rows in one piece, and nobody traces or transforms."""
+        return (
+            student.numel() >= SMALL * self.pays_from
+            and shortest_row <= student.shape[dim] <= LARGEST_ROW
+            # Collecting the numbers of a row from all over the memory costs more than blocks save.
+            and student.stride(dim) == teacher.stride(dim) == 1
+            and student.device.type in ("cpu", "cuda")
+            and type(student) in (Tensor, nn.Parameter)
+            and type(teacher) is Tensor
+            and not torch._C._are_functorch_transforms_active()
+            and torch._C._get_tracing_state() is None
+            and forward_ad.unpack_dual(student).tangent is None  # type: ignore[no-untyped-call]
+        )
 
 
 @dataclass(frozen=True)
@@ -184,24 +202,8 @@ class _Fused(torch.autograd.Function):
         elif gradient is None:
             gradient = ctx.call.run(student, teacher, ctx.call.weights(student, mask) * upstream[0])[1]
         else:
-            _scale(gradient, upstream[0])
+            scale(gradient, upstream[0])
         return gradient, None, None, None
-
-
-def _can_fuse(student: Tensor, teacher: Tensor, dim: int, shortest_row: int) -> bool:
-    """Whether these are ordinary tensors, large enough, their rows in one piece, and nobody traces or transforms."""
-    return (
-        student.numel() >= SMALL
-        and shortest_row <= student.shape[dim] <= LARGEST_ROW
-        # Collecting the numbers of a row from all over the memory costs more than blocks save.
-        and student.stride(dim) == teacher.stride(dim) == 1
-        and student.device.type in ("cpu", "cuda")
-        and type(student) in (Tensor, nn.Parameter)
-        and type(teacher) is Tensor
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and forward_ad.unpack_dual(student).tangent is None  # type: ignore[no-untyped-call]
-    )
 
 
 def _block_elements(device: torch.device) -> int:
@@ -254,7 +256,7 @@ def _block_by_autograd(
     return values.detach()
 
 
-def _scale(gradient: Tensor, factor: Tensor) -> None:
+def scale(gradient: Tensor, factor: Tensor) -> None:
     """Multiply in place, but not by one: that would read and write the whole gradient for nothing."""
     kernels = _kernels(gradient, factor.dtype)
     if kernels is not None and gradient.is_contiguous():
@@ -265,12 +267,23 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
 
 def _kernels(x: Tensor, dtype: torch.dtype) -> ModuleType | None:
     """Give the module of Triton kernels, where they can compute on this tensor in this dtype."""
-    return _import_triton() if x.is_cuda and dtype == torch.float32 else None
+    return _import_triton(x.device) if x.is_cuda and dtype == torch.float32 else None
 
 
 @functools.cache
-def _import_triton() -> ModuleType | None:
+def _import_triton(device: torch.device) -> ModuleType | None:
+    """Give the module of Triton kernels if they run on a device; only there is Triton imported at all."""
     try:
-        return importlib.import_module("distill._triton")
+        kernels = importlib.import_module("distill._triton")
     except ImportError:
         return None
+    try:
+        kernels.scale(torch.zeros(16, device=device), torch.ones((), device=device))
+    except Exception as error:  # whatever Triton raises for a GPU too old or a missing C compiler
+        warnings.warn(
+            f"Triton does not run on {device}, so that large losses take plain operations in blocks of rows: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return kernels

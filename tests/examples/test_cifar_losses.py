@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import cifar_resnet
 import distill
 from cifar.data import normalize
-from cifar.losses import SETUPS, Networks, build_distiller, find_setup, make_target
+from cifar.losses import SETUPS, Networks, WarmUp, build_distiller, find_setup, make_target
 from cifar.models import resnet
 from cifar.settings import RECIPES
 from cifar.steps import epoch_order
@@ -20,7 +20,7 @@ from distill import create_loss, list_losses, register_loss
 
 def make_run(name, **changes):
     data, setup = make_data(), find_setup(name)
-    config = make_config(name, teacher=14, **{"weight": setup.weight, "at": setup.at} | changes)
+    config = make_config(name, teacher=14, **{"weight": setup.weight, "at": setup.at, "warmup": setup.warmup} | changes)
     return Run(config, data, make_teacher(config, data))
 
 
@@ -90,6 +90,34 @@ def test_terms_of_several_places_are_added_with_their_weights_and_shares():
         build_distiller("ofd", "relu1:input", 1.0, networks)
 
 
+def test_a_loss_comes_in_over_the_steps_of_its_warm_up():
+    loss = WarmUp(create_loss("logit"), 4)
+    teacher = torch.zeros(2, 3)
+    student = torch.ones(2, 3, requires_grad=True)
+    values = [loss(student, teacher).item() for _ in range(6)]
+    assert values == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    loss.forwards.zero_()
+    loss(student, teacher).backward()
+    assert student.grad.flatten().tolist() == pytest.approx([0.25 * 2 / 6] * 6)
+    assert loss.eval()(student, teacher).item() == 0.25  # an evaluation is no step
+    assert loss.forwards.item() == 1
+
+
+def test_a_run_warms_up_over_its_share_and_goes_on_where_it_was():
+    run = make_run("dkd", epochs=24)  # of two steps each
+    loss = run.model.losses["dkd"]
+    assert (loss.steps, loss.loss.beta) == (4, 2.0)  # 20 of 240 epochs
+    run.engine.start_epoch()
+    for index in epoch_order(run.data, 128, run.generator):
+        run.engine.step(index)
+    other = make_run("dkd", epochs=24)
+    other.load_state(run.state())
+    assert other.model.losses["dkd"].forwards.item() == 2
+    assert run.config.label == "dkd+warm-up"
+    assert make_run("dkd", warmup=None).config.label == "dkd"
+    assert not isinstance(make_run("dkd", warmup=None).model.losses["dkd"], WarmUp)
+
+
 def test_crd_gets_the_places_in_the_training_set_and_the_task_loss_the_labels():
     run = make_run("crd")
     labels, index = run.data.train_labels[100:116], torch.arange(100, 116)
@@ -125,6 +153,8 @@ def test_the_command_takes_the_setup_and_lets_it_be_changed():
 
     assert (plan("--loss", "at").weight, plan("--loss", "at").at) == (1000.0, "relu1,relu2,relu3")
     assert (plan("--loss", "dkd").weight, plan("--loss", "dkd").at) == (1.0, None)
+    assert (plan("--loss", "dkd").warmup, plan("--loss", "kl").warmup) == (20 / 240, None)
+    assert (plan("--loss", "dkd", "--warmup", "0").warmup, plan("--warmup", "0.5").warmup) == (None, 0.5)
     assert (
         plan("--loss", "at", "--weight", "2", "--at", "relu3").weight,
         plan("--loss", "at", "--at", "relu3").at,

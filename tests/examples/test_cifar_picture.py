@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cifar import picture as cifar_picture
-from cifar.picture import COLOURS, draw_agreement, draw_curves, draw_picture
+from cifar.picture import COLOURS, draw_agreement, draw_curves, draw_picture, draw_ranking
 from cifar.records import RunResult
 from cifar_results import course, run
 
@@ -151,6 +151,44 @@ def test_texts_of_the_agreement_stay_inside_the_picture(epochs, monkeypatch):
     assert panel.texts
     for text in (*panel.texts, panel.title, panel.xaxis.label):
         assert text.get_window_extent().x1 < figures[0].bbox.x1
+
+
+def ranked(runs: list[RunResult], field: str = "acc_last"):
+    axes = Figure().add_subplot()
+    draw_ranking(axes, runs, field, "name")
+    return axes
+
+
+def test_a_ranking_has_the_most_accurate_above_and_the_range_of_the_baselines_behind():
+    runs = [run("teacher", (91.0,), seed=1000)]
+    runs += [run(accs=(accuracy,), seed=seed, agreement=80.0 + seed) for seed, accuracy in enumerate((88.0, 90.0))]
+    runs += [run("kl", (90.0,), agreement=85.0, weight=0.9), run("at", (85.0,), weight=1000.0)]
+    axes = ranked(runs)
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [
+        "teacher resnet20: 91.00",
+        "kl resnet20, weight 0.9: 90.00",
+        "baseline resnet20: 89.00 ± 1.41",
+        "at resnet20, weight 1000: 85.00",
+    ]
+    dots = {tuple(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.lines}
+    assert dots == {((91.0, 0),), ((90.0, 1),), ((88.0, 2), (90.0, 2)), ((89.0, 2),), ((85.0, 3),)}
+    (band,) = axes.patches
+    assert (band.get_x(), band.get_width()) == (88.0, 2.0)
+    agreement = ranked(runs, "agreement")  # its rows are those of the accuracies
+    assert [label.get_text() for label in agreement.get_yticklabels()] == ["-", "85.00", "80.50 ± 0.71", "-"]
+    assert [band.get_x() for band in agreement.patches] == [80.0]
+    (bottom, top) = agreement.get_ylim()
+    assert top < 0 < 3 < bottom
+
+
+def test_more_kinds_than_colours_are_ranked_and_fewer_have_curves():
+    few = [agreed(course(f"loss{number}", 15, 0)) for number in range(len(COLOURS))]
+    assert picture(few).shape == (500, 1550, 3)
+    many = [agreed(course(f"loss{number}", 15, 0)) for number in range(len(COLOURS) + 1)]
+    assert picture(many).shape == (430, 1550, 3)
+    assert picture([replace(it, dataset="cifar100") for it in few] + many).shape == (930, 1550, 3)
+    assert picture([replace(it, agreement=None) for it in many]).shape == (430, 1200, 3)
 
 
 def test_picture_needs_no_pyplot():

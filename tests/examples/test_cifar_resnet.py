@@ -91,12 +91,20 @@ def test_the_same_command_again_trains_nothing(first, capsys):
 
 def test_other_losses_use_the_same_teacher_and_baseline_and_join_the_table(first, capsys):
     out, _ = first
-    assert run(out, "--epochs", "2", "--loss", "logit,kl,sp") == 0
+    assert run(out, "--epochs", "2", "--loss", "logit,kl,sp,dkd") == 0
     text = capsys.readouterr().out
-    assert trained(text) == ["kl seed 0", "sp seed 0"]
+    assert trained(text) == ["kl seed 0", "sp seed 0", "dkd+warm-up seed 0"]
     assert "loss = cross-entropy + 0.9 * kl, compared at the class logits" in text
     assert "loss = cross-entropy + 3000 * sp, compared at relu3" in text
-    assert {result["method"] for result in read_runs(out)} == {"teacher", "baseline", "logit", "kl", "sp"}
+    assert "1 * dkd, compared at the class logits, its weight rising over 8.3% of the run" in text
+    assert {result["method"] for result in read_runs(out)} == {
+        "teacher",
+        "baseline",
+        "logit",
+        "kl",
+        "sp",
+        "dkd+warm-up",
+    }
     assert "| kl |" in (out / "results.md").read_text()
 
 
@@ -168,6 +176,7 @@ def test_plan_follows_the_recipe_for_logit_and_the_logits_for_other_losses():
         (["--loss", "kl,at,"], r"--loss: a loss name must be a registered one, got ''"),
         (["--loss", "kl,at", "--weight", "2"], "--weight: only with one --loss, got kl,at"),
         (["--loss", "kl,at", "--at", "fc"], "--at: only with one --loss, got kl,at"),
+        (["--warmup", "1.5"], "--warmup: must be from 0 to 1, got 1.5"),
         (["--student", "21"], r"--student: must be 6n\+2 with n >= 1 .* got 21"),
         (["--teacher", "2"], r"--teacher: must be 6n\+2"),
         (["--student", "deep"], "--student: invalid .* value: 'deep'"),

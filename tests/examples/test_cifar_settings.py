@@ -45,6 +45,7 @@ def test_every_setting_that_makes_another_run_makes_another_file_or_is_in_the_fi
         "weight": 2.0,
         "at": "layer3",
         "teacher_batch_statistics": True,
+        "warmup": 0.25,
     }
     assert set(other) == {field.name for field in dataclasses.fields(RunConfig)}
     for name, value in other.items():

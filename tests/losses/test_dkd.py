@@ -117,6 +117,16 @@ def test_does_not_count_shifts():
     torch.testing.assert_close(dkd_loss(student + 5, teacher - 3, target), dkd_loss(student, teacher, target))
 
 
+def test_large_logits_cost_no_more_digits_than_their_own_rounding():
+    generator = torch.Generator().manual_seed(0)
+    # Eighths, which the shifts leave exact.
+    student, teacher = (torch.randint(-16, 16, (6, 10), generator=generator) / 8 for _ in range(2))
+    target = make_labels(6, classes=10)
+    expected = dkd_loss(student.double(), teacher.double(), target, temperature=1.0)
+    values = dkd_loss(student + 1e4, teacher - 1e4, target, temperature=1.0)
+    torch.testing.assert_close(values.double(), expected, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("target", [0, 1])
 def test_finite_on_extreme_logits(classes, target):

@@ -25,8 +25,15 @@ def alpha_beta_loss(
 
     There is no factor T^2, as in the authors' code: `KLLoss(T)` is T^2 times `AlphaBetaLoss(1, 0, T)`.
 
-    Published with weight 32 for `alpha` 0.8 and `beta` 0.3 on CIFAR-100 (ResNet-56 to ResNet-20), at the temperature 4
-    that is the default of the code it builds on; for language models with `alpha` 0.2 and `beta` 0.7 at temperature 1.
+    Published with weight 32 for `alpha` 0.8 and `beta` 0.3 on CIFAR-100 (ResNet-56 to ResNet-20, the authors' README),
+    at the temperature 4 that is the default of the code it builds on.
+
+    Scale: `standard_classification/distiller_zoo/abkl.py` of the authors' code (`ghwang-s/abkd`), averaged over the
+    samples; its form for language models, `ab_div` in `distillation_llm/distillm/losses.py`, has no temperature.
+
+    Doubt: where one exponent is 0 and the other is not 1, that code has the other exponent times this value, which is
+    the limit of its own formula and that of Cichocki et al. The script with the temperature was not to be seen, only
+    the code it builds on (`zkxufo/TTM`), nor were the exponents for language models.
 
     Args:
         student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
@@ -56,7 +63,7 @@ def alpha_beta_loss(
     Reference:
         Guanghui Wang, Zhiyong Yang, Zitai Wang, Shi Wang, Qianqian Xu and Qingming Huang, "ABKD: Pursuing a Proper
         Allocation of the Probability Mass in Knowledge Distillation via alpha-beta-Divergence", ICML 2025 and
-        arXiv 2505.04560, section 4. The divergence is that of Cichocki, Cruces and Amari, "Generalized Alpha-Beta
+        arXiv 2505.04560. The divergence is that of Cichocki, Cruces and Amari, "Generalized Alpha-Beta
         Divergences and Their Application to Robust Nonnegative Matrix Factorization", Entropy 2011.
     """
     _check_exponents(alpha, beta)

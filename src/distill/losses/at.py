@@ -19,10 +19,14 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
     Maps of unequal size are average-pooled to the smaller height and width. The attention maps are normalised over the
     positions, so neither the number of channels nor the scale of a map counts; one that is 0 everywhere stays 0.
 
-    Published with weight 1000, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan
-    and Isola, "Contrastive Representation Distillation", ICLR 2020). That weight belongs to the mean over the
-    positions, which is followed here; the paper's equation has the norm of the difference, not squared, and the sum
-    over the channels.
+    Published with weight 1000, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan and
+    Isola, "Contrastive Representation Distillation", ICLR 2020).
+
+    Scale: `distiller_zoo/AT.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over the positions and samples.
+    The paper's equation has the norm of the difference, not squared, and the sum over the channels.
+
+    Doubt: none known for p = 2. For other p the benchmark takes the power of `f` and not of `|f|`, which differs where
+    p is odd and a map has negative values.
 
     Args:
         student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
@@ -46,7 +50,7 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
 
     Reference:
         Sergey Zagoruyko and Nikos Komodakis, "Paying More Attention to Attention: Improving the Performance of
-        Convolutional Neural Networks via Attention Transfer", ICLR 2017 and arXiv 1612.03928, section 3.1.
+        Convolutional Neural Networks via Attention Transfer", ICLR 2017 and arXiv 1612.03928.
     """
     _check_p(p)
     student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=False))

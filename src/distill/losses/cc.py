@@ -19,9 +19,14 @@ def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int 
     K is the Taylor series of the Gaussian kernel exp(-gamma |s_i - s_j|^2) of unit vectors. The paper calls this the
     correlation congruence, and adds the soft targets of `kl_loss` to it.
 
-    Published with weight 100 on pooled features (the CIFAR-10 script of Hu's Knowledge-Distillation-Zoo, at these
-    defaults). The benchmark of Tian, Krishnan and Isola (ICLR 2020) has another formula under this name, without the
-    kernel; its weight 0.02 is not for this loss.
+    Published with weight 100 (the CIFAR-10 script of Hu's Knowledge-Distillation-Zoo, at these defaults).
+
+    Scale: `example_train_script.sh` of `AberHu/Knowledge-Distillation-Zoo` for the weight and the options, and its
+    `kd_losses/cc.py` for the formula: the mean over the N^2 entries.
+
+    Doubt: `kd_losses/cc.py` was read in the copies of other repositories only, which agree. The benchmark of Tian,
+    Krishnan and Isola (ICLR 2020) has another formula under this name, without the kernel, as a mail of the author has
+    it; its weight 0.02 is not for this loss.
 
     Args:
         student: The student's features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in float32.
@@ -46,8 +51,7 @@ def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int 
         tensor(0.0677)
 
     Reference:
-        Baoyun Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019 and arXiv 1904.01802,
-        section 3.
+        Baoyun Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019 and arXiv 1904.01802.
     """
     _check_options(gamma, order)
     student, teacher = check_samples(student, teacher)

@@ -28,11 +28,18 @@ def dist_loss(
         loss = T^2 * [beta * inter + gamma * intra]
 
     The student must keep the teacher's order and proportions, not its exact probabilities. Every dimension but `dim`
-    counts as samples. The 1e-8 stands in the authors' code and not in the paper. It makes a difference: a class that
+    counts as samples. The 1e-8 makes a difference: a class that
     no sample of the batch is likely to be counts as uncorrelated, even if student and teacher agree.
 
-    Published with weight 1, `beta` and `gamma` 1 and temperature 1, beside the cross-entropy with weight 1 (ImageNet,
-    the authors' code).
+    Published with weight 1, `beta` and `gamma` 1 and temperature 1, beside the cross-entropy with weight 1, on the
+    pixels of Cityscapes (the authors' code for segmentation); with weight 2 and the same options on ImageNet (the
+    configuration of torchdistill).
+
+    Scale: `segmentation/losses/dist_kd.py` of the authors' code (`hunto/DIST_KD`), and the same file for classification
+    in `hunto/image_classification_sota`, which fix the 1e-8; both are without a temperature. The factor T^2 is that of
+    torchdistill's `DISTLoss`.
+
+    Doubt: the authors' settings for ImageNet and CIFAR-100 were not to be seen.
 
     Args:
         student: The student's logits, finite, `(..., C)`, with at least two

@@ -22,8 +22,13 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     matrices are C1 x C2 whatever the sizes, so student and teacher may differ in theirs.
 
     Published with weight 50 (the CIFAR-100 script of Tian, Krishnan and Isola, "Contrastive Representation
-    Distillation", ICLR 2020). There the loss initialises the student in a stage of its own, where it is the only one
-    and the weight is not applied. The mean over the entries is that benchmark's; the paper sums over them.
+    Distillation", ICLR 2020).
+
+    Scale: `distiller_zoo/FSP.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over the entries and samples,
+    summed over three pairs of layers (the first convolution and the three stages). The paper sums over the entries.
+
+    Doubt: the weight is without effect there. The loss initialises the student in a stage of its own, where it is the
+    only one and has no weight (`helper/pretrain.py`), and is 0 afterwards (`helper/loops.py`).
 
     Args:
         student: The student's two layers, maps `(N, C1, H1, W1)` and `(N, C2, H2, W2)`. Any floating dtype; half and

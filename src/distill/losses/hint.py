@@ -18,7 +18,14 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     learns a map from the student's to the teacher's.
 
     Published with weight 100 (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive Representation
-    Distillation", ICLR 2020). The mean over all elements is that benchmark's; the paper has half the sum.
+    Distillation", ICLR 2020).
+
+    Scale: `distiller_zoo/FitNet.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over all elements. The
+    paper has half the sum.
+
+    Doubt: the benchmark puts a convolution, a batch norm and a ReLU before the loss, also where the channels agree
+    (`ConvReg` in its `models/util.py`), and its weight goes with them; `HintLoss` has one linear layer, and none where
+    the channels agree.
 
     Args:
         student: The student's layer: a map `(N, C, H, W)`, or vectors `(..., C)` of another number of dimensions. Any

@@ -19,9 +19,15 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     zeros. The mean over the samples is the sum over the batch divided by `C N^2`: the value of a sample depends on how
     many there are in the batch.
 
-    Published with weight 500 at that scale (torchdistill's ImageNet configuration, batches of 256), which is the scale
-    of the authors' ImageNet code. Their CIFAR-100 code divides by N only once, with weight 2.5: that is 2.5 N here.
-    All of them pass the student through a 1x1 convolution and a batch norm first, which is left to the caller.
+    Published with weight 500 at that scale, beside half the cross-entropy and half the `kl` at temperature 1
+    (torchdistill's ImageNet configuration, batches of 256). The authors' CIFAR-100 code divides by N only once, with
+    weight 2.5: that is 2.5 N here.
+
+    Scale: `ChSimLoss` in `ImageNet/torchdistill/losses/single.py` of the authors' code (`ADLab-AutoDrive/ICKD`), which
+    divides by `C N^2`, as torchdistill's own does.
+
+    Doubt: the ImageNet configuration in the authors' code has weight 1; that the results were reached with it is not
+    said. All of them pass the student through a 1x1 convolution and a batch norm first, which is left to the caller.
 
     Args:
         student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
@@ -43,8 +49,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Reference:
         Li Liu, Qingle Huang, Sihao Lin, Hongwei Xie, Bing Wang, Xiaojun Chang and Xiaodan Liang, "Exploring
-        Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", ICCV 2021 and arXiv 2202.03680,
-        section 3.
+        Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", ICCV 2021 and arXiv 2202.03680.
     """
     student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True))
     samples, channels = student.shape[:2]

@@ -28,8 +28,14 @@ def js_loss(student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature:
     at both ends: divided by `beta` it tends to KL(p || q) as `beta` tends to 0, and divided by `1 - beta` to
     KL(q || p) as `beta` tends to 1. For these use `kl_loss` and `reverse_kl_loss`.
 
-    Published with weight 1 at temperature 1, where the factor T^2 is 1, and `beta` 0.1, 0.5 or 0.9. The code of
-    DistiLLM (Ko et al., 2024) gives the student the share 0.9: that is `beta` 0.1 here.
+    Published with weight 1 at temperature 1, where the factor T^2 is 1, and `beta` 0.1, 0.5 or 0.9.
+
+    Scale: `js_distance` of DistiLLM (Ko et al., 2024; `distillm/losses.py` of `jongwooko/distillm`), which gives the
+    student the share 0.9: that is `beta` 0.1 here. The sum over the vocabulary is averaged over the tokens.
+
+    Doubt: no code of the authors was found. The GKD trainer of Hugging Face TRL mixes and weighs as here, but its first
+    version mixed the logarithms and swapped the weights; it has no factor T^2, and at `beta` 0 and 1 it is `kl` and
+    `reverse_kl`.
 
     Args:
         student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
@@ -58,7 +64,7 @@ def js_loss(student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature:
     Reference:
         Rishabh Agarwal, Nino Vieillard, Yongchao Zhou, Piotr Stanczyk, Sabela Ramos, Matthieu Geist and Olivier
         Bachem, "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", ICLR 2024 and
-        arXiv 2306.13649, section 2, equation 1.
+        arXiv 2306.13649.
     """
     check_fraction("beta", beta)
     check_positive("temperature", temperature)

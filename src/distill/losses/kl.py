@@ -47,6 +47,11 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
     Published with weight 0.9 at temperature 4, beside 0.1 times the cross-entropy (the CIFAR-100 benchmark of Tian,
     Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020).
 
+    Scale: `distiller_zoo/KD.py` of that benchmark (`HobbitLong/RepDistiller`): T^2 times the sum over the classes,
+    averaged over the samples.
+
+    Doubt: none known.
+
     Args:
         student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
             float32.
@@ -72,7 +77,7 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
 
     Reference:
         Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network", NIPS deep
-        learning workshop 2014 and arXiv 1503.02531 (2015), section 2.
+        learning workshop 2014 and arXiv 1503.02531 (2015).
     """
     check_positive("temperature", temperature)
     return _ROWS(student, teacher, dim=dim, temperature=temperature)

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._gram import Plan, factorise, teacher_gram
+from distill._gram import factorise, teacher_gram
 from distill._heads import Problem, check_heads, check_vocabulary
+from distill._plan import Plan, Size, cheapest
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_reduction, reduce
+from distill._tensors import Reduction, check_reduction
+from distill.losses.logit import _ROWS
 
-Method: TypeAlias = Literal["auto", "factor", "gram", "blocks"]
-_METHODS = ("auto", "factor", "gram", "blocks")
+Method: TypeAlias = Literal["auto", "factor", "gram", "blocks", "logits"]
+_METHODS = ("auto", "factor", "gram", "blocks", "logits")
 
 
 def linear_logit_loss(
@@ -28,7 +30,7 @@ def linear_logit_loss(
     vocab_size: int | None = None,
     method: Method = "auto",
 ) -> Tensor:
-    """`logit_loss` of two linear heads' logits, which are never formed, one value per sample.
+    """`logit_loss` of two linear heads' logits, which are not formed unless that is cheapest, one value per sample.
 
         s = W_s h_s + b_s,  t = W_t h_t + b_t
         loss = 1/V * sum_v (s_v - t_v)^2
@@ -37,20 +39,23 @@ def linear_logit_loss(
     Exact, not an approximation: what `logit_loss(s, t)` gives, with gradients for the student's hidden states, weight
     and bias. The published weights are those of `logit_loss`.
 
-    Three forms give the same value. `"gram"` computes the formula above: O((N + V) d^2) time and O(N d + d^2) memory
+    Four forms give the same value. `"gram"` computes the formula above: O((N + V) d^2) time and O(N d + d^2) memory
     beside the gradients, instead of O(N V d) and O(N V). `"factor"`, for heads that are not trained, takes R from a QR
     factorisation of `[W_s, -W_t]` in float64 and gives `1/V * |R [h_s, h_t]|^2`, where the vocabulary is gone; it pays
     where R is kept, as `LinearLogitLoss` does. `"blocks"` forms the logits of some classes at a time, in the inputs'
     dtype and at least float32; if the head trains, it keeps up to 128 MB of their differences for backward, or forms
-    them again. `"auto"` takes the form whose estimated cost is lowest, as `LinearLogitLoss.plan` shows.
+    them again. `"logits"` forms them all, for `logit_loss`: where they are small nothing is faster. `"auto"` takes the
+    form whose estimated cost is lowest, as `LinearLogitLoss.plan` shows, and `"logits"` up to 2^23 of them (32 MB in
+    float32) only.
 
     The terms cancel as student and teacher agree. On a CPU, float32 inputs are computed in float32 as long as that is
     enough, and otherwise in float64, values of `"gram"` in the last resort by `"factor"`: down to logits that differ by
     1e-6 of their size, values err by less than 1e-3 and gradients by less than 1e-4 (benchmarks/agreement.py). On other
-    devices and in traced code both compute in float64. `"blocks"` errs as formed logits do. No value is negative.
+    devices and in traced code both compute in float64. `"blocks"` and `"logits"` err as formed logits do. No value is
+    negative.
 
     Differentiating twice and `torch.func` work, in memory for V times the hidden sizes (`"gram"`) or N times V
-    (`"blocks"`); `torch.compile` traces all forms.
+    (`"blocks"`, `"logits"`); `torch.compile` traces all forms.
 
     Args:
         student_hidden: What the student's head sees, `(..., d_s)`. Any floating dtype.
@@ -61,7 +66,7 @@ def linear_logit_loss(
         teacher_bias: `(V,)`, or None for none.
         vocab_size: Compare the first so many rows of both heads only, which must mean the same tokens: for vocabularies
             of which one continues the other, or weights padded to a multiple of 64. The mean is over these rows.
-        method: `"auto"`, `"factor"`, `"gram"` or `"blocks"`.
+        method: `"auto"`, `"factor"`, `"gram"`, `"blocks"` or `"logits"`.
 
     Returns:
         One value per sample, shape `(...)`, in squared units of the logits; float32, or float64 if an input is.
@@ -90,12 +95,16 @@ def linear_logit_loss(
     problem = check_heads(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, vocab_size
     )
-    return problem.loss(problem.plan().method if method == "auto" else method)
+    chosen: str = method
+    if chosen == "auto":
+        chosen = "logits" if problem.is_tiny() else cheapest(problem.size().costs())
+    problem.check_possible(chosen)
+    return _ROWS(*problem.logits(), dim=-1) if chosen == "logits" else problem.loss(chosen)
 
 
 @register_loss("linear_logit")
 class LinearLogitLoss(nn.Module):
-    """`LogitLoss` of two linear heads' logits, which are never formed; see `linear_logit_loss` for the formula.
+    """`LogitLoss` of two linear heads, without large logits; see `linear_logit_loss` for the formula.
 
     It compares what the heads see: as a `Term` at the heads' inputs (`at="lm_head:input"`), or at the module before
     them in models that then need not run their heads at all.
@@ -112,13 +121,16 @@ class LinearLogitLoss(nn.Module):
     (through a `.data`, a NumPy view or another process) cannot be seen: call `forget()` after them. Nothing is kept
     inside `torch.compile`, nor for weights that are no `nn.Parameter` or are inference tensors.
 
+    With `"blocks"` a mean or sum forms the gradients already in the forward, as in `LogitLoss`, and keeps no
+    differences: evaluate under `torch.no_grad()`.
+
     Args:
         student_head: The student's head, (V, d_s).
         teacher_head: The teacher's head, (V, d_t); never trained by this loss.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
         vocab_size: Compare the first so many rows of both heads only; None compares all, of which there must be
             equally many.
-        method: `"auto"`, or the form to take whatever it costs: `"factor"`, `"gram"` or `"blocks"`.
+        method: `"auto"`, or the form to take whatever it costs: `"factor"`, `"gram"`, `"blocks"` or `"logits"`.
 
     Raises:
         ValueError: If a head has no matrix as `weight`, the vocabularies differ, or an option is unknown.
@@ -132,8 +144,8 @@ class LinearLogitLoss(nn.Module):
         >>> value = loss(student_hidden, teacher_hidden)
         >>> torch.allclose(value, LogitLoss()(student_head(student_hidden), teacher_head(teacher_hidden)))
         True
-        >>> loss.plan(samples=32).method
-        'gram'
+        >>> [loss.plan(samples).method for samples in (32, 2**20)]
+        ['logits', 'gram']
     """
 
     def __init__(
@@ -186,14 +198,18 @@ class LinearLogitLoss(nn.Module):
             ValueError: As `linear_logit_loss`, and if the mask has another shape than the per-sample values.
         """
         problem = self._problem(student, teacher)
-        chosen = self._plan(problem).method
+        chosen: str = self.method
+        if chosen == "auto":
+            chosen = "logits" if problem.is_tiny() else cheapest(self._size(problem).costs())
         problem.check_possible(chosen)
         factor = own = None
+        if chosen == "logits":
+            return _ROWS(*problem.logits(), dim=-1, reduction=self.reduction, mask=mask)
         if chosen == "factor":
-            factor = self._keep("factor", self._tensors(), lambda: factorise(problem.heads))
+            factor = self._keep("factor", self._tensors(), lambda: factorise(problem.heads()))
         elif chosen == "gram":
-            own = self._keep("teacher", self._tensors()[2:3], lambda: teacher_gram(problem.heads.teacher))
-        return reduce(problem.loss(chosen, factor=factor, own=own), self.reduction, mask)
+            own = self._keep("teacher", self._tensors()[2:3], lambda: teacher_gram(problem.teacher_weight))
+        return problem.loss(chosen, self.reduction, mask, factor=factor, own=own)
 
     def plan(self, samples: int) -> Plan:
         """Tell which form a call takes in the present state of the heads and of grad mode, and why.
@@ -202,8 +218,8 @@ class LinearLogitLoss(nn.Module):
             samples: How many hidden states a call has, N.
 
         Returns:
-            A tuple: `method`, which is `"factor"`, `"gram"` or `"blocks"`; `costs`, estimates for the possible forms
-            in 10^9 float32 multiply-adds; and `reason`, the same in words.
+            A tuple: `method`, which is `"factor"`, `"gram"`, `"blocks"` or `"logits"`; `costs`, estimates for the
+            possible forms in 10^9 float32 multiply-adds; and `reason`, the same in words.
 
         Raises:
             ValueError: If `samples` is not positive.
@@ -212,9 +228,11 @@ class LinearLogitLoss(nn.Module):
             raise ValueError(f"samples must be positive, got {samples!r}")
         weight, _, teacher_weight, _ = self._tensors()
         nothing = weight.new_empty(1)
-        return self._plan(
-            self._problem(nothing.expand(samples, weight.shape[1]), nothing.expand(samples, teacher_weight.shape[1]))
-        )
+        states = (nothing.expand(samples, matrix.shape[1]) for matrix in (weight, teacher_weight))
+        plan = self._size(self._problem(*states)).explain()
+        if self.method != "auto":
+            return Plan(self.method, plan.costs, f"as asked for; by cost it would be {plan.reason}")
+        return plan
 
     def forget(self) -> None:
         """Drop what is kept between calls, after a write to a weight that PyTorch does not count."""
@@ -239,16 +257,12 @@ class LinearLogitLoss(nn.Module):
         weight, bias, teacher_weight, teacher_bias = self._tensors()
         return check_heads(student, weight, bias, teacher, teacher_weight, teacher_bias, self.vocab_size)
 
-    def _plan(self, problem: Problem) -> Plan:
+    def _size(self, problem: Problem) -> Size:
         weight, bias, teacher_weight, teacher_bias = self._tensors()
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-        plan = problem.plan(
-            may_factor=frozen and _can_keep([weight, bias, teacher_weight, teacher_bias]),
-            keeps_teacher=_can_keep([teacher_weight]),
-        )
-        if self.method != "auto":
-            return Plan(self.method, plan.costs, f"as asked for; by cost it would be {plan.reason}")
-        return plan
+        keeps_teacher = _can_keep([teacher_weight])
+        may_factor = frozen and keeps_teacher and _can_keep([weight, bias, teacher_bias])
+        return problem.size(reduction=self.reduction, may_factor=may_factor, keeps_teacher=keeps_teacher)
 
     def _keep(self, name: str, tensors: list[Any], compute: Callable[[], Any]) -> Any:
         """What `compute` gives, from the last call if the tensors are what they were then."""
@@ -269,7 +283,7 @@ class LinearLogitLoss(nn.Module):
 
 def _check_method(method: Method) -> Method:
     if method not in _METHODS:
-        raise ValueError(f"method must be 'auto', 'factor', 'gram' or 'blocks', got {method!r}")
+        raise ValueError(f"method must be 'auto', 'factor', 'gram', 'blocks' or 'logits', got {method!r}")
     return method
 
 

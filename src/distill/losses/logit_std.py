@@ -30,8 +30,13 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
     The student need not match the range of the teacher's logits, only how they compare: shifting or stretching either
     side's logits changes nothing.
 
-    Published with weight 9 at temperature 2, beside the cross-entropy with weight 1 (CIFAR-100, the authors' code).
-    That code also fixes the standard deviation, which divides by C - 1, and the 1e-7.
+    Published with weight 9 at temperature 2 on CIFAR-100, at temperature 3 for some pairs of networks.
+
+    Scale: `mdistiller/distillers/KD.py` of the authors' code (`sunshangquan/logit-standardization-KD`), which also
+    fixes the standard deviation, that divides by C - 1, and the 1e-7.
+
+    Doubt: the weight of the cross-entropy beside it. The authors' `mdistiller/engine/cfg.py` has 1 in an early version
+    and 0.1 in a later one (quoted in their issue 25).
 
     Args:
         student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
@@ -58,7 +63,7 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
 
     Reference:
         Shangquan Sun, Wenqi Ren, Jingzhi Li, Rui Wang and Xiaochun Cao, "Logit Standardization in Knowledge
-        Distillation", CVPR 2024 and arXiv 2403.01427, section 4.
+        Distillation", CVPR 2024 and arXiv 2403.01427.
     """
     check_positive("temperature", temperature)
     student, teacher = check_pair(student, teacher, dim=dim)

@@ -39,9 +39,14 @@ def nkd_loss(
     The target's part is at temperature 1 whatever T is. Both parts are cross-entropies: the smallest value is not 0
     but what the teacher's own probabilities give.
 
-    Published with weight 1 beside the cross-entropy, with `gamma` 1.5 and temperature 1 on ImageNet, and with
-    `gamma` 3.5 and temperature 3 on CIFAR-100. Some versions of the authors' code leave the target among the other
-    classes by mistake; this is the paper's formula.
+    Published with weight 1 beside the cross-entropy, with `gamma` 1.5 and temperature 1 on ImageNet, and with `gamma`
+    3.5 and temperature 3 on CIFAR-100.
+
+    Scale: `mmcls/distillation/losses/nkd.py` of the authors' code (`yzd-v/cls_KD`), with the options in its
+    `configs/distillers`: both parts are averaged over the samples, the second has T^2.
+
+    Doubt: a version of that file leaves the target among the other classes, against the paper, since its mask is true
+    everywhere; another takes it out, as is done here. Which of them the published results come from is not known.
 
     Args:
         student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
@@ -71,7 +76,7 @@ def nkd_loss(
     Reference:
         Zhendong Yang, Ailing Zeng, Zhe Li, Tianke Zhang, Chun Yuan and Yu Li, "From Knowledge Distillation to
         Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", ICCV 2023 and
-        arXiv 2303.13005, section 3.1.
+        arXiv 2303.13005.
     """
     check_not_negative("gamma", gamma)
     check_positive("temperature", temperature)

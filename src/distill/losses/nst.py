@@ -19,7 +19,12 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Needs memory for the products of channels or of positions, whichever are fewer, never for `C x C' x HW` values.
 
     Published with weight 50, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan and
-    Isola, "Contrastive Representation Distillation", ICLR 2020), whose scale is followed here.
+    Isola, "Contrastive Representation Distillation", ICLR 2020).
+
+    Scale: `distiller_zoo/NST.py` of that benchmark (`HobbitLong/RepDistiller`): means of the kernel over the pairs of
+    channels and the samples.
+
+    Doubt: none known.
 
     Args:
         student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
@@ -42,7 +47,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Reference:
         Zehao Huang and Naiyan Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer",
-        arXiv 1707.01219 (2017), section 4, with the polynomial kernel of degree 2 and offset 0.
+        arXiv 1707.01219 (2017), with the polynomial kernel of degree 2 and offset 0.
     """
     student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=False))
     s, t = (normalize(maps.flatten(2), dim=2) for maps in (student, teacher))

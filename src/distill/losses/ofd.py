@@ -38,7 +38,7 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
         tensor([-0.7979, -0.7979])
 
     Reference:
-        As `ofd_loss`, section 3.
+        As `ofd_loss`.
     """
     if weight.ndim != 1 or weight.shape != bias.shape:
         raise ValueError(
@@ -61,9 +61,16 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
 
     Where the teacher is silent (r <= 0) the student only has to be silent too, not equally negative.
 
-    Published with weight 1e-3 for the last stage and half the weight of the next stage for each one before it, beside
-    1 times the cross-entropy: on CIFAR-100 in the authors' code and in the benchmark of Zhao et al., "Decoupled
-    Knowledge Distillation" (CVPR 2022). For ImageNet the authors' code has 1e-4.
+    Published with weight 1e-3 for the last stage and half the weight of the next stage for each one before it, beside 1
+    times the cross-entropy: on CIFAR-100 in the authors' code and in the benchmark of Zhao et al., "Decoupled Knowledge
+    Distillation" (CVPR 2022). For ImageNet both have 1e-4.
+
+    Scale: `CIFAR-100/distiller.py` and `train_with_distillation.py` of the authors' code
+    (`clovaai/overhaul-distillation`), and `mdistiller/distillers/OFD.py` of `megvii-research/mdistiller`: the sum over
+    channels and positions, averaged over the samples.
+
+    Doubt: none known about the value. The authors' scripts run the teacher in training mode, on the statistics of the
+    batch; that benchmark and the `Distiller` run it in eval mode.
 
     Args:
         student: The student's map before its ReLU, brought to the teacher's channels, `(N, C, ...)`. Any floating
@@ -87,7 +94,7 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
 
     Reference:
         Byeongho Heo, Jeesoo Kim, Sangdoo Yun, Hyojin Park, Nojun Kwak and Jin Young Choi, "A Comprehensive Overhaul of
-        Feature Distillation", ICCV 2019, section 3.
+        Feature Distillation", ICCV 2019.
     """
     student, teacher = check_pair(student, teacher, dim=1)
     if margin.shape != student.shape[1:2]:

@@ -15,11 +15,15 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
         q_ij = k(s_i, s_j) / sum_j k(s_i, s_j),  k(a, b) = (1 + cosine(a, b)) / 2;  p_ij alike for the teacher
         loss = 1/N^2 * sum_ij p_ij log((p_ij + 1e-7) / (q_ij + 1e-7))
 
-    The scale and the small term are those of the authors' code. The paper writes the sum over all pairs, which is N^2
-    times this value, and leaves each sample out of its own neighbours, which the code does not.
-
     Published with weight 30000 on pooled features (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive
     Representation Distillation", ICLR 2020).
+
+    Scale: `distiller_zoo/PKT.py` of that benchmark (`HobbitLong/RepDistiller`), which is the authors' code: the mean
+    over the N^2 pairs, each sample counted among its own neighbours, and the 1e-7. A sum over all pairs, as the
+    divergence is defined, would be N^2 times this value.
+
+    Doubt: that code adds 1e-7 to the norms of the features too, which is left out here: it changes the value in the
+    seventh digit.
 
     Args:
         student: The student's features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in float32.
@@ -43,7 +47,7 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Reference:
         Nikolaos Passalis and Anastasios Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer",
-        ECCV 2018, section 3 (conditional probabilities with the cosine kernel).
+        ECCV 2018 (conditional probabilities with the cosine kernel).
     """
     student, teacher = check_samples(student, teacher)
     with without_autocast(student):

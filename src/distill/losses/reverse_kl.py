@@ -17,9 +17,14 @@ def reverse_kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.
     The expectation is under the student, so a class that the student gives no probability costs nothing: the student
     may leave out modes of the teacher, where `kl_loss` makes it cover them all.
 
-    Published with weight 1 at temperature 1, where the factor T^2 is 1. MiniLLM minimises the divergence of whole
-    sequences that the student samples; this is its value for one token, averaged over tokens in the code of DistiLLM
-    (Ko et al., 2024) too.
+    Published with weight 1 at temperature 1, where the factor T^2 is 1.
+
+    Scale: the single-step term of the authors' code (`minillm/minillm/losses.py` of `microsoft/LMOps`), and
+    `reverse_kl` of DistiLLM (Ko et al., 2024; `distillm/losses.py` of `jongwooko/distillm`): the sum over the
+    vocabulary, averaged over the tokens.
+
+    Doubt: MiniLLM minimises the divergence of whole sequences that the student samples, by policy gradient; this value
+    is one term of its objective, no replacement for it. The factor T^2 is in neither code.
 
     Args:
         student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in

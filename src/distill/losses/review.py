@@ -21,12 +21,17 @@ def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         loss = sum over levels of h(s, t),                              means over channels and positions
 
     Where a k is left out, the weights move up and the divisor is the sum of those that are used: a map of 4 x 4 has
-    `[mean(d^2) + 1/2 mean(d_2^2) + 1/4 mean(d_1^2)] / (7/4)`. These weights are those of the authors' code. The
+    `[mean(d^2) + 1/2 mean(d_2^2) + 1/4 mean(d_1^2)] / (7/4)`. The
     student's maps are those that `ReviewLoss` fuses.
 
     Published with weight 0.6 to 8 on CIFAR-100, reached in a linear warm-up over 20 epochs, beside 1 times the
     cross-entropy: 0.6 for ResNet-56 to ResNet-20, 1 for ResNet-110 to ResNet-32, 8 for ResNet-32x4 to ShuffleNetV2,
     else 5 (the authors' code).
+
+    Scale: `hcl` in `CIFAR-100/model/reviewkd.py` of the authors' code (`dvlab-research/ReviewKD`), with the weights in
+    its `script/reviewKD.sh`: means over all elements, summed over the levels.
+
+    Doubt: none known.
 
     Args:
         student: The student's fused maps, each `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in

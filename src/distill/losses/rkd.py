@@ -25,11 +25,16 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
         loss = distance_weight * mean_ij huber(d_ij - d'_ij) + angle_weight * mean_ijk huber(a_ijk - a'_ijk)
 
     with huber(x) = x^2 / 2 for |x| <= 1, else |x| - 1/2. The means are over all N^2 pairs and N^3 triples, also over
-    those of a sample with itself, as in the authors' code. The angles are taken in blocks: memory grows with N^2, not
+    those of a sample with itself. The angles are taken in blocks: memory grows with N^2, not
     with N^3.
 
     Published with weight 1 on pooled features (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive
     Representation Distillation", ICLR 2020, at these defaults).
+
+    Scale: `distiller_zoo/RKD.py` of that benchmark (`HobbitLong/RepDistiller`): the means over all pairs and triples.
+
+    Doubt: none known for samples that differ. Where two are the same, that code takes their distance as 1e-6 and counts
+    it in the mean of the positive ones; here it is 0 and does not count.
 
     Args:
         student: The student's features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in float32.
@@ -57,7 +62,7 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
 
     Reference:
         Wonpyo Park, Dongju Kim, Yan Lu and Minsu Cho, "Relational Knowledge Distillation", CVPR 2019 and arXiv
-        1904.05068, section 3.2, equations 5 to 10.
+        1904.05068, section 3.2.
     """
     _check_weight("distance_weight", distance_weight)
     _check_weight("angle_weight", angle_weight)

@@ -30,7 +30,14 @@ def skew_reverse_kl_loss(
     With `alpha` 0 it is `reverse_kl_loss`. With more it is at most T^2 log(1 / alpha), since the mixture gives every
     class at least `alpha` times what the student gives it.
 
-    Published with weight 1, without cross-entropy, at temperature 1, where the factor T^2 is 1, and with `alpha` 0.1.
+    Published with weight 1 and `alpha` 0.1 at temperature 1, where the factor T^2 is 1, beside the language model's
+    loss on a corpus of plain text with weight 1, and without cross-entropy on the answers.
+
+    Scale: `skewed_reverse_kl` of the authors' code (`distillm/losses.py` of `jongwooko/distillm`): the sum over the
+    vocabulary, averaged over the tokens.
+
+    Doubt: the script read, for GPT-2 of 0.1 billion parameters, runs the other direction, `skew_kl`; the weight is that
+    of the same command with this one. The factor T^2 is the library's: that code divides no logits.
 
     Args:
         student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
@@ -57,7 +64,7 @@ def skew_reverse_kl_loss(
 
     Reference:
         Jongwoo Ko, Sungnyun Kim, Tianyi Chen and Se-Young Yun, "DistiLLM: Towards Streamlined Distillation for Large
-        Language Models", ICML 2024 and arXiv 2402.03898, section 3.1.
+        Language Models", ICML 2024 and arXiv 2402.03898.
     """
     check_fraction("alpha", alpha, zero=True)
     check_positive("temperature", temperature)

@@ -17,7 +17,14 @@ def tvd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim:
     It lies between 0 and 1, and has no factor T^2. Where both are sure of different classes it is 1 and its gradient
     vanishes.
 
-    Published with weight 1 at temperature 1.
+    Published with weight 1 at temperature 1, as the only term.
+
+    Scale: `calc_tvd_loss` of the authors' code (`summa/kd.py` of `MANGA-UOFA/fdistill`): half the sum over the
+    vocabulary, averaged over the tokens.
+
+    Doubt: the authors average the values on given sequences and on sequences that the student samples, which is left to
+    the caller. At other temperatures than 1 their code for summaries has a factor T^2, that for translation
+    (`t5mt/kd.py`) has neither factor nor temperature.
 
     Args:
         student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
@@ -44,7 +51,7 @@ def tvd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim:
 
     Reference:
         Yuqiao Wen, Zichao Li, Wenyu Du and Lili Mou, "f-Divergence Minimization for Sequence-Level Knowledge
-        Distillation", ACL 2023 and arXiv 2307.15190, section 2.
+        Distillation", ACL 2023 and arXiv 2307.15190.
     """
     check_positive("temperature", temperature)
     student, teacher = check_pair(student, teacher, dim=dim)

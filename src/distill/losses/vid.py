@@ -21,11 +21,13 @@ def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
     the student (`VIDLoss` owns them). Up to a constant, minus this value is a lower bound of the mutual information of
     the two maps. The loss may be negative.
 
-    The paper *sums* over channels and positions. The mean, which leaves out the constant `1/2 log(2 pi)` as well, is
-    the scale of the benchmark below.
-
     Published with weight 1 for each of several pairs of layers (the CIFAR-100 benchmark of Tian, Krishnan and Isola,
     "Contrastive Representation Distillation", ICLR 2020).
+
+    Scale: `distiller_zoo/VID.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over all elements, without the
+    constant `1/2 log(2 pi)`. The paper *sums* over channels and positions.
+
+    Doubt: none known.
 
     Args:
         student: The predicted mean of the teacher's map, `(N, C, ...)`. Any floating dtype; half and bfloat16 are
@@ -49,7 +51,7 @@ def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
 
     Reference:
         Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, "Variational Information
-        Distillation for Knowledge Transfer", CVPR 2019, section 2.
+        Distillation for Knowledge Transfer", CVPR 2019.
     """
     student, teacher = check_pair(student, teacher, dim=1)
     if variance.shape != student.shape[1:2]:

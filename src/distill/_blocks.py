@@ -1,0 +1,225 @@
+"""The squared difference of two linear heads' logits, formed for some classes at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from typing_extensions import override
+
+from distill._gram import Heads, function_of, must_stay_differentiable
+from distill._plan import KEPT
+from distill._rowwise import scale
+from distill._tensors import Reduction, reduce, row_weights
+
+# Logits that are formed at a time: 4 MB in float32, which stay in a CPU's cache; a GPU wants larger products.
+_LOGITS = 2**20
+_LOGITS_ON_GPU = 2**25
+
+
+def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
+    """Means over the vocabulary of the squared differences, (N,).
+
+    Args:
+        student: `h_s`, (N, d_s), in the dtype to compute in.
+        teacher: `h_t`, (N, d_t), in that dtype.
+        heads: The heads.
+    """
+    wants_gradient = torch.is_grad_enabled() and student.requires_grad
+    keeps = (
+        heads.trains() and not torch._C._are_functorch_transforms_active() and len(student) * len(heads.student) <= KEPT
+    )
+    function = function_of(_Blocks, heads, student)
+    outputs = function(student, heads.student, heads.column, teacher, heads.teacher, wants_gradient, keeps)
+    values: Tensor = outputs[0] / len(heads.student)
+    return values
+
+
+def forms_early(weight: Tensor, reduction: Reduction, mask: Tensor | None) -> bool:
+    """Whether the gradients can be formed together with the values, while the differences are at hand."""
+    return (
+        reduction != "none"
+        and torch.is_grad_enabled()
+        and not (mask is not None and mask.requires_grad)
+        # In half a gradient divided by the number of samples can underflow before a gradient scaler gets to it.
+        and weight.dtype != torch.half
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def reduce_by_blocks(
+    student: Tensor, teacher: Tensor, heads: Heads, reduction: Reduction, mask: Tensor | None
+) -> Tensor:
+    """What `reduce(by_blocks(...), reduction, mask)` gives, where `forms_early` says so.
+
+    Args:
+        student: As in `by_blocks`.
+        teacher: As in `by_blocks`.
+        heads: The heads.
+        reduction: As in `reduce`, and not `"none"`.
+        mask: As in `reduce`, (N,).
+    """
+    value: Tensor = _Reduced.apply(student, heads.student, heads.column, teacher, heads.teacher, mask, reduction)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _Reduced(Function):
+    """The reduced loss; its gradients are formed in the forward, and backward gives them away."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        student: Tensor,
+        column: Tensor | None,
+        theirs: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None,
+        reduction: Reduction,
+    ) -> Tensor:
+        heads = Heads(student, teacher, column)
+        values, ctx.gradients = _run(hidden, theirs, heads, reduction, mask, ctx.needs_input_grad)
+        ctx.reduction = reduction
+        ctx.save_for_backward(hidden, student, column, theirs, teacher, mask)
+        return reduce(values, reduction, mask)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, student, column, theirs, teacher, mask = ctx.saved_tensors  # raises if one was changed in place
+        heads = Heads(student, teacher, column)
+        gradients, ctx.gradients = ctx.gradients, None  # given away once: the receivers may write into them
+        nothing = None, None, None, None
+        with torch.autocast(hidden.device.type, enabled=False):
+            if torch.is_grad_enabled():  # the gradients are to be differentiated again
+                value = reduce(by_blocks(hidden, theirs, heads), ctx.reduction, mask)
+                inputs = hidden, student, column
+                wanted = [
+                    x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and x is not None
+                ]
+                found = iter(torch.autograd.grad(value, wanted, upstream, create_graph=True))
+                return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), *nothing
+            if gradients is None:
+                gradients = _run(hidden, theirs, heads, ctx.reduction, mask, ctx.needs_input_grad)[1]
+            for gradient in gradients:
+                if gradient is not None:
+                    scale(gradient, upstream[0])
+        return *gradients, *nothing
+
+
+def _run(
+    hidden: Tensor,
+    theirs: Tensor,
+    heads: Heads,
+    reduction: Reduction,
+    mask: Tensor | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Per-sample values, and the gradients of their reduction that are needed: for hidden, head and column."""
+    size = len(heads.student)
+    values = hidden.new_zeros(len(hidden))
+    factors = row_weights(values, reduction, mask).unsqueeze(-1) * (2 / size)
+    scaled = factors * hidden if needs[1] else hidden
+    gradients = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else None
+        for x, needed in zip((hidden, heads.student, heads.column), needs, strict=False)
+    ]
+    ours, weights, biases = gradients
+    for start, stop in _classes(heads, len(hidden)):
+        difference, weight = _difference(hidden, theirs, heads, start, stop)
+        values += difference.square().sum(-1)
+        if ours is not None:
+            ours.addmm_(difference, weight, beta=1 if start else 0)
+        if weights is not None:
+            if weights.dtype == hidden.dtype:
+                torch.mm(difference.T, scaled, out=weights[start:stop])
+            else:
+                weights[start:stop] = difference.T @ scaled
+        if biases is not None:
+            biases[start:stop] = difference.T @ factors
+    if ours is not None:
+        ours *= factors
+    return values / size, gradients
+
+
+class _Blocks(Function):
+    """Sums of squared differences, (N,); for backward half their gradient, (N, d_s), and the differences, (N, V)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @override
+    def forward(
+        hidden: Tensor,
+        student: Tensor,
+        column: Tensor | None,
+        theirs: Tensor,
+        teacher: Tensor,
+        wants_gradient: bool,
+        keeps_differences: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = Heads(student, teacher, column)
+        values, gradient = hidden.new_zeros(len(hidden)), hidden.new_zeros(0)
+        kept = hidden.new_empty(len(hidden), len(student) if keeps_differences else 0)
+        for start, stop in _classes(heads, len(hidden)):
+            difference, weight = _difference(hidden, theirs, heads, start, stop)
+            values = values + difference.square().sum(-1)
+            if wants_gradient:
+                gradient = torch.addmm(gradient, difference, weight) if start else difference @ weight
+            if keeps_differences:
+                kept[:, start:stop] = difference
+        return values, gradient, kept
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:5], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for the differences, which want no gradient, would be large
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:  # which PyTorch passes where nothing reached the values
+            return (None,) * 7
+        hidden, student, column, theirs, teacher, gradient, kept = ctx.saved_tensors
+        heads = Heads(student, teacher, column)
+        scale = 2 * grad.unsqueeze(-1)
+        nothing = None, None, None, None
+        with torch.autocast(hidden.device.type, enabled=False):
+            scaled = scale * hidden
+            if must_stay_differentiable():
+                difference, weight = _difference(hidden, theirs, heads, 0, len(student))
+                ours = (difference.T @ scaled).to(student.dtype)
+                biases = None if column is None else (difference.T @ scale).to(column.dtype)
+                return scale * (difference @ weight), ours, biases, *nothing
+            ours = biases = None
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                ours, biases = torch.empty_like(student), None if column is None else torch.empty_like(column)
+                for start, stop in _classes(heads, len(hidden)):
+                    if kept.numel():
+                        difference = kept[:, start:stop]
+                    else:
+                        difference = _difference(hidden, theirs, heads, start, stop)[0]
+                    ours[start:stop] = difference.T @ scaled
+                    if biases is not None:
+                        biases[start:stop] = difference.T @ scale
+            return scale * gradient if ctx.needs_input_grad[0] else None, ours, biases, *nothing
+
+
+def _classes(heads: Heads, samples: int) -> list[tuple[int, int]]:
+    """The classes of each block."""
+    vocabulary = len(heads.student)
+    step = max((_LOGITS_ON_GPU if heads.student.is_cuda else _LOGITS) // samples, 16)
+    return [(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step)]
+
+
+def _difference(hidden: Tensor, theirs: Tensor, heads: Heads, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """The difference of the logits of some classes, (N, classes), and the student's rows for them."""
+    weight, teacher = heads.student[start:stop].to(hidden.dtype), heads.teacher[start:stop].to(hidden.dtype)
+    ours = hidden @ weight.T
+    if heads.column is not None:
+        ours = ours + heads.column[start:stop, 0].to(hidden.dtype)
+    return torch.addmm(ours, theirs, teacher.T, alpha=-1), weight

@@ -1,0 +1,16 @@
+"""What the tests of `RowLoss` share."""
+
+from distill._rowwise import RowLoss
+from distill.losses import kl, logit
+
+# What a loss with nothing but a formula gets; the options say that they reach it.
+BY_AUTOGRAD = RowLoss(kl._formula)
+LOSSES = {
+    "logit": (logit._ROWS, {}),
+    "kl": (kl._ROWS, {"temperature": 2.5}),
+    "by_autograd": (BY_AUTOGRAD, {"temperature": 2.5}),
+}
+
+
+def is_fused(value):
+    return "Fused" in type(value.grad_fn).__name__

@@ -1,0 +1,107 @@
+"""The Triton kernels: in the interpreter, and when they are imported at all."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from contract import gradient, make_pair
+from distill import KLLoss, _rowwise
+
+
+def test_triton_kernels_in_the_interpreter():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip(
+            "needs Triton: `pip install triton` in an environment of its own (CONTRIBUTING.md), then pytest this file"
+        )
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), *sys.path])
+    result = subprocess.run(
+        [sys.executable, here / "triton_worker.py"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_triton_is_asked_for_float32_on_a_gpu_only(monkeypatch):
+    class OnGpu:
+        is_cuda, device = True, torch.device("cuda:1")
+
+    monkeypatch.setattr(_rowwise, "_import_triton", lambda device: device)
+    assert _rowwise._kernels(torch.ones(2), torch.float32) is None
+    assert _rowwise._kernels(OnGpu, torch.float64) is None
+    assert _rowwise._kernels(OnGpu, torch.float32) == OnGpu.device
+
+
+def test_triton_may_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distill._triton", None)  # makes its import fail
+    assert _rowwise._import_triton.__wrapped__(torch.device("cpu")) is None
+
+
+def test_triton_must_run_before_it_is_used(monkeypatch):
+    class Kernels:
+        @staticmethod
+        def scale(gradient, factor):
+            if gradient.device.type == "meta":
+                raise RuntimeError("Failed to find C compiler")
+            gradient.mul_(factor)
+
+    monkeypatch.setitem(sys.modules, "distill._triton", Kernels)
+    assert _rowwise._import_triton.__wrapped__(torch.device("cpu")) is Kernels
+    with pytest.warns(
+        RuntimeWarning, match="Triton does not run on meta, .* blocks of rows: Failed to find C compiler"
+    ):
+        assert _rowwise._import_triton.__wrapped__(torch.device("meta")) is None
+
+
+def test_without_a_gpu_triton_is_not_even_imported(tmp_path):
+    """It would look for a driver, and torch.compile in the same process for a GPU."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text("raise RuntimeError('0 active drivers')")
+    code = """
+import sys, torch, distill
+student, teacher = torch.randn(4096, 1024, requires_grad=True), torch.randn(4096, 1024)
+for loss in (distill.LogitLoss(), distill.KLLoss()):
+    value = loss(student, teacher)
+    assert "Fused" in type(value.grad_fn).__name__
+    (0.5 * value).backward()
+heads = torch.nn.Linear(32, 3000), torch.nn.Linear(64, 3000)
+for method in ("gram", "blocks", "logits"):
+    loss = distill.LinearLogitLoss(*heads, method=method)
+    (0.5 * loss(student[:, :32], teacher[:, :64])).backward()
+assert "triton" not in sys.modules and "distill._triton" not in sys.modules
+import importlib.util
+assert importlib.util.find_spec("triton").origin == sys.argv[1]
+"""
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "triton/__init__.py")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        check=True,
+    )
+
+
+def test_kernels_may_decline_and_scale_where_they_are(fused, monkeypatch):
+    class Kernels:
+        scaled = 0
+
+        @staticmethod
+        def run(name, *tensors, temperature):
+            assert (name, temperature) == ("kl", 4.0)
+            return False
+
+        @classmethod
+        def scale(cls, gradient, factor):
+            cls.scaled += 1
+            gradient.mul_(factor)
+
+    student, teacher = make_pair(6, 10)
+    expected = gradient(lambda s: 2 * KLLoss()(s, teacher), student)
+    monkeypatch.setattr(_rowwise, "_kernels", lambda x, dtype: Kernels)
+    torch.testing.assert_close(gradient(lambda s: 2 * KLLoss()(s, teacher), student), expected)
+    assert Kernels.scaled == 1
