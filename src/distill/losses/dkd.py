@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
@@ -91,15 +92,14 @@ def dkd_loss(
     log_others_p = others.logsumexp(dim, keepdim=True)
     log_others_q = student.scatter(dim, index, -math.inf).logsumexp(dim, keepdim=True)
 
-    gap_p = teacher.gather(dim, index) - log_others_p  # the logit of the target against all others
-    gap_q = student.gather(dim, index) - log_others_q
-    of_target = gap_p.sigmoid() * (F.logsigmoid(gap_p) - F.logsigmoid(gap_q))
-    of_target = of_target + (-gap_p).sigmoid() * (F.logsigmoid(-gap_p) - F.logsigmoid(-gap_q))
+    log_p_target = F.log_softmax(torch.cat([teacher.gather(dim, index), log_others_p], dim), dim)
+    log_q_target = F.log_softmax(torch.cat([student.gather(dim, index), log_others_q], dim), dim)
+    of_target = (log_p_target.exp() * (log_p_target - log_q_target)).sum(dim)  # over the target and all others together
 
     p = (others - log_others_p).exp()  # 0 at the target
     # The difference inside the sum: p sums to 1 only as far as the logits are exact, and large logits are not.
-    of_others = (p * (teacher - student - (log_others_p - log_others_q))).sum(dim)
-    return (alpha * of_target.squeeze(dim) + beta * of_others) * temperature**2
+    of_others = (p * ((teacher - log_others_p) - (student - log_others_q))).sum(dim)
+    return alpha * temperature**2 * of_target + beta * temperature**2 * of_others
 
 
 @register_loss("dkd")
