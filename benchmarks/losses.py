@@ -70,8 +70,8 @@ def measure_case(case: Case, device: torch.device, budget: float) -> list[Row]:
     problem = case.build(case, device)
     notes = _try_all(problem, case, device) | problem.notes
     steps, clock = problem.steps(), find_clock(device)
-    first = time_steps(steps, 1, 1, clock)
-    if sum(map(sum, first.values())) < budget / 10:  # the first calls of short steps say little
+    first = time_steps(steps, 2, 1, clock)
+    if sum(map(min, first.values())) < budget / 10:  # the first calls of short steps say little
         first = time_steps(steps, 5, 1, clock)
     repeats, inner = find_repeats({way: min(values) for way, values in first.items()}, budget)
     seconds = time_steps(steps, repeats, inner, clock)
