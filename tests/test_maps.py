@@ -18,7 +18,10 @@ def test_check_maps_detaches_the_teacher_and_widens():
     assert check_maps(student.half(), teacher.bfloat16(), channels=(3, 5))[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize(("first", "second", "smaller"), [((7, 4), (3, 6), (3, 4)), ((2, 2), (5, 5), (2, 2))])
+@pytest.mark.parametrize(
+    ("first", "second", "smaller"),
+    [((7, 4), (3, 6), (3, 4)), ((2, 2), (5, 5), (2, 2)), ((8, 6), (4, 2), (4, 2)), ((1, 1), (5, 5), (1, 1))],
+)
 def test_pool_to_smaller_averages_each_dimension_to_the_smaller_size(first, second, smaller):
     maps = make_maps((2, 3, *first), (2, 1, *second))
     for pooled, whole in zip(pool_to_smaller(*maps), maps, strict=True):

@@ -53,7 +53,12 @@ def pool_to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pool(maps: Tensor, height: int, width: int) -> Tensor:
-    return maps if maps.shape[2:] == (height, width) else F.adaptive_avg_pool2d(maps, (height, width))
+    if maps.shape[2:] == (height, width):
+        return maps
+    # Windows that do not overlap: the same, and faster on a CPU, but for a single one, which is mean().
+    if height * width > 1 and maps.shape[2] % height == maps.shape[3] % width == 0:
+        return F.avg_pool2d(maps, (maps.shape[2] // height, maps.shape[3] // width))
+    return F.adaptive_avg_pool2d(maps, (height, width))
 
 
 def run_layers(layers: nn.Module, x: Tensor) -> Tensor:

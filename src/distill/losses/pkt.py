@@ -52,8 +52,8 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = check_samples(student, teacher)
     with without_autocast(student):
         q, p = _neighbours(student), _neighbours(teacher)
-    # log((p + eps) / (q + eps)), without rounding the logarithms of small numbers before their difference is taken.
-    return (p * ((p - q) / (q + _EPS)).log1p()).mean()
+    # -log((q + eps) / (p + eps)), without rounding the logarithms of small numbers before their difference is taken.
+    return (-p * ((q - p) / (p + _EPS)).log1p()).mean()
 
 
 def _neighbours(features: Tensor) -> Tensor:
