@@ -250,9 +250,9 @@ def _setup(rows: Sequence[Row]) -> str:
     lines = []
     for (device, torch, python, revision), same in groups.items():
         cases, dates = {row.case for row in same}, sorted({row.date for row in same})
-        which = "All" if len(groups) == 1 else str(len(cases))
+        which = "All cases" if len(groups) == 1 else f"{len(cases)} case{'s' * (len(cases) > 1)}"
         days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        lines.append(f"- {which} cases: {device}; PyTorch {torch}, Python {python}; revision {revision}; {days}.")
+        lines.append(f"- {which}: {device}; PyTorch {torch}, Python {python}; revision {revision}; {days}.")
     return "\n".join(lines) + "\n"
 
 

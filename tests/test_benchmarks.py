@@ -373,7 +373,7 @@ def test_tables_say_what_the_rows_say(tmp_path):
     assert "| `logit` | 256, 1000 | bfloat16 | 0.0123 |" in (tmp_path / "losses.md").read_text()
     assert (tmp_path / "setup.md").read_text() == (
         "- 2 cases: a box; PyTorch 2.13, Python 3.11; revision abc; 2026-11-22.\n"
-        "- 1 cases: a box; PyTorch 2.13, Python 3.11; revision def; 2026-11-22.\n"
+        "- 1 case: a box; PyTorch 2.13, Python 3.11; revision def; 2026-11-22.\n"
     )
 
 
