@@ -31,11 +31,12 @@ def draw_picture(results: Sequence[RunResult]) -> bytes:
     agreement = any(run.agreement is not None for run in results)
     widths = (6.5, 4.5, 4.5) if agreement else (7.2, 4.8)  # in inches: the whole course, its end, the agreement
     kinds = [len(group_runs(runs, *KIND)) for runs in settings.values()]
-    heights = [5.0 if count <= len(COLOURS) else 1.5 + 0.35 * count for count in kinds]
+    ranked = [count > len(COLOURS) for count in kinds]
+    heights = [1.5 + 0.35 * count if many else 5.0 for count, many in zip(kinds, ranked, strict=True)]
     figure = Figure(figsize=(sum(widths), sum(heights)), dpi=100, layout="constrained")
     grid = figure.add_gridspec(len(settings), len(widths), width_ratios=widths, height_ratios=heights)
     for row, (setting, runs) in enumerate(settings.items()):
-        if kinds[row] > len(COLOURS):
+        if ranked[row]:
             axes = figure.add_subplot(grid[row, :2], title=TITLE.format(*setting))
             draw_ranking(
                 axes,

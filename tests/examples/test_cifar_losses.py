@@ -153,7 +153,7 @@ def test_the_command_takes_the_setup_and_lets_it_be_changed():
 
     assert (plan("--loss", "at").weight, plan("--loss", "at").at) == (1000.0, "relu1,relu2,relu3")
     assert (plan("--loss", "dkd").weight, plan("--loss", "dkd").at) == (1.0, None)
-    assert (plan("--loss", "dkd").warmup, plan("--loss", "kl").warmup) == (20 / 240, None)
+    assert [plan("--loss", name).warmup for name in ("dkd", "review", "kl")] == [20 / 240, 20 / 240, None]
     assert (plan("--loss", "dkd", "--warmup", "0").warmup, plan("--warmup", "0.5").warmup) == (None, 0.5)
     assert (
         plan("--loss", "at", "--weight", "2", "--at", "relu3").weight,

@@ -176,6 +176,8 @@ def test_plan_follows_the_recipe_for_logit_and_the_logits_for_other_losses():
         (["--loss", "kl,at,"], r"--loss: a loss name must be a registered one, got ''"),
         (["--loss", "kl,at", "--weight", "2"], "--weight: only with one --loss, got kl,at"),
         (["--loss", "kl,at", "--at", "fc"], "--at: only with one --loss, got kl,at"),
+        (["--loss", "kl,at", "--warmup", "0.1"], "--warmup: only with one --loss, got kl,at"),
+        (["--warmup", "-0.1"], "--warmup: must be from 0 to 1, got -0.1"),
         (["--warmup", "1.5"], "--warmup: must be from 0 to 1, got 1.5"),
         (["--student", "21"], r"--student: must be 6n\+2 with n >= 1 .* got 21"),
         (["--teacher", "2"], r"--teacher: must be 6n\+2"),

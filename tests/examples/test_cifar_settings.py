@@ -52,6 +52,8 @@ def test_every_setting_that_makes_another_run_makes_another_file_or_is_in_the_fi
         changed = dataclasses.replace(config, **{name: value})
         assert changed.to_dict() != config.to_dict()
         assert (changed.run_id != config.run_id) == (name not in ("device", "precision"))
+    warmups = [dataclasses.replace(config, warmup=share).run_id for share in (0.25, 0.5)]
+    assert len({config.run_id, *warmups}) == 3
 
 
 def test_a_teacher_is_shared_by_seeds_losses_and_weights_and_by_nothing_else():
