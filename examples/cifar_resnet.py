@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the run, over which the loss's weight rises from 0; default: the published one, 0 for most",
     )
+    add("--task-weight", type=_weight, help="of the cross-entropy; default: the published one, 1 for most")
     add("--epochs", type=_count, help=f"default: {epochs}")
     add("--runs", type=_count, help=f"seeds per method; default: 1, with --reproduce {RUNS}")
     add("--seed", type=_seed, default=0, help="the first seed; default: 0")
@@ -130,9 +131,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
             parser.error(f"argument --loss: {error.args[0]}")
         except TypeError as error:
             parser.error(f"argument --loss: {name!r} cannot be built without arguments: {error}")
-    for option in ("weight", "at", "warmup"):
+    for option in ("weight", "at", "warmup", "task_weight"):
         if len(args.losses) > 1 and getattr(args, option) is not None:
-            parser.error(f"argument --{option}: only with one --loss, got {args.loss}")
+            parser.error(f"argument --{option.replace('_', '-')}: only with one --loss, got {args.loss}")
     try:
         args.device = find_device(args.device)
     except ValueError as error:
@@ -158,14 +159,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
 
 
 def _use(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Return how a loss is used: the fields `weight`, `at` and `warmup` of its runs."""
+    """Return how a loss is used: the fields `weight`, `at`, `warmup` and `task_weight` of its runs."""
     # The recipe's weight and place were chosen for the logit loss; they would mean nothing for another.
     setup = find_setup(name)
     usual = RECIPES[args.recipe] if name == "logit" else setup
+    task_weight = setup.task_weight if args.task_weight is None else args.task_weight
     return {
         "weight": usual.weight if args.weight is None else args.weight,
         "at": usual.at if args.at is None else None if args.at == LOGITS else args.at,
         "warmup": setup.warmup if args.warmup is None else args.warmup or None,
+        "task_weight": None if task_weight == 1 else task_weight,
     }
 
 
@@ -177,7 +180,7 @@ def _complete_reproduction(parser: argparse.ArgumentParser, args: argparse.Names
             parser.error("argument --only: needs --reproduce")
         args.settings = [Setting(args.student, args.teacher, args.dataset)]
         return
-    for name in ("dataset", "student", "teacher", "loss", "weight", "at", "warmup", "no_baseline"):
+    for name in ("dataset", "student", "teacher", "loss", "weight", "at", "warmup", "task_weight", "no_baseline"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name.replace('_', '-')}: fixed by --reproduce, got {getattr(args, name)!r}")
     try:
@@ -269,7 +272,9 @@ def describe(args: argparse.Namespace, runs: list[RunConfig], datasets: dict[str
     for setting in args.settings:
         where = f" on {setting.dataset}" if len(args.settings) > 1 else ""
         lines += [
-            f"student:  resnet{setting.student}{where}, loss = cross-entropy + {use['weight']:g} * {name}, "
+            f"student:  resnet{setting.student}{where}, "
+            f"loss = {'' if use['task_weight'] is None else format(use['task_weight'], 'g') + ' * '}cross-entropy "
+            f"+ {use['weight']:g} * {name}, "
             f"compared at {use['at'] or 'the class logits'}"
             + ("" if use["warmup"] is None else f", its weight rising over {use['warmup']:.1%} of the run")
             for name, use in args.use.items()

@@ -41,12 +41,13 @@ class Setup:
     """How a loss is used here.
 
     Attributes:
-        weight: Of each term, beside 1 times the cross-entropy.
+        weight: Of each term.
         at: Places, as this file's first lines say; None for the class logits.
         build: Builds the loss of a place, which is given by its number; by default the registered class as it is.
         shares: What the weight is multiplied by at each place; by default 1.
         indices: Whether the loss wants to know where in the training set the images stand.
         warmup: Share of the run over which the weight rises from 0, where it was published so.
+        task_weight: Of the cross-entropy, where it was not published with 1.
     """
 
     weight: float
@@ -55,6 +56,7 @@ class Setup:
     shares: tuple[float, ...] | None = None
     indices: bool = False
     warmup: float | None = None
+    task_weight: float | None = None
 
 
 _WARMUP = 20 / 240  # of the epochs, in the benchmark of dkd and review
@@ -74,11 +76,10 @@ def _crd(networks: Networks, _place: int) -> nn.Module:
 
 
 # Weights as the docstrings of the losses name them. Where a loss was published for something else than the features of
-# CIFAR networks, or with something else around it, a comment says so: there the weight is a first guess. `dkd` and
-# `review` were published with a warm-up of 20 epochs, which is left out.
+# CIFAR networks, or with something else around it, a comment says so: there the weight is a first guess.
 SETUPS: dict[str, Setup] = {
     # On the class logits.
-    "kl": Setup(0.9),  # published beside 0.1 times the cross-entropy
+    "kl": Setup(0.9, task_weight=0.1),
     # The next five were published for language models.
     "reverse_kl": Setup(1.0),
     "js": Setup(1.0),
@@ -175,7 +176,9 @@ class WarmUp(nn.Module):
         return value * (self.forwards / self.steps).clamp(max=1)
 
 
-def build_distiller(name: str, at: str | None, weight: float, networks: Networks, *, warmup: int = 0) -> Distiller:
+def build_distiller(
+    name: str, at: str | None, weight: float, networks: Networks, *, warmup: int = 0, task_weight: float = 1.0
+) -> Distiller:
     """Build the Distiller of a loss.
 
     Args:
@@ -184,6 +187,7 @@ def build_distiller(name: str, at: str | None, weight: float, networks: Networks
         weight: Of each term.
         networks: Student, teacher and data.
         warmup: Training steps over which the loss comes in.
+        task_weight: Of the cross-entropy.
 
     Returns:
         The Distiller; with `indices` in the loss's setup its target is `(N, 2)`, labels and indices, else the labels.
@@ -206,7 +210,7 @@ def build_distiller(name: str, at: str | None, weight: float, networks: Networks
     task_loss: nn.Module = nn.CrossEntropyLoss()
     if setup.indices:
         task_loss = _OnLabels(task_loss)
-    return Distiller(networks.student, networks.teacher, terms, task_loss=task_loss)
+    return Distiller(networks.student, networks.teacher, terms, task_loss=task_loss, task_weight=task_weight)
 
 
 class _OnLabels(nn.Module):

@@ -83,6 +83,7 @@ class RunConfig:
         at: What the loss compares; None for the class logits.
         teacher_batch_statistics: Whether the teacher's batch norms use the statistics of the batch.
         warmup: Share of the run over which the weight rises from 0; None where it is whole from the start.
+        task_weight: Weight of the cross-entropy beside the loss; None for 1.
     """
 
     method: str
@@ -98,13 +99,14 @@ class RunConfig:
     at: str | None = None
     teacher_batch_statistics: bool = False
     warmup: float | None = None
+    task_weight: float | None = None
 
     @property
     def label(self) -> str:
         """Name of the method as the tables show it: what is not the plain method's is named."""
-        return (
-            self.method + "+batch-statistics" * self.teacher_batch_statistics + "+warm-up" * (self.warmup is not None)
-        )
+        name = self.method + "+batch-statistics" * self.teacher_batch_statistics
+        name += "+warm-up" * (self.warmup is not None)
+        return name if self.task_weight is None else f"{name}+task{self.task_weight:g}"
 
     @property
     def run_id(self) -> str:

@@ -74,10 +74,11 @@ def build_model(
         return CrossEntropy(student)
     teacher = build_teacher(config, data, teacher_weights)
     weight = 1.0 if config.weight is None else config.weight
+    task_weight = 1.0 if config.task_weight is None else config.task_weight
     steps = config.epochs * (len(data.train_labels) // config.recipe.batch_size)
     warmup = 0 if config.warmup is None else max(1, round(config.warmup * steps))
     networks = Networks(student, teacher, data)
-    distiller = build_distiller(config.method, config.at, weight, networks, warmup=warmup)
+    distiller = build_distiller(config.method, config.at, weight, networks, warmup=warmup, task_weight=task_weight)
     if _can_fold(teacher, config):
         fold_batch_norms(teacher)
         _place(teacher, data)

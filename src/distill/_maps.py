@@ -9,7 +9,7 @@ from distill._tensors import make_ready
 
 def check_channels(name: str, value: int) -> int:
     """Return `value` if it is a positive integer, else raise ValueError that names the option."""
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return value
 

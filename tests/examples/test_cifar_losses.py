@@ -20,7 +20,8 @@ from distill import create_loss, list_losses, register_loss
 
 def make_run(name, **changes):
     data, setup = make_data(), find_setup(name)
-    config = make_config(name, teacher=14, **{"weight": setup.weight, "at": setup.at, "warmup": setup.warmup} | changes)
+    usual = {option: getattr(setup, option) for option in ("weight", "at", "warmup", "task_weight")}
+    config = make_config(name, teacher=14, **usual | changes)
     return Run(config, data, make_teacher(config, data))
 
 
@@ -118,6 +119,16 @@ def test_a_run_warms_up_over_its_share_and_goes_on_where_it_was():
     assert not isinstance(make_run("dkd", warmup=None).model.losses["dkd"], WarmUp)
 
 
+def test_kl_stands_beside_the_published_share_of_the_cross_entropy():
+    run = make_run("kl")
+    assert run.config.label == "kl+task0.1"
+    images = normalize(run.data.train_images[:16], run.data.mean, run.data.std)
+    output = run.model(images, run.data.train_labels[:16])
+    expected = 0.1 * F.cross_entropy(output.student, run.data.train_labels[:16]) + 0.9 * output.terms["kl"]
+    torch.testing.assert_close(output.loss, expected)
+    assert make_run("kl", task_weight=None).model.weights["task"] == 1
+
+
 def test_crd_gets_the_places_in_the_training_set_and_the_task_loss_the_labels():
     run = make_run("crd")
     labels, index = run.data.train_labels[100:116], torch.arange(100, 116)
@@ -155,6 +166,8 @@ def test_the_command_takes_the_setup_and_lets_it_be_changed():
     assert (plan("--loss", "dkd").weight, plan("--loss", "dkd").at) == (1.0, None)
     assert [plan("--loss", name).warmup for name in ("dkd", "review", "kl")] == [20 / 240, 20 / 240, None]
     assert (plan("--loss", "dkd", "--warmup", "0").warmup, plan("--warmup", "0.5").warmup) == (None, 0.5)
+    assert [plan("--loss", name).task_weight for name in ("kl", "at", "logit")] == [0.1, None, None]
+    assert (plan("--loss", "kl", "--task-weight", "1").task_weight, plan("--task-weight", "2").task_weight) == (None, 2)
     assert (
         plan("--loss", "at", "--weight", "2", "--at", "relu3").weight,
         plan("--loss", "at", "--at", "relu3").at,

@@ -110,6 +110,7 @@ def test_no_more_runs_side_by_side_than_remain(monkeypatch):
         (["--student", "110"], "--student: fixed by --reproduce, got 110"),
         (["--loss", "kl"], "--loss: fixed by --reproduce, got 'kl'"),
         (["--warmup", "0.1"], "--warmup: fixed by --reproduce, got 0.1"),
+        (["--task-weight", "0.5"], "--task-weight: fixed by --reproduce, got 0.5"),
         (["--weight", "2"], "--weight: fixed by --reproduce, got 2.0"),
         (["--no-baseline"], "--no-baseline: fixed by --reproduce, got True"),
         (["--engine", "graph", "--device", "cpu"], "--engine: a graph needs a CUDA device, got cpu"),

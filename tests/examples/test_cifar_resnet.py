@@ -93,19 +93,19 @@ def test_other_losses_use_the_same_teacher_and_baseline_and_join_the_table(first
     out, _ = first
     assert run(out, "--epochs", "2", "--loss", "logit,kl,sp,dkd") == 0
     text = capsys.readouterr().out
-    assert trained(text) == ["kl seed 0", "sp seed 0", "dkd+warm-up seed 0"]
-    assert "loss = cross-entropy + 0.9 * kl, compared at the class logits" in text
+    assert trained(text) == ["kl+task0.1 seed 0", "sp seed 0", "dkd+warm-up seed 0"]
+    assert "loss = 0.1 * cross-entropy + 0.9 * kl, compared at the class logits" in text
     assert "loss = cross-entropy + 3000 * sp, compared at relu3" in text
     assert "1 * dkd, compared at the class logits, its weight rising over 8.3% of the run" in text
     assert {result["method"] for result in read_runs(out)} == {
         "teacher",
         "baseline",
         "logit",
-        "kl",
+        "kl+task0.1",
         "sp",
         "dkd+warm-up",
     }
-    assert "| kl |" in (out / "results.md").read_text()
+    assert "| kl+task0.1 |" in (out / "results.md").read_text()
 
 
 def test_on_a_terminal_a_bar_shows_the_epoch(tmp_path, capsys, monkeypatch):
@@ -179,6 +179,8 @@ def test_plan_follows_the_recipe_for_logit_and_the_logits_for_other_losses():
         (["--loss", "kl,at", "--warmup", "0.1"], "--warmup: only with one --loss, got kl,at"),
         (["--warmup", "-0.1"], "--warmup: must be from 0 to 1, got -0.1"),
         (["--warmup", "1.5"], "--warmup: must be from 0 to 1, got 1.5"),
+        (["--loss", "kl,at", "--task-weight", "0.5"], "--task-weight: only with one --loss, got kl,at"),
+        (["--task-weight", "0"], "--task-weight: must be positive and finite, got 0"),
         (["--student", "21"], r"--student: must be 6n\+2 with n >= 1 .* got 21"),
         (["--teacher", "2"], r"--teacher: must be 6n\+2"),
         (["--student", "deep"], "--student: invalid .* value: 'deep'"),

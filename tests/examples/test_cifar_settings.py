@@ -46,6 +46,7 @@ def test_every_setting_that_makes_another_run_makes_another_file_or_is_in_the_fi
         "at": "layer3",
         "teacher_batch_statistics": True,
         "warmup": 0.25,
+        "task_weight": 0.5,
     }
     assert set(other) == {field.name for field in dataclasses.fields(RunConfig)}
     for name, value in other.items():
@@ -54,6 +55,8 @@ def test_every_setting_that_makes_another_run_makes_another_file_or_is_in_the_fi
         assert (changed.run_id != config.run_id) == (name not in ("device", "precision"))
     warmups = [dataclasses.replace(config, warmup=share).run_id for share in (0.25, 0.5)]
     assert len({config.run_id, *warmups}) == 3
+    weights = [dataclasses.replace(config, task_weight=weight).run_id for weight in (0.25, 0.5)]
+    assert len({config.run_id, *weights}) == 3
 
 
 def test_a_teacher_is_shared_by_seeds_losses_and_weights_and_by_nothing_else():

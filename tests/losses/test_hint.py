@@ -156,9 +156,23 @@ def test_state_dict_holds_the_learned_map():
     assert HintLoss().state_dict() == HintLoss(4, 4).state_dict() == {}
 
 
-@pytest.mark.parametrize("channels", [(3, None), (None, 3), (0, 3), (3, -1)])
-def test_rejects_bad_channels(channels):
-    with pytest.raises(ValueError, match=r"must both be positive or both be None, got \("):
+@pytest.mark.parametrize("channels", [(3, None), (None, 3)])
+def test_rejects_channels_of_one_side(channels):
+    with pytest.raises(ValueError, match=r"must both be given or both None, got \("):
+        HintLoss(*channels)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ((0, 3), "student_channels must be a positive integer, got 0"),
+        ((3, -1), "teacher_channels must be a positive integer, got -1"),
+        ((2.0, 3), "student_channels must be a positive integer, got 2.0"),
+        ((3, True), "teacher_channels must be a positive integer, got True"),
+    ],
+)
+def test_rejects_bad_channels(channels, message):
+    with pytest.raises(ValueError, match=message):
         HintLoss(*channels)
 
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._maps import check_maps, pool_to_smaller
+from distill._maps import check_channels, check_maps, pool_to_smaller
 from distill._registry import register_loss
 from distill._tensors import Reduction, check_pair, check_reduction, make_ready, reduce, without_autocast
 
@@ -78,7 +78,8 @@ class HintLoss(nn.Module):
         regressor: The learned map, an `nn.Linear`; None where the channels are the same or not given.
 
     Raises:
-        ValueError: If only one number of channels is given or one is not positive, or the reduction is unknown.
+        ValueError: If only one number of channels is given or one is no positive integer, or the reduction is
+            unknown.
 
     Examples:
         >>> import torch
@@ -99,10 +100,11 @@ class HintLoss(nn.Module):
     ) -> None:
         super().__init__()
         channels = (student_channels, teacher_channels)
-        if channels != (None, None) and not all(count is not None and count > 0 for count in channels):
-            raise ValueError(
-                f"student_channels and teacher_channels must both be positive or both be None, got {channels}"
-            )
+        if (student_channels is None) != (teacher_channels is None):
+            raise ValueError(f"student_channels and teacher_channels must both be given or both None, got {channels}")
+        if student_channels is not None and teacher_channels is not None:
+            check_channels("student_channels", student_channels)
+            check_channels("teacher_channels", teacher_channels)
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
         self.reduction = check_reduction(reduction)

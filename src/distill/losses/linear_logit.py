@@ -39,6 +39,10 @@ def linear_logit_loss(
     Exact, not an approximation: what `logit_loss(s, t)` gives, with gradients for the student's hidden states, weight
     and bias. The published weights are those of `logit_loss`.
 
+    Scale: that of `logit_loss`, the mean over the classes.
+
+    Doubt: none beside that of `logit_loss`.
+
     Four forms give the same value. `"gram"` computes the formula above: O((N + V) d^2) time and O(N d + d^2) memory
     beside the gradients, instead of O(N V d) and O(N V). `"factor"`, for heads that are not trained, takes R from a QR
     factorisation of `[W_s, -W_t]` in float64 and gives `1/V * |R [h_s, h_t]|^2`, where the vocabulary is gone; it pays
@@ -89,7 +93,8 @@ def linear_logit_loss(
     Reference:
         Pascal Vincent, Alexandre de Brebisson and Xavier Bouthillier, "Efficient Exact Gradient Update for training
         Deep Networks with Very Large Sparse Targets", NIPS 2015 (the squared error of a linear layer from W^T W), for
-        the loss of Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, section 2.2.
+        the loss of Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014 and arXiv
+        1312.6184, section 2.2.
     """
     _check_method(method)
     problem = check_heads(

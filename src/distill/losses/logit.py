@@ -53,8 +53,13 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
     The paper writes half the *sum* over the classes, averaged over samples: that is `C / 2` times this value. The
     mean is what `nn.MSELoss` gives and what benchmarks publish their weights for.
 
-    Published with weight 1 on pooled features and 0.1 on the logits of CIFAR (the latter in the scripts of Hu's
-    Knowledge-Distillation-Zoo).
+    Published with weight 1 on pooled features and 0.1 on the logits of CIFAR (the latter in `example_train_script.sh`
+    of `AberHu/Knowledge-Distillation-Zoo`).
+
+    Scale: `kd_losses/logits.py` of that benchmark: `F.mse_loss`, averaged over samples and classes.
+
+    Doubt: the weight on features is that of the runs which the recipe `pooled` of `examples/cifar_resnet.py` repeats;
+    no public code was seen that has it.
 
     Args:
         student: What the student gives, `(..., C)`: logits, or features of equal width. Any floating dtype; half and
@@ -75,8 +80,8 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         tensor([2., 0.])
 
     Reference:
-        Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014, section 2.2
-        (regressing logits with L2 loss).
+        Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014 and arXiv
+        1312.6184, section 2.2 (regressing logits with L2 loss).
     """
     return _ROWS(student, teacher, dim=dim)
 
