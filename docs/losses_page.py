@@ -13,7 +13,7 @@ from distill import _registry
 
 MARK = "<!-- the losses -->"
 
-# Which losses stand together, and in which order. A loss that is in none of them is an error.
+# Which losses stand together, and in which order. A loss that is in none of them comes last.
 FAMILIES = {
     "Logits": (
         "What the networks say of each class, at every sample, token or pixel.",
@@ -49,16 +49,17 @@ def render() -> str:
     """Tables and references of all families, in Markdown.
 
     Raises:
-        ValueError: If a loss of the library is in no family, or a name in a family is no loss.
+        ValueError: If a name in a family is no loss, or is there twice.
     """
-    listed = sorted(name for _, names in FAMILIES.values() for name in names)
+    listed = [name for _, names in FAMILIES.values() for name in names]
     losses = {name: cls for name, cls in _registry._registered.items() if cls.__module__.startswith("distill.losses.")}
-    if listed != sorted(losses):
-        raise ValueError(
-            "FAMILIES in docs/losses_page.py must have every loss once, "
-            f"got them without {sorted({*losses} - {*listed})} and with {sorted({*listed} - {*losses})}"
-        )
-    return "\n\n".join(_family(title, *family, losses) for title, family in FAMILIES.items())
+    wrong = sorted({name for name in listed if name not in losses or listed.count(name) > 1})
+    if wrong:
+        raise ValueError(f"FAMILIES in docs/losses_page.py must have losses of the library, each once, got {wrong}")
+    families = dict(FAMILIES)
+    if further := sorted({*losses} - {*listed}):
+        families["Further losses"] = ("These have no family yet.", further)
+    return "\n\n".join(_family(title, *family, losses) for title, family in families.items())
 
 
 def _family(title: str, text: str, names: list[str], losses: dict[str, type[nn.Module]]) -> str:

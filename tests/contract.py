@@ -38,6 +38,7 @@ def assert_loss_contract(
     per_sample: bool = True,
     maps: bool = False,
     batches: bool = False,
+    moves: bool = True,
 ) -> None:
     """Check the promises of the design that do not depend on the formula.
 
@@ -51,6 +52,7 @@ def assert_loss_contract(
         per_sample: Whether the loss has a reduction and a mask (a loss of a whole batch has none).
         maps: Whether the loss compares maps (N, C, H, W), whose sizes may differ.
         batches: Whether the loss compares samples within each batch (N, ...), so that all but N may differ.
+        moves: Whether moving the loss moves all that it needs.
     """
     teacher_shape = teacher_shape or shape
     if isinstance(shape[0], int):
@@ -73,6 +75,8 @@ def assert_loss_contract(
     for dtype in (torch.bfloat16, torch.half):
         _check_low_precision(loss, *pair(dtype), target)
     _check_autocast(loss, *pair(torch.float32), target)
+    if moves:
+        _check_reads_no_value(loss, *pair(torch.float32), target)
     _check_compile(loss, *pair(torch.float32), target)
     _check_func(loss, *pair(), target)
     _check_vmap(loss, *pair(), *pair(seed=1), target)
@@ -155,6 +159,13 @@ def _check_autocast(loss: nn.Module, student: Tensor, teacher: Tensor, target: T
         value = loss(student, teacher, target)
     assert value.dtype == torch.float32
     assert torch.equal(value, loss(student, teacher, target))
+
+
+def _check_reads_no_value(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    # On the meta device every read of a value (.item(), bool(), a comparison in an if) raises.
+    loss = copy.deepcopy(loss).to("meta")
+    target = None if target is None else target.to("meta")
+    assert gradient(loss, student.to("meta"), teacher.to("meta"), target).shape == student.shape
 
 
 def _check_compile(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:

@@ -40,6 +40,7 @@ def assert_learned_loss_contract(
     contract._check_leaves_global_state_alone(loss, *maps(), None)
     contract._check_copies(loss, *maps(), None)
     contract._check_autocast(loss, *maps(dtype=torch.float32), None)
+    contract._check_reads_no_value(loss, *maps(dtype=torch.float32), None)
     contract._check_compile(loss, *maps(dtype=torch.float32), None)
     contract._check_func(loss, *maps(), None)
     contract._check_reductions(weighted, *maps(), None)

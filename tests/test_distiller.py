@@ -307,6 +307,12 @@ def test_rejects_a_task_weight_without_task():
         Distiller(*pair(), LogitLoss(), task_loss=None, task_weight=0.5)
 
 
+@pytest.mark.parametrize("task_loss", [nn.CrossEntropyLoss, "ce"])
+def test_rejects_a_task_loss_that_cannot_be_called(task_loss):
+    with pytest.raises(ValueError, match="task_loss must be a module or function called as task_loss"):
+        Distiller(*pair(), LogitLoss(), task_loss=task_loss)
+
+
 def test_rejects_an_output_that_is_no_function():
     with pytest.raises(ValueError, match="output must be a function of what a model returns, got 'logits'"):
         Distiller(*pair(), LogitLoss(), output="logits")

@@ -79,20 +79,22 @@ def test_changes_with_the_docstring(monkeypatch):
     assert "weight 3 on the last feature maps" in losses_page.render()
 
 
-def test_refuses_a_loss_without_a_family_and_a_name_without_a_loss(monkeypatch):
+def test_a_loss_without_a_family_comes_last_and_a_name_without_a_loss_is_refused(monkeypatch):
     class NewLoss(nn.Module):
         pass
 
     NewLoss.__module__ = "distill.losses.new"
     distill.register_loss("new")(NewLoss)
-    with pytest.raises(ValueError, match=r"every loss once, got them without \['new'\] and with \[\]"):
-        losses_page.render()
-    monkeypatch.setitem(losses_page.FAMILIES, "Others", ("", ["new", "gone"]))
-    with pytest.raises(ValueError, match=r"every loss once, got them without \[\] and with \['gone'\]"):
-        losses_page.render()
-    monkeypatch.setitem(losses_page.FAMILIES, "Others", ("", ["new", "kl"]))
-    with pytest.raises(ValueError, match="every loss once"):
-        losses_page.render()
+    monkeypatch.setattr(losses_page, "_family", lambda title, text, names, losses: f"{title}: {names}")
+    *_, last = losses_page.render().split("\n\n")
+    assert re.fullmatch(r"Further losses: \[.*'new'\]", last)
+    monkeypatch.setitem(losses_page.FAMILIES, "Others", ("", ["new"]))
+    assert "\n\nOthers: ['new']" in losses_page.render()
+    assert "Further losses: ['new']" not in losses_page.render()
+    for wrong in ("gone", "kl"):
+        monkeypatch.setitem(losses_page.FAMILIES, "Others", ("", ["new", wrong]))
+        with pytest.raises(ValueError, match=rf"must have losses of the library, each once, got \['{wrong}'\]"):
+            losses_page.render()
 
 
 def test_losses_of_other_packages_are_left_out():
@@ -109,7 +111,8 @@ def test_refuses_a_docstring_without_the_section(monkeypatch):
         losses_page.render()
 
 
-def test_the_page_for_choosing_names_every_loss_and_no_other():
+def test_the_page_for_choosing_names_losses_that_exist():
     text = (ROOT / "docs/choosing.md").read_text()
     named = set(re.findall(r"`([a-z_]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
-    assert named == set(rows())
+    assert len(named) >= 30
+    assert named <= set(rows())

@@ -266,6 +266,17 @@ def test_kl_of_blocks_is_as_exact_as_the_formula_near_zero():
     assert (blocks - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
+@pytest.mark.parametrize("offset", [100, 10000])
+def test_an_offset_between_student_and_teacher_costs_kl_of_blocks_no_more_than_the_formula(offset):
+    student, teacher = make_pair(64, 1000)
+    teacher = teacher.float()
+    near = teacher + (1e-2 * student.detach()).float() + offset
+    exact = kl._formula(near.double(), teacher.double(), dim=-1, temperature=1.0)
+    plain = kl._formula(near, teacher, dim=-1, temperature=1.0)
+    blocks = kl._block(near, teacher, None, torch.empty_like(near), torch.empty_like(near), temperature=1.0)
+    assert (blocks - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
 @pytest.mark.parametrize("columns", [1, 1000, 4099, 128256])
 def test_squares_of_a_row_are_as_exact_as_a_sum(columns):
     for row in (make_pair(3, columns, dtype=torch.float32)[1], torch.full((3, columns), 0.1)):

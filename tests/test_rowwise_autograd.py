@@ -138,6 +138,12 @@ def test_transforms_and_tracing_get_the_plain_form(fused):
     assert LogitLoss()(student.to("meta"), teacher.to("meta")).shape == ()
 
 
+def test_an_option_that_learns_gets_its_gradient(fused):
+    student, teacher = make_pair(6, 10)
+    temperature = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: KLLoss(t)(student.detach(), teacher), temperature)
+
+
 def test_subclasses_of_tensor_stay_what_they_are(fused):
     class Sub(torch.Tensor):
         pass

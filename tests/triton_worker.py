@@ -81,6 +81,11 @@ def check_extremes():
     for pair in ((rising, rising.flip(-1)), (rising.flip(-1), rising)):
         exact = KLLoss(2.5)(*(x.double() for x in pair))
         torch.testing.assert_close(KLLoss(2.5)(*pair).double(), exact, rtol=1e-5, atol=0)
+    # An offset between student and teacher costs no digits.
+    student, teacher = make_pair(8, 1000, dtype=torch.float32)
+    near = teacher + 0.05 * student.detach() + 1000
+    exact = KLLoss()(near.double(), teacher.double())
+    torch.testing.assert_close(KLLoss()(near, teacher).double(), exact, rtol=2e-3, atol=0)
     same = make_pair(6, 10, dtype=torch.float32)[1]
     for _, _, module, _ in LOSSES:
         assert module(same, same) == 0

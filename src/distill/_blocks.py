@@ -10,7 +10,7 @@ from typing_extensions import override
 from distill._gram import Heads, function_of, must_stay_differentiable
 from distill._plan import KEPT
 from distill._rowwise import scale
-from distill._tensors import Reduction, reduce, row_weights
+from distill._tensors import Reduction, reduce, row_weights, without_autocast
 
 # Logits that are formed at a time: 4 MB in float32, which stay in a CPU's cache; a GPU wants larger products.
 _LOGITS = 2**20
@@ -92,7 +92,7 @@ class _Reduced(Function):
         heads = Heads(student, teacher, column)
         gradients, ctx.gradients = ctx.gradients, None  # given away once: the receivers may write into them
         nothing = None, None, None, None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             if torch.is_grad_enabled():  # the gradients are to be differentiated again
                 value = reduce(by_blocks(hidden, theirs, heads), ctx.reduction, mask)
                 inputs = hidden, student, column
@@ -188,7 +188,7 @@ class _Blocks(Function):
         heads = Heads(student, teacher, column)
         scale = 2 * grad.unsqueeze(-1)
         nothing = None, None, None, None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             scaled = scale * hidden
             if must_stay_differentiable():
                 difference, weight = _difference(hidden, theirs, heads, 0, len(student))

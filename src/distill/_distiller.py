@@ -121,6 +121,10 @@ class Distiller(nn.Module):
         terms = _named_terms(losses)
         if task_loss is None and not terms:
             raise ValueError("a Distiller needs a loss, got task_loss=None and no terms")
+        if task_loss is not None and (isinstance(task_loss, type) or not callable(task_loss)):
+            raise ValueError(
+                f"task_loss must be a module or function called as task_loss(student, target), got {task_loss!r}"
+            )
         if output is not None and not callable(output):
             raise ValueError(f"output must be a function of what a model returns, got {output!r}")
         self.student = student

@@ -9,7 +9,7 @@ from torch import Tensor
 from distill._blocks import by_blocks, forms_early, reduce_by_blocks
 from distill._gram import Factor, Heads, by_factor, by_gram, factorise, teacher_gram
 from distill._plan import Size, has_float64, is_tiny
-from distill._tensors import Reduction, check_mask, reduce
+from distill._tensors import Reduction, check_mask, reduce, without_autocast
 
 
 class Problem(NamedTuple):
@@ -71,9 +71,10 @@ class Problem(NamedTuple):
         student = self.student, self.student_weight, self.student_bias
         teacher = self.teacher, self.teacher_weight, self.teacher_bias
         # The context costs as much as a small product.
-        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(self.student.device.type):
+        device = self.student.device.type
+        if device == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device)):
             return _linear(*student, self.dtype), _linear(*teacher, self.dtype)
-        with torch.autocast(self.student.device.type, enabled=False):
+        with without_autocast(self.student):
             return _linear(*student, self.dtype), _linear(*teacher, self.dtype)
 
     def loss(
@@ -95,7 +96,7 @@ class Problem(NamedTuple):
             own: What `teacher_gram` gave before, for `"gram"`.
         """
         shape, heads = self.student.shape[:-1], self.heads()
-        with torch.autocast(self.student.device.type, enabled=False):
+        with without_autocast(self.student):
             student = self.student.reshape(-1, self.student.shape[-1]).to(self.dtype)
             teacher = self.teacher.reshape(-1, self.teacher.shape[-1]).to(self.dtype)
             if method == "blocks":
@@ -206,8 +207,8 @@ def check_vocabulary(student: int, teacher: int, size: int | None) -> int:
                 "first rows only, where they mean the same tokens"
             )
         return student
-    if not 1 <= size <= min(student, teacher):
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= min(student, teacher):
         raise ValueError(
-            f"vocab_size must be between 1 and the rows of both heads, {student} and {teacher}, got {size}"
+            f"vocab_size must be an integer between 1 and the rows of both heads, {student} and {teacher}, got {size!r}"
         )
     return size

@@ -1,17 +1,9 @@
 """What losses on feature maps share: checks, pooling to one size, running learned layers."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill._tensors import make_ready
-
-
-def check_channels(name: str, value: int) -> int:
-    """Return `value` if it is a positive integer, else raise ValueError that names the option."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return value
+from distill._tensors import make_ready, without_autocast
 
 
 def check_maps(
@@ -66,7 +58,7 @@ def run_layers(layers: nn.Module, x: Tensor) -> Tensor:
 
     Batch normalisation uses the statistics of the batch: these layers exist in training only.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         for layer in layers.children():
             if isinstance(layer, nn.Conv2d):
                 bias = None if layer.bias is None else layer.bias.to(x.dtype)

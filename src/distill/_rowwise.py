@@ -78,7 +78,7 @@ class RowLoss:
         dtype = check_inputs(student, teacher, dim=dim)
         teacher = teacher.detach()
         mean = self.mean if reduction == "mean" and mask is None else None
-        if torch.compiler.is_compiling() or not self._can_fuse(student, teacher, dim, SHORT if mean else 1):
+        if torch.compiler.is_compiling() or not self._can_fuse(student, teacher, dim, SHORT if mean else 1, options):
             if student.dtype != dtype:
                 student = student.to(dtype)
             if teacher.dtype != dtype:
@@ -99,7 +99,7 @@ class RowLoss:
             return value
         return reduce(call.run(student, teacher)[0], reduction, mask)
 
-    def _can_fuse(self, student: Tensor, teacher: Tensor, dim: int, shortest_row: int) -> bool:
+    def _can_fuse(self, student: Tensor, teacher: Tensor, dim: int, shortest_row: int, options: dict[str, Any]) -> bool:
         """Whether these are ordinary tensors, large enough, with rows in one piece, and nobody traces or transforms."""
         return (
             student.numel() >= SMALL * self.pays_from
@@ -109,6 +109,7 @@ class RowLoss:
             and student.device.type in ("cpu", "cuda")
             and type(student) in (Tensor, nn.Parameter)
             and type(teacher) is Tensor
+            and not any(isinstance(option, Tensor) for option in options.values())  # it may want a gradient
             and not torch._C._are_functorch_transforms_active()
             and torch._C._get_tracing_state() is None
             and forward_ad.unpack_dual(student).tangent is None  # type: ignore[no-untyped-call]

@@ -32,6 +32,14 @@ def check_not_negative(name: str, value: float) -> float:
     return value
 
 
+def check_count(name: str, value: int, *, least: int = 1) -> int:
+    """Return `value` if it is an integer of at least `least`, else raise ValueError that names the option."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        must = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {must}, got {value!r}")
+    return value
+
+
 def check_fraction(name: str, value: float, *, zero: bool = False) -> float:
     """Return `value` if it is between 0 and 1, or with `zero` also 0, else raise ValueError that names the option."""
     if not (0 < value < 1 or (zero and value == 0)):
@@ -146,11 +154,16 @@ def check_labels(target: Tensor | None, logits: Tensor, *, dim: int) -> Tensor:
     shape = tuple(size for d, size in enumerate(logits.shape) if d != dim % logits.ndim)
     if target.shape != shape:
         raise ValueError(f"target must be one class per sample, of shape {shape}, got shape {tuple(target.shape)}")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+    if not is_integer(target):
         raise ValueError(f"target must be integers, got {target.dtype}")
     if target.device != logits.device:
         raise ValueError(f"target must be on the device of the logits, {logits.device}, got {target.device}")
     return target.long().unsqueeze(dim)
+
+
+def is_integer(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers, which bools are not."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:

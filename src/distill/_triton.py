@@ -85,7 +85,11 @@ def _kl(
     t_max = float("-inf")
     s_sum = 0.0
     t_sum = 0.0
-    product = 0.0  # of the teacher's exponentials and the differences of the logits
+    # Of the teacher's exponentials and the differences of the logits, each from the first of its row: an offset between
+    # student and teacher would cost digits.
+    product = 0.0
+    s_first = tl.load(student).to(tl.float32)
+    t_first = tl.load(teacher).to(tl.float32)
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < columns
@@ -97,10 +101,10 @@ def _kl(
         t_shrink = tl.exp((t_max - t_new) / temperature)
         s_sum = s_sum * tl.exp((s_max - s_new) / temperature) + tl.sum(tl.exp((s - s_new) / temperature), 0)
         t_sum = t_sum * t_shrink + tl.sum(e_t, 0)
-        product = product * t_shrink + tl.sum(tl.where(inside, e_t * (t - s), 0.0), 0)
+        product = product * t_shrink + tl.sum(tl.where(inside, e_t * ((t - t_first) - (s - s_first)), 0.0), 0)
         s_max = s_new
         t_max = t_new
-    value = product / t_sum - (t_max - s_max) + temperature * (tl.log(s_sum) - tl.log(t_sum))
+    value = product / t_sum + ((s_max - s_first) - (t_max - t_first)) + temperature * (tl.log(s_sum) - tl.log(t_sum))
     tl.store(values + row, temperature * value)
     if WITH_GRADIENT:
         factor = tl.load(factors + row) * temperature

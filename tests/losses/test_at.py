@@ -69,6 +69,23 @@ def test_counts_neither_scale_nor_sign_nor_order_of_channels():
     torch.testing.assert_close(at_loss(student.flip(1), teacher.repeat(1, 2, 1, 1)), expected)
 
 
+@pytest.mark.parametrize("p", [1, 1.5, 3, 8])
+@pytest.mark.parametrize("scale", [1e-36, 1e-5, 1e6, 1e36])
+def test_other_powers_do_not_count_scale_over_the_whole_range_of_float32(p, scale):
+    student, teacher = make_pair(4, 3, 4, 4, dtype=torch.float32)
+    expected = at_loss(student, teacher, p=p)
+    torch.testing.assert_close(at_loss(scale * student, teacher, p=p), expected)
+    torch.testing.assert_close(at_loss(student, scale * teacher, p=p), expected)
+    zeros = torch.zeros_like(teacher)
+    assert gradient(ATLoss(p), zeros, teacher).abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e8])
+def test_the_square_does_not_count_scale_over_the_range_that_it_says(scale):
+    student, teacher = make_pair(4, 3, 4, 4, dtype=torch.float32)
+    torch.testing.assert_close(at_loss(scale * student, teacher), at_loss(student, teacher))
+
+
 def test_zero_when_attention_is_equal_and_largest_when_disjoint():
     student, _ = make_pair(4, 3, 4, 4)
     assert ATLoss()(student, student.detach()) == 0

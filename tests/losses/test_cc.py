@@ -92,9 +92,9 @@ def test_rejects_bad_gammas(gamma):
         cc_loss(*make_pair(6, 10), gamma=gamma)
 
 
-@pytest.mark.parametrize("order", [0, -1, 1.5])
+@pytest.mark.parametrize("order", [0, -1, 1.5, True])
 def test_rejects_bad_orders(order):
-    match = f"order must be an integer of at least 1, got {order}"
+    match = f"order must be a positive integer, got {order}"
     with pytest.raises(ValueError, match=match):
         CCLoss(order=order)
     with pytest.raises(ValueError, match=match):

@@ -312,11 +312,12 @@ def test_falls_as_pairs_come_together():
 
 def test_rejects_bad_options():
     for name, sizes in {"student_dim": (0, 7), "teacher_dim": (10, 0)}.items():
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"{name} must be a positive integer, got 0"):
             CRDLoss(*sizes)
     for name in ("dim", "num_negatives"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            CRDLoss(10, 7, 30, **{name: 0})
+        for bad in (0, 2.5, True, math.nan):
+            with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {bad}"):
+                CRDLoss(10, 7, 30, **{name: bad})
     for momentum in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=f"momentum must be at least 0 and less than 1, got {momentum}"):
             CRDLoss(10, 7, 30, momentum=momentum)
@@ -324,8 +325,9 @@ def test_rejects_bad_options():
         CRDLoss(10, 7, temperature=0)
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         crd_loss(*make_pair(4, 5), temperature=0)
-    with pytest.raises(ValueError, match="num_samples must be at least 2, got 1"):
-        CRDLoss(10, 7, 1)
+    for bad in (1, 2.5, True):
+        with pytest.raises(ValueError, match=f"num_samples must be an integer of at least 2, got {bad}"):
+            CRDLoss(10, 7, bad)
     for options in (
         {"num_negatives": 5},
         {"momentum": 0.1},
@@ -337,7 +339,7 @@ def test_rejects_bad_options():
 
 
 def test_rejects_bad_labels():
-    for labels in (torch.arange(29), torch.arange(30.0), torch.arange(60).reshape(30, 2)):
+    for labels in (torch.arange(29), torch.arange(30.0), torch.arange(30) > 9, torch.arange(60).reshape(30, 2)):
         with pytest.raises(ValueError, match=r"labels must be integers \(30,\), got torch\."):
             CRDLoss(10, 7, 30, labels=labels)
     with pytest.raises(ValueError, match="labels must be of at least 2 classes, got 1"):
@@ -348,7 +350,7 @@ def test_rejects_bad_indices():
     loss, pair = with_memory(), make_pair(4, 10, teacher_shape=(4, 7))
     with pytest.raises(ValueError, match="needs the indices of the samples as target, got None"):
         loss(*pair)
-    for target in (torch.arange(3), torch.arange(4.0), torch.zeros(4, 3, dtype=torch.long)):
+    for target in (torch.arange(3), torch.arange(4.0), torch.ones(4, dtype=torch.bool), torch.zeros(4, 3).long()):
         with pytest.raises(ValueError, match=r"target must be the indices of the samples, integers \(4,\) or \(4, 2\)"):
             loss(*pair, target)
 

@@ -127,6 +127,18 @@ def test_large_logits_cost_no_more_digits_than_their_own_rounding():
     torch.testing.assert_close(values.double(), expected, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("offset", [0, 1000, 10000])
+def test_an_offset_common_to_all_logits_costs_no_digits(offset):
+    student, teacher = make_pair(4, 100)
+    target = make_labels(4, classes=100)
+    teacher = (3 * teacher).float() + offset
+    near = teacher + (0.1 * student.detach()).float()
+    exact = dkd_loss(near.double(), teacher.double(), target)
+    torch.testing.assert_close(dkd_loss(near, teacher, target).double(), exact, rtol=1e-3, atol=0)
+    constant = torch.full((4, 100), 1000.1)
+    assert dkd_loss(constant, constant - 999, target).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("target", [0, 1])
 def test_finite_on_extreme_logits(classes, target):

@@ -83,6 +83,22 @@ def test_constant_channels_give_finite_gradients():
     assert gradient(PearsonLoss(), zeros, zeros).abs().max() == 0
 
 
+@pytest.mark.parametrize("constant", [0.1, 1.1, 100.3, 1000.1])
+def test_a_constant_channel_becomes_0_whatever_its_mean_is_rounded_to(constant):
+    _, teacher = make_pair(7, 3, 7, 7, dtype=torch.float32)
+    student = torch.full((7, 3, 7, 7), constant)
+    torch.testing.assert_close(pearson_loss(student, teacher), pearson_loss(torch.zeros_like(student), teacher))
+    assert gradient(PearsonLoss(), student, teacher).abs().max() == 0
+
+
+def test_a_channel_that_varies_little_is_still_standardised():
+    student, teacher = make_pair(7, 3, 7, 7)
+    near = (100 + 1e-2 * student.detach()).float()
+    torch.testing.assert_close(
+        pearson_loss(near, teacher.float()).double(), pearson_loss(near.double(), teacher), rtol=1e-4, atol=0
+    )
+
+
 def test_finite_on_extreme_maps():
     student, teacher = make_pair(5, 3, 4, 4, dtype=torch.float32)
     slope = gradient(PearsonLoss(), 1e4 * student, -1e4 * teacher)

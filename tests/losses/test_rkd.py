@@ -113,6 +113,27 @@ def test_finite_on_batches_of_one_sample_alone(scale):
     assert gradient(RKDLoss(), make_pair(4, 5)[0], torch.zeros(4, 5, dtype=torch.float64)).isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-20, 1e18])
+def test_does_not_count_scale_over_the_range_of_float32(scale):
+    student, teacher = make_pair(5, 36, dtype=torch.float32)
+    tiny = student.detach() * scale
+    torch.testing.assert_close(rkd_loss(tiny, teacher), rkd_loss(student, teacher), rtol=1e-5, atol=0)
+    slope = gradient(RKDLoss(), tiny, teacher) * scale
+    torch.testing.assert_close(slope, gradient(RKDLoss(), student, teacher), rtol=1e-4, atol=1e-6)
+
+
+def test_finite_where_some_samples_are_far_nearer_to_each_other_than_others():
+    _, teacher = make_pair(5, 3, dtype=torch.float32)
+    student = torch.tensor([[0, 0, 0], [1e-20, 0, 0], [0, 1e-20, 0], [1, 1, 1], [-1, -1, -1]])
+    assert rkd_loss(student, teacher).isfinite()
+    assert gradient(RKDLoss(), student, teacher).isfinite().all()
+
+
+def test_weights_of_0_give_a_gradient_of_0():
+    student, teacher = make_pair(4, 5)
+    assert torch.equal(gradient(RKDLoss(0.0, 0.0), student, teacher), torch.zeros_like(student))
+
+
 def test_precise_in_float32_far_from_the_origin():
     student, teacher = make_pair(8, 16)
     far = student.detach().float() + 100

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -17,7 +18,8 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
         loss = 1/(HW) * sum_hw (A(s) - A(t))^2
 
     Maps of unequal size are average-pooled to the smaller height and width. The attention maps are normalised over the
-    positions, so neither the number of channels nor the scale of a map counts; one that is 0 everywhere stays 0.
+    positions, so neither the number of channels nor the scale of a map counts (with p = 2 in float32: from 1e-6 to
+    1e8); one that is 0 everywhere stays 0.
 
     Published with weight 1000, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan and
     Isola, "Contrastive Representation Distillation", ICLR 2020).
@@ -58,7 +60,11 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
 
 
 def _attention(maps: Tensor, p: float) -> Tensor:
-    powers = maps.square() if p == 2 else maps.abs().pow(p)
+    if p == 2:
+        powers = maps.square()
+    else:  # high powers leave the range of numbers sooner
+        largest = maps.detach().abs().amax((1, 2, 3), keepdim=True)
+        powers = (maps.abs() / torch.where(largest > 0, largest, 1.0)).pow(p)
     # The sum for the mean: 1/C cancels, and the gradient of mean() would be a tensor of the size of the map.
     return normalize(powers.sum(1).flatten(1), dim=1)
 

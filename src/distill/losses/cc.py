@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._registry import register_loss
-from distill._tensors import check_positive, check_samples, normalize, without_autocast
+from distill._tensors import check_count, check_positive, check_samples, normalize, without_autocast
 
 
 def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
@@ -61,8 +61,7 @@ def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int 
 
 def _check_options(gamma: float, order: int) -> None:
     check_positive("gamma", gamma)
-    if not (isinstance(order, int) and order >= 1):
-        raise ValueError(f"order must be an integer of at least 1, got {order!r}")
+    check_count("order", order)
 
 
 def _correlations(features: Tensor, gamma: float, order: int) -> Tensor:

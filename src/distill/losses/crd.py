@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from distill._random import RandomLoss
 from distill._registry import register_loss
-from distill._tensors import check_positive, check_samples, normalize, without_autocast
+from distill._tensors import check_count, check_positive, check_samples, is_integer, normalize, without_autocast
 
 _NUM_NEGATIVES, _MOMENTUM = 16384, 0.5
 
@@ -164,8 +164,7 @@ class CRDLoss(RandomLoss):
         super().__init__()
         sizes = {"student_dim": student_dim, "teacher_dim": teacher_dim, "dim": dim, "num_negatives": num_negatives}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size!r}")
+            check_count(name, size)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be at least 0 and less than 1, got {momentum!r}")
         self.num_samples = num_samples
@@ -183,8 +182,7 @@ class CRDLoss(RandomLoss):
                     "(num_samples=None)"
                 )
             return
-        if num_samples < 2:
-            raise ValueError(f"num_samples must be at least 2, got {num_samples!r}")
+        check_count("num_samples", num_samples, least=2)
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, self._first_entries(num_samples, dim))
         # One for each side's anchors, NaN until the first batch.
@@ -203,7 +201,8 @@ class CRDLoss(RandomLoss):
             student: `(N, ...)` with `student_dim` values per sample.
             teacher: `(N, ...)` with `teacher_dim` values per sample.
             target: Where in the training set the samples stand, integers `(N,)`; or `(N, 2)` with something else, such
-                as the labels of the task loss, in column 0 and the indices in column 1. Not used without a memory.
+                as the labels of the task loss, in column 0 and the indices in column 1. (The task loss of a Distiller
+                then takes column 0 of its target too.) Not used without a memory.
 
         Returns:
             A scalar.
@@ -280,7 +279,7 @@ def _embed(embedding: nn.Linear, features: Tensor, side: str) -> Tensor:
 def _indices(target: Tensor | None, n: int, device: torch.device) -> Tensor:
     if target is None:
         raise ValueError("CRD with a memory needs the indices of the samples as target, got None")
-    if target.shape not in ((n,), (n, 2)) or target.is_floating_point() or target.is_complex():
+    if target.shape not in ((n,), (n, 2)) or not is_integer(target):
         raise ValueError(
             f"target must be the indices of the samples, integers ({n},) or ({n}, 2) with the indices in column 1, "
             f"got {target.dtype} {tuple(target.shape)}"
@@ -301,7 +300,7 @@ def _scores(anchors: Tensor, memory: Tensor, entries: Tensor) -> Tensor:
 
 def _by_class(num_samples: int, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Samples sorted by class, (M,), and where in them each sample's class starts and how many it has, (M, 2)."""
-    if labels.shape != (num_samples,) or labels.is_floating_point() or labels.is_complex():
+    if labels.shape != (num_samples,) or not is_integer(labels):
         raise ValueError(f"labels must be integers ({num_samples},), got {labels.dtype} {tuple(labels.shape)}")
     classes, inverse, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
     if len(classes) < 2:

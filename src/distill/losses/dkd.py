@@ -87,7 +87,8 @@ def dkd_loss(
     student, teacher = check_pair(student, teacher, dim=dim)
     check_classes(student, dim=dim)
     index = check_labels(target, student, dim=dim)
-    student, teacher = soften(student, temperature), soften(teacher, temperature)
+    # What all logits of a sample have in common would only cost digits.
+    student, teacher = (soften(x - x.detach().amax(dim, keepdim=True), temperature) for x in (student, teacher))
     others = teacher.scatter(dim, index, -math.inf)
     log_others_p = others.logsumexp(dim, keepdim=True)
     log_others_q = student.scatter(dim, index, -math.inf).logsumexp(dim, keepdim=True)

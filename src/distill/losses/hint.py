@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._maps import check_channels, check_maps, pool_to_smaller
+from distill._maps import check_maps, pool_to_smaller
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_pair, check_reduction, make_ready, reduce, without_autocast
+from distill._tensors import Reduction, check_count, check_pair, check_reduction, make_ready, reduce, without_autocast
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ class HintLoss(nn.Module):
         if (student_channels is None) != (teacher_channels is None):
             raise ValueError(f"student_channels and teacher_channels must both be given or both None, got {channels}")
         if student_channels is not None and teacher_channels is not None:
-            check_channels("student_channels", student_channels)
-            check_channels("teacher_channels", teacher_channels)
+            check_count("student_channels", student_channels)
+            check_count("teacher_channels", teacher_channels)
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
         self.reduction = check_reduction(reduction)

@@ -20,13 +20,17 @@ def _block(
     student: Tensor, teacher: Tensor, factors: Tensor | None, gradient: Tensor, spare: Tensor, *, temperature: float
 ) -> Tensor:
     s_max, t_max = student.amax(-1, keepdim=True), teacher.amax(-1, keepdim=True)
+    below = torch.sub(teacher, t_max, out=spare)
+    # Each from its own maximum: an offset between student and teacher would cost digits.
+    difference = torch.sub(student, s_max, out=gradient)
+    difference = torch.sub(below, difference, out=difference)
     # With e_s = exp((s - max s) / T) and Z_s its sum, q is e_s / Z_s, and p likewise.
-    e_t = torch.sub(teacher, t_max, out=spare).div_(temperature).exp_()
+    e_t = below.div_(temperature).exp_()
     z_t = e_t.sum(-1, keepdim=True)
-    mean_difference = torch.sub(teacher, student, out=gradient).mul_(e_t).sum(-1, keepdim=True) / z_t
+    mean_difference = difference.mul_(e_t).sum(-1, keepdim=True) / z_t
     e_s = torch.sub(student, s_max, out=gradient).div_(temperature).exp_()
     z_s = e_s.sum(-1, keepdim=True)
-    values = temperature * (mean_difference - (t_max - s_max)) + temperature**2 * (z_s.log() - z_t.log())
+    values = temperature * mean_difference + temperature**2 * (z_s.log() - z_t.log())
     if factors is not None:  # the gradient is T (q - p)
         e_s.mul_(factors * temperature / z_s).sub_(e_t.mul_(factors * temperature / z_t))
     return values.squeeze(-1)

@@ -227,15 +227,17 @@ class LinearLogitLoss(nn.Module):
             possible forms in 10^9 float32 multiply-adds; and `reason`, the same in words.
 
         Raises:
-            ValueError: If `samples` is not positive.
+            ValueError: If `samples` is not positive, or the method cannot be taken in this state.
         """
         if samples < 1:
             raise ValueError(f"samples must be positive, got {samples!r}")
         weight, _, teacher_weight, _ = self._tensors()
         nothing = weight.new_empty(1)
         states = (nothing.expand(samples, matrix.shape[1]) for matrix in (weight, teacher_weight))
-        plan = self._size(self._problem(*states)).explain()
+        problem = self._problem(*states)
+        plan = self._size(problem).explain()
         if self.method != "auto":
+            problem.check_possible(self.method)
             return Plan(self.method, plan.costs, f"as asked for; by cost it would be {plan.reason}")
         return plan
 

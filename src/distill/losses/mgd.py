@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._maps import check_channels, check_maps, pool_to_smaller, run_layers
+from distill._maps import check_maps, pool_to_smaller, run_layers
 from distill._random import RandomLoss
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_pair, check_positive, check_reduction, reduce
+from distill._tensors import Reduction, check_count, check_pair, check_positive, check_reduction, reduce
 
 
 def mgd_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Tensor:
@@ -103,8 +103,8 @@ class MGDLoss(RandomLoss):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        self.student_channels = check_channels("student_channels", student_channels)
-        self.teacher_channels = check_channels("teacher_channels", teacher_channels)
+        self.student_channels = check_count("student_channels", student_channels)
+        self.teacher_channels = check_count("teacher_channels", teacher_channels)
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio must be at least 0 and less than 1, got {mask_ratio!r}")
         self.mask_ratio = mask_ratio

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._maps import check_channels, check_maps, pool_to_smaller, run_layers
+from distill._maps import check_maps, pool_to_smaller, run_layers
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_pair, check_reduction, reduce
+from distill._tensors import Reduction, check_count, check_pair, check_reduction, reduce
 
 
 def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
@@ -139,8 +139,8 @@ class OFDLoss(nn.Module):
         self, student_channels: int, teacher_channels: int, margin: Tensor, *, reduction: Reduction = "mean"
     ) -> None:
         super().__init__()
-        self.student_channels = check_channels("student_channels", student_channels)
-        self.teacher_channels = check_channels("teacher_channels", teacher_channels)
+        self.student_channels = check_count("student_channels", student_channels)
+        self.teacher_channels = check_count("teacher_channels", teacher_channels)
         if margin.shape != (teacher_channels,):
             raise ValueError(f"margin must have shape ({teacher_channels},), got {tuple(margin.shape)}")
         if not (margin <= 0).all():

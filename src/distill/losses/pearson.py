@@ -22,7 +22,7 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
     It equals `(1 - 1/M) * (1 - r)`, but for the 1e-6, where r is Pearson's correlation of a channel of the student
     with the same channel of the teacher, averaged over the channels: shift and scale of a channel do not count. It
     exists for a whole batch only, whose statistics it takes, so it has no values per sample. A constant channel becomes
-    0.
+    0, and so does one whose deviation is no more than the rounding of its mean.
 
     Published with weight 6 for Faster R-CNN and 10 for RetinaNet, for each of four levels of a feature pyramid (the
     MMRazor configurations of PKD).
@@ -66,9 +66,13 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def _standardize(maps: Tensor) -> Tensor:
     # Positions first, then samples: on the CPU both at once, or std_mean(), take three times as long.
     flat = maps.flatten(2)
-    centred = flat - flat.mean(2, keepdim=True).mean(0, keepdim=True)
+    mean = flat.mean(2, keepdim=True).mean(0, keepdim=True)
+    centred = flat - mean
+    count = maps[:, 0].numel()
     norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(centred, dim=2, keepdim=True), dim=0, keepdim=True)
-    return centred * (norm / math.sqrt(maps[:, 0].numel() - 1) + _EPS).reciprocal()
+    # What is left of a constant is rounding, which may be larger than the 1e-6 and would be blown up.
+    rounding = 4 * torch.finfo(maps.dtype).eps * math.sqrt(count) * mean.detach().abs()
+    return centred * torch.where(norm > rounding, (norm / math.sqrt(count - 1) + _EPS).reciprocal(), 0.0)
 
 
 @register_loss("pearson")

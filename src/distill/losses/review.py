@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._maps import check_channels, check_maps, run_layers
+from distill._maps import check_maps, run_layers
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_pair, check_reduction, reduce
+from distill._tensors import Reduction, check_count, check_pair, check_reduction, reduce
 
 
 def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -103,8 +103,8 @@ class ReviewLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        self.student_channels = tuple(check_channels("each of student_channels", c) for c in student_channels)
-        self.teacher_channels = tuple(check_channels("each of teacher_channels", c) for c in teacher_channels)
+        self.student_channels = tuple(check_count("each of student_channels", c) for c in student_channels)
+        self.teacher_channels = tuple(check_count("each of teacher_channels", c) for c in teacher_channels)
         levels = len(self.student_channels)
         if levels == 0 or levels != len(self.teacher_channels):
             raise ValueError(
@@ -112,7 +112,7 @@ class ReviewLoss(nn.Module):
                 f"got {self.student_channels} and {self.teacher_channels}"
             )
         widest = min(512, self.student_channels[-1])
-        self.mid_channels = widest if mid_channels is None else check_channels("mid_channels", mid_channels)
+        self.mid_channels = widest if mid_channels is None else check_count("mid_channels", mid_channels)
         self.reduction = check_reduction(reduction)
         self.inputs = nn.ModuleList(_convolution(c, self.mid_channels, 1) for c in self.student_channels)
         self.attention = nn.ModuleList(

@@ -69,7 +69,7 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
     student, teacher = check_samples(student, teacher)
     squares = _squared_distances(student), _squared_distances(teacher)
     loss = student.new_zeros(())
-    if distance_weight:
+    if distance_weight or not angle_weight:  # with both 0 there is a gradient of 0
         ours, theirs = map(_relative_distances, squares)
         loss = loss + distance_weight * F.smooth_l1_loss(ours, theirs)
     if angle_weight:
@@ -83,9 +83,11 @@ def _check_weight(name: str, weight: float) -> None:
 
 
 def _squared_distances(features: Tensor) -> Tensor:
-    """|x_i - x_j|^2 from a product of matrices, exactly 0 for samples that are the same.
+    """|x_i - x_j|^2 over the largest of them, from a product of matrices, exactly 0 for samples that are the same.
 
-    In float64, since the terms cancel where samples are near each other, and since TF32 does not reach it.
+    In float64, since the terms cancel where samples are near each other, and since TF32 does not reach it. Neither
+    distances over their mean nor angles know the scale, and with the largest at 1 no inverse leaves float32; what is
+    nearer than 1e-15 of it counts as the same.
     """
     wide = features.double()
     wide = wide - wide.mean(0)
@@ -95,7 +97,9 @@ def _squared_distances(features: Tensor) -> Tensor:
     norms = norms[:, None] + norms
     squares = norms - 2 * products
     rounding = torch.finfo(torch.float64).eps * features.shape[1]
-    return torch.where(squares > rounding * norms, squares, 0.0).to(features.dtype)
+    largest = squares.detach().amax()
+    squares = torch.where((squares > rounding * norms) & (squares > 1e-30 * largest), squares, 0.0)
+    return (squares / torch.where(largest > 0, largest, 1.0)).to(features.dtype)
 
 
 def _relative_distances(squares: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._maps import check_channels, check_maps, pool_to_smaller, run_layers
+from distill._maps import check_maps, pool_to_smaller, run_layers
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_pair, check_positive, check_reduction, reduce
+from distill._tensors import Reduction, check_count, check_pair, check_positive, check_reduction, reduce
 
 
 def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ class VIDLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        self.student_channels = check_channels("student_channels", student_channels)
-        self.teacher_channels = check_channels("teacher_channels", teacher_channels)
+        self.student_channels = check_count("student_channels", student_channels)
+        self.teacher_channels = check_count("teacher_channels", teacher_channels)
         self.init_variance = check_positive("init_variance", init_variance)
         self.eps = check_positive("eps", eps)
         if init_variance <= eps:
