@@ -6,6 +6,8 @@ their size, the relative error against float64: of the values (the worst of 256 
 states and of that for the weight (in norm). `plain` is the Gram formula written out in float32.
 """
 
+import argparse
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,8 @@ def errors(form: str, inputs: Inputs) -> list[float]:
 
 def main() -> None:
     """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # there are no options but --help
     for equal in (True, False):
         print(f"\n{'equal' if equal else 'different'} sizes: value / hidden gradient / weight gradient\n")
         forms = ("formed", "plain", "gram", "factor", "blocks")

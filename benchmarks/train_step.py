@@ -21,6 +21,7 @@ alike; printed are medians over the repetitions, of the ratios within a repetiti
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -211,8 +212,12 @@ def main() -> None:
         parser.error(str(error))
 
     precision = find_precision("auto", device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # a graph is captured on the current device
+    torch.backends.cudnn.benchmark = True  # as the example sets it, here for every step
+    recipe = dataclasses.replace(RECIPE, batch_size=args.batch_size)
     config = RunConfig(
-        "logit", RECIPE, "random", args.depth, 1, 0, device.type, precision, args.depth, RECIPE.weight, RECIPE.at
+        "logit", recipe, "random", args.depth, 1, 0, device.type, precision, args.depth, RECIPE.weight, RECIPE.at
     )
     data = make_data(args.batch_size, device)
     threads = torch.get_num_threads()

@@ -1,5 +1,6 @@
 """Distil a ResNet on handwritten digits or CIFAR: a teacher, a student, and the same student without a teacher.
 
+commands:
     python examples/cifar_resnet.py                                             # digits, half a minute on 2 cores
     python examples/cifar_resnet.py --dataset cifar10 --runs 3                  # ResNet-20 -> 20, 200 epochs
     python examples/cifar_resnet.py --dataset cifar100 --student 20 --teacher 110 --recipe logits
@@ -24,6 +25,7 @@ import argparse
 import importlib.util
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"one, or several after commas to compare them; default: logit; known: {', '.join(list_losses())}",
     )
     add("--weight", type=_weight, help="of the loss; default: the recipe's for logit, the published one for others")
-    add("--at", metavar="PATH", help="what the loss compares: logits, or modules, see cifar/losses.py")
+    add("--at", type=_places, metavar="PATHS", help="what the loss compares: logits, or modules, see cifar/losses.py")
     add(
         "--warmup",
         type=_share,
@@ -122,7 +124,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     """
     parser = build_parser()
     args = parser.parse_args(arguments)
-    args.losses = list(dict.fromkeys(args.loss.split(",")))
+    args.losses = list(dict.fromkeys(name.strip() for name in args.loss.split(",")))
     for name in args.losses:
         try:
             if name not in SETUPS or name not in list_losses():
@@ -142,7 +144,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
         args.engine = find_mode(args.engine, args.device)
     except ValueError as error:
         parser.error(f"argument --engine: {error}")
-    _complete_reproduction(parser, args)
+    _complete_reproduction(parser, args, arguments)
     if args.threads is not None and args.device.type != "cpu":
         parser.error(f"argument --threads: only for the CPU, got device {args.device}")
     if args.data_dir is not None and not args.reproduce and args.dataset == "digits":
@@ -172,7 +174,9 @@ def _use(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _complete_reproduction(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _complete_reproduction(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, arguments: Sequence[str] | None
+) -> None:
     """Fill in the settings to run, and refuse what does not go with a published table."""
     args.runs = args.runs or (RUNS if args.reproduce else 1)
     if not args.reproduce:
@@ -180,8 +184,10 @@ def _complete_reproduction(parser: argparse.ArgumentParser, args: argparse.Names
             parser.error("argument --only: needs --reproduce")
         args.settings = [Setting(args.student, args.teacher, args.dataset)]
         return
-    for name in ("dataset", "student", "teacher", "loss", "weight", "at", "warmup", "task_weight", "no_baseline"):
-        if getattr(args, name) != parser.get_default(name):
+    fixed = ("dataset", "student", "teacher", "loss", "weight", "at", "warmup", "task_weight", "no_baseline")
+    given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(fixed)))  # without the defaults
+    for name in fixed:
+        if getattr(given, name) is not None:
             parser.error(f"argument --{name.replace('_', '-')}: fixed by --reproduce, got {getattr(args, name)!r}")
     try:
         args.settings = published_settings(args.recipe, args.only)
@@ -316,6 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     check_student(run, datasets[run.dataset])
                 except (ValueError, TypeError, RuntimeError) as error:
                     parser.error(f"--loss {run.method} at {run.at or LOGITS} does not work here: {error}")
+        _check_writable(parser, args.out)
         print(describe(args, runs, datasets, len(finished)), flush=True)
 
         def report(_run: RunConfig) -> None:
@@ -350,35 +357,63 @@ def finished_runs(out: Path) -> list[RunResult]:
     return sorted(results, key=lambda result: (result.start_time, order.get(result.method, 2)))
 
 
+def _check_writable(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Find out before the first epoch whether its checkpoint can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        parser.error(f"argument --out: must be a folder that can be written, got {out}: {error.strerror}")
+
+
+def _number(kind: type[int] | type[float], text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        must = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {must}, got {text!r}") from error
+
+
+def _places(text: str) -> str:
+    places = text.replace(" ", "")
+    if not all(places.replace("+", ",").split(",")):
+        raise argparse.ArgumentTypeError(f"must be {LOGITS}, or module paths with commas or plus signs, got {text!r}")
+    return places
+
+
 def _depth(text: str) -> int:
-    depth = int(text)
+    depth: int = _number(int, text)
     if depth < 8 or depth % 6 != 2:
         raise argparse.ArgumentTypeError(f"must be 6n+2 with n >= 1 (8, 14, 20, ..., 110), got {text}")
     return depth
 
 
 def _count(text: str) -> int:
-    if int(text) < 1:
+    count: int = _number(int, text)
+    if count < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
+    return count
 
 
 def _seed(text: str) -> int:
-    if not 0 <= int(text) < 2**30:
+    seed: int = _number(int, text)
+    if not 0 <= seed < 2**30:
         raise argparse.ArgumentTypeError(f"must be in 0..2**30-1, got {text}")
-    return int(text)
+    return seed
 
 
 def _share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
+    share: float = _number(float, text)
+    if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
-    return float(text)
+    return share
 
 
 def _weight(text: str) -> float:
-    if not (math.isfinite(float(text)) and float(text) > 0):
+    weight: float = _number(float, text)
+    if not 0 < weight < math.inf:
         raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-    return float(text)
+    return weight
 
 
 if __name__ == "__main__":

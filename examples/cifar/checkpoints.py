@@ -181,6 +181,8 @@ def _load_state(path: Path, config: RunConfig) -> dict[str, Any]:
                 raise ValueError(f"wrong checksum of {member}")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["config"]
+        if not isinstance(found, dict):
+            raise TypeError(f"its settings must be a dict, got {type(found).__name__}")
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch.load has no common class for what a damaged file raises

@@ -54,6 +54,8 @@ class Place:
         """Set PyTorch up in this process."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        if (index := torch.device(self.device).index) is not None:
+            torch.cuda.set_device(index)  # a graph is captured on the current device
         # The shapes of a run never change: the fastest convolution is looked for once.
         torch.backends.cudnn.benchmark = True
 
@@ -78,16 +80,25 @@ def train_all(
         finished: Called with each run that has come to its end, in this process.
 
     Raises:
-        RunError: If a run in a process of its own stops before its end. The others are stopped too, and lose the
-            epoch under way.
+        RunError: If a run in a process of its own stops before its end; the others are stopped too, and lose the epoch
+            under way. And if the loss of a student or baseline is no longer finite, which stops none of the others:
+            after these.
         CheckpointError, NonFiniteLossError, ImportError, OSError, ValueError: As `train`, for a run in this process.
     """
+    diverged = []
     if jobs == 1:
         for run in runs:
-            train(
-                run, datasets[run.dataset], place.out, tensorboard=place.tensorboard, mode=place.mode, overview=overview
-            )
-            finished(run)
+            data = datasets[run.dataset]
+            try:
+                train(run, data, place.out, tensorboard=place.tensorboard, mode=place.mode, overview=overview)
+            except NonFiniteLossError as error:
+                if run.method == "teacher":
+                    raise
+                diverged.append(f"{overview.names[run.run_id]}: {error}")
+                overview.show(run, 0, diverged[-1])
+            else:
+                finished(run)
+        _raise_if_any(diverged)
         return
     waiting = [run for run in runs if RunFiles.of(place.out, run).load_result(run) is None]
     with overview.bar(), _Processes(place) as processes:
@@ -98,10 +109,19 @@ def train_all(
             if not processes.active:
                 raise RunError(f"{waiting[0].run_id} waits for the teacher of another command; run it first")
             for run, message in processes.messages():
-                if message is None:
+                if isinstance(message, str):
+                    diverged.append(message)
+                    overview.show(run, 0, message)
+                elif message is None:
                     finished(run)
                 else:
                     overview.show(run, *message)
+    _raise_if_any(diverged)
+
+
+def _raise_if_any(diverged: Sequence[str]) -> None:
+    if diverged:
+        raise RunError("; ".join(diverged))
 
 
 def _has_teacher(run: RunConfig, out: Path) -> bool:
@@ -138,8 +158,8 @@ class _Processes:
         there.close()  # the other process has it now; its end is seen as the end of the pipe
         self.active[here] = process, run
 
-    def messages(self) -> Iterator[tuple[RunConfig, tuple[float, str] | None]]:
-        """Wait for news: epochs done and a line of text, or None when the run has come to its end."""
+    def messages(self) -> Iterator[tuple[RunConfig, tuple[float, str] | str | None]]:
+        """Wait for news: epochs done and a line of text, None at the run's end, or how its loss ceased to be finite."""
         ready = wait(list(self.active))
         for connection in list(self.active):
             if connection not in ready:
@@ -154,7 +174,10 @@ class _Processes:
                 continue
             process.join()
             del self.active[connection]
-            if kind == "error":
+            if kind == "diverged" and run.method != "teacher":
+                yield run, content[0]
+                continue
+            if kind in ("error", "diverged"):
                 raise RunError(content[0])
             if process.exitcode != 0:
                 raise RunError(
@@ -175,7 +198,7 @@ def _work(run: RunConfig, name: str, place: Place, connection: Connection) -> No
         data = load_dataset(run.dataset, place.data_dir).to(torch.device(place.device))
         train(run, data, place.out, tensorboard=place.tensorboard, mode=place.mode, overview=overview)
     except EXPECTED as error:
-        connection.send(("error", f"{name}: {error}"))
+        connection.send(("diverged" if isinstance(error, NonFiniteLossError) else "error", f"{name}: {error}"))
         raise SystemExit(1) from error
 
 

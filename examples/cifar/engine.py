@@ -137,8 +137,15 @@ class Engine:
         self._optimizer.zero_grad()  # so that the gradients are made in the graph's own memory
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
-        with torch.cuda.graph(graph):
-            self._take()
+        try:
+            with torch.cuda.graph(graph):
+                self._take()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"a step must be fit for a CUDA graph, where nothing waits for the device, got: {reason}; "
+                "--engine eager runs it without one"
+            ) from error
         return graph
 
 

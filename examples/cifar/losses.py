@@ -193,20 +193,27 @@ def build_distiller(
         The Distiller; with `indices` in the loss's setup its target is `(N, 2)`, labels and indices, else the labels.
 
     Raises:
-        ValueError: If a place is in neither network, or the places are not as many as the setup's shares.
+        ValueError: If a place is in neither network or there twice, or the places are not as many as the setup knows.
     """
     setup = find_setup(name)
     places = [None] if at is None else at.split(",")
     shares = setup.shares or (1.0,) * len(places)
     if len(shares) != len(places):
         raise ValueError(f"{name} needs {len(shares)} places, got {at or 'the class logits'}")
+    if len(set(places)) < len(places):
+        raise ValueError(f"the places of the terms must differ, got {at}")
+    if setup.build is not None and len(places) > len(WIDTHS):
+        raise ValueError(f"{name} takes at most {len(WIDTHS)} places, got {at}")
     terms = {}
     for number, (place, share) in enumerate(zip(places, shares, strict=True)):
         loss = create_loss(name) if setup.build is None else setup.build(networks, number)
         loss = WarmUp(loss, warmup) if warmup else loss
         side = None if place is None else tuple(place.split("+")) if "+" in place else place
         where = (side, side) if side is not None else None
-        terms[name if len(places) == 1 else f"{name}@{place}"] = Term(loss, at=where, weight=share * weight)
+        # No name of a module has a dot.
+        terms[name if place is None or len(places) == 1 else f"{name}@{place.replace('.', '/')}"] = Term(
+            loss, at=where, weight=share * weight
+        )
     task_loss: nn.Module = nn.CrossEntropyLoss()
     if setup.indices:
         task_loss = _OnLabels(task_loss)

@@ -139,7 +139,7 @@ def draw_ranking(axes: Axes, runs: Sequence[RunResult], field: str, name: str) -
         values = [value for run in kinds[kind] if (value := getattr(run, field)) is not None]
         if method == "baseline" and values:
             axes.axvspan(min(values), max(values), color="#bbbbbb", alpha=0.4, linewidth=0)
-        _draw_seeds(axes, values, row, "#0072B2")
+        _draw_seeds(axes, values, row, "#555555" if method in ("teacher", "baseline") else "#0072B2")
         text = mean_and_deviation(values) if values else "-"
         label = f"{method} {student}" + ("" if weight is None else f", weight {weight:g}")
         labels.append(f"{label}: {text}" if field == "acc_last" else text)

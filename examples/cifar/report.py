@@ -2,6 +2,7 @@
 
 import html
 import math
+import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,8 +81,8 @@ def write_report(out: Path, results: Sequence[RunResult]) -> None:
         "curves.png": draw_picture(results),
     }
     out.mkdir(parents=True, exist_ok=True)
-    # Names that do not change: what a SIGKILL leaves behind, the next report overwrites and renames.
-    temporary = {out / f".{name}.tmp": out / name for name in files}
+    # Each process has names of its own: two commands may write the report of one folder.
+    temporary = {out / f".{name}.{os.getpid()}.tmp": out / name for name in files}
     try:
         for path, content in zip(temporary, files.values(), strict=True):
             path.write_bytes(content)
@@ -215,7 +216,7 @@ def _beside_reference(results: Sequence[RunResult]) -> Iterator[str]:
             row["made with"] = "; ".join(dict.fromkeys(map(_made_with, same)))
         rows.append(row)
     if rows:
-        yield "## Beside the reference\n"
+        yield "### Beside the reference\n"
         yield _table(rows)
         if len(made_with) == 1:
             yield f"- Every student above: {_escape(*made_with)}."
@@ -244,11 +245,11 @@ def _markdown(results: Sequence[RunResult]) -> str:
     cells = [run_cells(no, run) for no, run in enumerate(results, 1)]
     parts = ["# Results\n", *_beside_reference(results)]
     for setting, runs in group_runs(results, *SETTING).items():
-        parts += [f"## {_escape(TITLE.format(*setting))}\n", _table([*_summary(runs)])]
+        parts += [f"### {_escape(TITLE.format(*setting))}\n", _table([*_summary(runs)])]
     shown = [name for name in RUN_COLUMNS if name not in ("device", "torch", "revision")]
     for row, run in zip(cells, results, strict=True):
         row["agreement"] = _agreement([run])
-    parts += ["## Every run\n", _table([{name: row[name] or "-" for name in shown} for row in cells])]
+    parts += ["### Every run\n", _table([{name: row[name] or "-" for name in shown} for row in cells])]
     made_with = [_made_with(run) for run in results]
     for one in dict.fromkeys(made_with):
         nos = [str(no) for no, other in enumerate(made_with, 1) if other == one]

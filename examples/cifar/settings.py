@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cifar.losses import find_setup
 from cifar.models import Stem
 
 TEACHER_SEED = 1000  # not a student's: a teacher of the same depth would be the baseline of that seed, weight by weight
@@ -103,7 +104,16 @@ class RunConfig:
 
     @property
     def label(self) -> str:
-        """Name of the method as the tables show it: what is not the plain method's is named."""
+        """Name of the method as the tables show it: what is not usual is named, and keeps runs apart."""
+        setup = find_setup(self.method)
+        name = self._variant
+        if self.warmup not in (None, setup.warmup):
+            name += f" over {self.warmup:g}"
+        usual = self.recipe.at if self.method == "logit" else setup.at
+        return name if self.teacher is None or self.at == usual else f"{name} at {self.at or 'logits'}"
+
+    @property
+    def _variant(self) -> str:
         name = self.method + "+batch-statistics" * self.teacher_batch_statistics
         name += "+warm-up" * (self.warmup is not None)
         return name if self.task_weight is None else f"{name}+task{self.task_weight:g}"
@@ -111,7 +121,7 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """Name of the run's files."""
-        name = f"{self.dataset}-{self.recipe.name}-{self.label}-resnet{self.student}"
+        name = f"{self.dataset}-{self.recipe.name}-{self._variant}-resnet{self.student}"
         if self.teacher is not None:
             place = (self.at or "logits").replace(":", "-")
             name += f"-from-resnet{self.teacher}-{place}-weight{self.weight:g}"

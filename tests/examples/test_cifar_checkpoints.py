@@ -165,13 +165,17 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     elif how == "list":
         torch.save([1, 2], path)
+    elif how == "settings":
+        torch.save({"config": [1]}, path)
     elif how == "no settings":
         torch.save({"model": {}}, path)
     else:
         torch.save({"config": Intruder()}, path)
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "text", "flipped", "list", "no settings", "intruder"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "text", "flipped", "list", "no settings", "settings", "intruder"]
+)
 def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     config = make_config("baseline")

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def make_run(method="logit", mode="eager", recipe="pooled", **changes):
-    data = make_data()
+    data = make_data().to(torch.device(changes.get("device", "cpu")))
     recipe = RECIPES[recipe]
     places = {} if method == "baseline" else {"at": recipe.at, "weight": recipe.weight}
     config = make_config(method, recipe=recipe, **places, **changes)
@@ -197,6 +197,31 @@ def test_a_captured_run_goes_on_from_a_state(graphs):
     resumed.load_state(captured.state())
     assert take_steps(resumed, 4) == losses[2:]
     assert all(torch.equal(*pair) for pair in zip(resumed.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_a_step_that_no_graph_can_hold_is_refused_with_the_reason(graphs, monkeypatch):
+    run = make_run()
+    run.engine._captures = True
+
+    @contextmanager
+    def refuse(_graph):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.raises(
+        ValueError, match=r"fit for a CUDA graph, .* got: operation not permitted .* capturing; --engine"
+    ):
+        take_steps(run, 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_on_a_gpu_the_graph_takes_the_steps_of_the_eager_engine(recipe):
+    runs = [make_run(mode=mode, recipe=recipe, device="cuda") for mode in ("eager", "graph")]
+    losses = [take_steps(run, 20) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # TF32, and sums in another order
+    assert relative(*(run.model.student for run in runs)) < 1e-2
 
 
 def test_a_folded_teacher_says_the_same_and_keeps_its_paths():

@@ -92,6 +92,12 @@ def test_terms_of_several_places_are_added_with_their_weights_and_shares():
         build_distiller("ofd", "relu1:input", 1.0, networks)
 
 
+def test_places_inside_the_stages_are_terms_too():
+    data, config = make_data(), make_config("at", at="layer1.0,layer2.0")
+    networks = Networks(build_student(config, data), build_teacher(config, data, make_teacher(config, data)), data)
+    assert list(build_distiller("at", config.at, 2.0, networks).losses) == ["at@layer1/0", "at@layer2/0"]
+
+
 def test_a_loss_comes_in_over_the_steps_of_its_warm_up():
     loss = WarmUp(create_loss("logit"), 4)
     teacher = torch.zeros(2, 3)

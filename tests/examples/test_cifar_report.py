@@ -1,6 +1,9 @@
 """Tables, picture and files of the CIFAR example against numbers worked out by hand."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +31,7 @@ def markdown(tmp_path: Path, results: list[RunResult]) -> str:
 def tables(text: str) -> dict[str, list[dict[str, str]]]:
     """The tables of a Markdown text by their heading, split at the pipes that are not escaped."""
     found: dict[str, list[dict[str, str]]] = {}
-    for title, body in re.findall(r"^## (.*)\n\n((?:\|.*\n)+)", text, flags=re.MULTILINE):
+    for title, body in re.findall(r"^### (.*)\n\n((?:\|.*\n)+)", text, flags=re.MULTILINE):
         rows = [re.split(r" (?<!\\)\| ", line[2:-2]) for line in body.splitlines()]
         assert rows[1] == ["---"] * len(rows[0])
         found[title] = [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
@@ -186,7 +189,7 @@ def test_students_beside_the_reference(tmp_path):
     }
     text = markdown(tmp_path, runs)
     assert "\n\n- Every student above: H\\|200, torch 2.9.0, revision 9a25a33.\n- `difference` is" in text
-    assert text.index(f"## {BESIDE}") < text.index("## cifar10, recipe pooled, epochs 200")
+    assert text.index(f"### {BESIDE}") < text.index("### cifar10, recipe pooled, epochs 200")
 
 
 @pytest.mark.parametrize(
@@ -313,6 +316,18 @@ def test_no_run_is_refused_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_two_processes_may_report_into_one_folder(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from cifar.report import read_results, write_report; "
+        "results = read_results(Path(sys.argv[1])); [write_report(Path(sys.argv[1]), results) for _ in range(8)]"
+    )
+    write_report(tmp_path, [run(accs=(90.0, 91.0))])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    children = [subprocess.Popen([sys.executable, "-c", code, tmp_path], env=environment) for _ in range(2)]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+
+
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", ["write_bytes", "replace"])
 def test_a_failure_leaves_whole_files_and_nothing_else(tmp_path, monkeypatch, method, call):
@@ -324,7 +339,6 @@ def test_a_failure_leaves_whole_files_and_nothing_else(tmp_path, monkeypatch, me
     write_report(out, old)
     before, after = contents(out), contents(tmp_path / "new")
     assert all(one != other for one, other in zip(before, after, strict=True))
-    (out / ".results.csv.tmp").write_text("left by a kill")
     original, calls = getattr(Path, method), []
 
     def fail(self, argument):  # the given call writes half and fails, as on a full disk

@@ -107,6 +107,8 @@ def test_no_more_runs_side_by_side_than_remain(monkeypatch):
         ),
         (["--only", "20-110/cifar10"], "--only: a row of recipe pooled must be one of"),
         (["--dataset", "cifar10"], "--dataset: fixed by --reproduce, got 'cifar10'"),
+        (["--dataset", "digits"], "--dataset: fixed by --reproduce, got 'digits'"),
+        (["--student", "20"], "--student: fixed by --reproduce, got 20"),
         (["--student", "110"], "--student: fixed by --reproduce, got 110"),
         (["--loss", "kl"], "--loss: fixed by --reproduce, got 'kl'"),
         (["--warmup", "0.1"], "--warmup: fixed by --reproduce, got 0.1"),

@@ -183,7 +183,14 @@ def test_plan_follows_the_recipe_for_logit_and_the_logits_for_other_losses():
         (["--task-weight", "0"], "--task-weight: must be positive and finite, got 0"),
         (["--student", "21"], r"--student: must be 6n\+2 with n >= 1 .* got 21"),
         (["--teacher", "2"], r"--teacher: must be 6n\+2"),
-        (["--student", "deep"], "--student: invalid .* value: 'deep'"),
+        (["--student", "deep"], "--student: must be an integer, got 'deep'"),
+        (["--epochs", "1.5"], "--epochs: must be an integer, got '1.5'"),
+        (["--warmup", "abc"], "--warmup: must be a number, got 'abc'"),
+        (["--at", ""], "--at: must be logits, or module paths with commas or plus signs, got ''"),
+        (["--at", "relu1,,relu2"], "--at: must be logits, or module paths"),
+        (["--at", "relu1, relu1"], "--loss logit at relu1,relu1 does not work here: .* must differ, got relu1,relu1"),
+        (["--loss", "vid", "--at", "relu1,relu2,relu3,fc"], "vid takes at most 3 places, got relu1,relu2,relu3,fc"),
+        (["--out", "/dev/null/runs"], "--out: must be a folder that can be written, got /dev/null/runs: Not a dir"),
         (["--recipe", "pool"], "--recipe: invalid choice: 'pool'"),
         (["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
         (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
@@ -251,6 +258,22 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_a_message(tmp_path, cap
     assert re.fullmatch(
         r"error: the loss must stay finite, got nan in epoch 1, step 1 \(task nan\)\n", capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_loss_that_is_not_finite_does_not_keep_others_from_their_end(tmp_path, capsys, jobs):
+    # With such a weight the first step overflows; the runs may be in processes of their own, so nothing is patched.
+    assert run(tmp_path, "--no-baseline") == 0
+    capsys.readouterr()
+    assert run(tmp_path, "--weight", "1e38", "--runs", "2", "--jobs", jobs) == 1
+    output = capsys.readouterr()
+    assert re.fullmatch(
+        r"error: logit seed \d: the loss must stay finite, got .*; logit seed \d: the loss must stay finite.*\n",
+        output.err,
+    )
+    assert sorted(trained(output.out)) == ["baseline seed 0", "baseline seed 1"]
+    assert len(read_runs(tmp_path)) == 4
+    assert "| baseline |" in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, ValueError, ModuleNotFoundError])

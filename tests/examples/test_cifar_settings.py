@@ -59,6 +59,21 @@ def test_every_setting_that_makes_another_run_makes_another_file_or_is_in_the_fi
     assert len({config.run_id, *weights}) == 3
 
 
+def test_the_tables_tell_runs_apart_by_what_is_not_usual():
+    def label(method="logit", **changes):
+        return make_config(method, **changes).label
+
+    assert label() == "logit"
+    assert label(at=None) == "logit at logits"
+    assert label(at=None, recipe=RECIPES["logits"]) == "logit"
+    assert label("at", at="relu1,relu2,relu3") == "at"
+    assert label("at", at="relu3") == "at at relu3"
+    assert label("dkd", at=None, warmup=20 / 240) == "dkd+warm-up"
+    assert label("dkd", at=None, warmup=0.5) == "dkd+warm-up over 0.5"
+    assert label("kl", at=None, task_weight=0.1, teacher_batch_statistics=True) == "kl+batch-statistics+task0.1"
+    assert label("baseline") == "baseline"
+
+
 def test_a_teacher_is_shared_by_seeds_losses_and_weights_and_by_nothing_else():
     teacher = make_config().teacher_config()
     assert teacher == make_config("kl", seed=3, weight=5.0, at=None, student=14).teacher_config()
