@@ -87,20 +87,28 @@ def dkd_loss(
     student, teacher = check_pair(student, teacher, dim=dim)
     check_classes(student, dim=dim)
     index = check_labels(target, student, dim=dim)
-    # What all logits of a sample have in common would only cost digits.
-    student, teacher = (soften(x - x.detach().amax(dim, keepdim=True), temperature) for x in (student, teacher))
-    others = teacher.scatter(dim, index, -math.inf)
-    log_others_p = others.logsumexp(dim, keepdim=True)
-    log_others_q = student.scatter(dim, index, -math.inf).logsumexp(dim, keepdim=True)
+    student, teacher = _relative(student, index, temperature, dim), _relative(teacher, index, temperature, dim)
+    others = teacher.scatter(dim, index, -math.inf).exp()  # 0 at the target
+    sum_others = others.sum(dim, keepdim=True)
+    log_others_p = sum_others.log()
+    log_others_q = student.scatter(dim, index, -math.inf).exp().sum(dim, keepdim=True).log()
 
     log_p_target = F.log_softmax(torch.cat([teacher.gather(dim, index), log_others_p], dim), dim)
     log_q_target = F.log_softmax(torch.cat([student.gather(dim, index), log_others_q], dim), dim)
     of_target = (log_p_target.exp() * (log_p_target - log_q_target)).sum(dim)  # over the target and all others together
 
-    p = (others - log_others_p).exp()  # 0 at the target
     # The difference inside the sum: p sums to 1 only as far as the logits are exact, and large logits are not.
-    of_others = (p * ((teacher - log_others_p) - (student - log_others_q))).sum(dim)
+    of_others = (others / sum_others * ((teacher - log_others_p) - (student - log_others_q))).sum(dim)
     return alpha * temperature**2 * of_target + beta * temperature**2 * of_others
+
+
+def _relative(logits: Tensor, index: Tensor, temperature: float, dim: int) -> Tensor:
+    """Logits over the temperature, from the largest of the other classes, so that their exponentials sum to 1 or more.
+
+    What all logits of a sample have in common would only cost digits.
+    """
+    largest = logits.detach().scatter(dim, index, -math.inf).amax(dim, keepdim=True)
+    return soften(logits - largest, temperature)
 
 
 @register_loss("dkd")
