@@ -1,6 +1,9 @@
 """The benchmark of the training step, on a tiny network and batch."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,12 +56,10 @@ def test_rejects_arguments(monkeypatch, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_jobs_take_their_steps_side_by_side():
-    config = train_step.RunConfig(
-        "logit",
-        train_step.dataclasses.replace(train_step.RECIPE, batch_size=4),
-        *("random", 8, 1, 0, "cpu", "float32", 8, 1.0, "fc:input"),
-    )
-    jobs = train_step.Jobs(config, 4, 2, inner=1)
-    first, second = float(jobs()), float(jobs())
-    assert second > first > 0  # sums of the losses so far
+def test_with_several_threads_engines_side_by_side_are_timed_too():
+    command = [sys.executable, train_step.__file__, "--depth", "8", "--batch-size", "4", "--repeats", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^2 jobs +[\d.]+ ms per step .* times plain \(", done.stdout, re.MULTILINE)
+    assert re.search(r"^the Distiller's overhead over hand: [+-]", done.stdout, re.MULTILINE)

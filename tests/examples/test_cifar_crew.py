@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +80,20 @@ def test_killed_side_by_side_it_goes_on_and_ends_the_same(tmp_path):
     assert cifar_resnet.main([*OPTIONS, "--epochs", "6", "--out", str(tmp_path / "whole")]) == 0
     assert_same_weights(tmp_path, tmp_path / "whole")
     assert measured(tmp_path) == measured(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_loss_that_is_not_finite_keeps_no_other_run_from_its_end(one_by_one, tmp_path, jobs):
+    # With such a weight the first step overflows.
+    shutil.copytree(one_by_one, tmp_path / "runs")
+    options = ["--weight", "1e38", "--runs", "2", "--jobs", jobs]
+    done = subprocess.run(command(tmp_path / "runs", *options), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    diverged = r"logit seed \d: the loss must stay finite, got [^;]*"
+    assert re.fullmatch(rf"error: {diverged}; {diverged}\n", done.stderr)
+    assert [line for line in done.stdout.splitlines() if line.startswith("baseline seed 1  epoch 2/2")]
+    methods = [(result.method, result.seed, result.weight) for result in read_results(tmp_path / "runs")]
+    assert sorted(methods[1:]) == [("baseline", 0, None), ("baseline", 1, None), ("logit", 0, 1.0)]
 
 
 def until(condition, seconds=120):

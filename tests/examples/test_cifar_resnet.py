@@ -260,22 +260,6 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_a_message(tmp_path, cap
     )
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_loss_that_is_not_finite_does_not_keep_others_from_their_end(tmp_path, capsys, jobs):
-    # With such a weight the first step overflows; the runs may be in processes of their own, so nothing is patched.
-    assert run(tmp_path, "--no-baseline") == 0
-    capsys.readouterr()
-    assert run(tmp_path, "--weight", "1e38", "--runs", "2", "--jobs", jobs) == 1
-    output = capsys.readouterr()
-    assert re.fullmatch(
-        r"error: logit seed \d: the loss must stay finite, got .*; logit seed \d: the loss must stay finite.*\n",
-        output.err,
-    )
-    assert sorted(trained(output.out)) == ["baseline seed 0", "baseline seed 1"]
-    assert len(read_runs(tmp_path)) == 4
-    assert "| baseline |" in (tmp_path / "results.md").read_text()
-
-
 @pytest.mark.parametrize("error", [FileNotFoundError, ValueError, ModuleNotFoundError])
 def test_data_that_cannot_be_had_end_the_command_with_a_message(tmp_path, capsys, monkeypatch, error):
     def fail(*_args, **_options):
