@@ -16,6 +16,7 @@ import torch
 import cifar_resnet
 from cifar.agreement import measure_agreement
 from cifar.checkpoints import RunFiles
+from cifar.crew import Place
 from cifar.data import normalize
 from cifar.progress import Overview
 from cifar.report import read_results
@@ -94,6 +95,17 @@ def test_a_loss_that_is_not_finite_keeps_no_other_run_from_its_end(one_by_one, t
     assert [line for line in done.stdout.splitlines() if line.startswith("baseline seed 1  epoch 2/2")]
     methods = [(result.method, result.seed, result.weight) for result in read_results(tmp_path / "runs")]
     assert sorted(methods[1:]) == [("baseline", 0, None), ("baseline", 1, None), ("logit", 0, 1.0)]
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda:1", [1]), ("cuda", []), ("cpu", [])])
+def test_a_device_with_a_number_becomes_the_current_one(monkeypatch, tmp_path, device, chosen):
+    # Where a graph is captured.
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    Place(tmp_path, tmp_path, device, None, "eager", tensorboard=False).prepare()
+    assert seen == chosen
+    assert torch.backends.cudnn.benchmark is True
 
 
 def until(condition, seconds=120):
