@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,15 +314,18 @@ def test_no_run_is_refused_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_may_report_into_one_folder(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from cifar.report import read_results, write_report; "
-        "results = read_results(Path(sys.argv[1])); [write_report(Path(sys.argv[1]), results) for _ in range(8)]"
-    )
-    write_report(tmp_path, [run(accs=(90.0, 91.0))])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    children = [subprocess.Popen([sys.executable, "-c", code, tmp_path], env=environment) for _ in range(2)]
-    assert [child.wait(timeout=120) for child in children] == [0, 0]
+def test_two_processes_may_report_into_one_folder(tmp_path, monkeypatch):
+    results, original, others = [run(accs=(90.0, 91.0))], Path.replace, iter([os.getpid() + 1])
+
+    def replace(self, target):  # another process reports between this one's writes and its first rename
+        for pid in others:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda pid=pid: pid)
+                write_report(tmp_path, results)
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write_report(tmp_path, results)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
 
 
