@@ -135,50 +135,52 @@ def check_heads(
     Raises:
         ValueError: As `linear_logit_loss` says.
     """
-    for name, matrix in (("student_weight", weight), ("teacher_weight", teacher_weight)):
-        if matrix.ndim != 2 or matrix.numel() == 0:
-            raise ValueError(f"{name} must be a matrix (V, d) and not empty, got shape {tuple(matrix.shape)}")
-    if (
-        student.shape[-1:] != weight.shape[1:]
-        or teacher.shape[-1:] != teacher_weight.shape[1:]
-        or student.shape[:-1] != teacher.shape[:-1]
-    ):
+    # Each look at a tensor's shape, dtype or device costs as much as some of these comparisons: once is enough.
+    shape, theirs = weight.shape, teacher_weight.shape
+    for name, matrix in (("student_weight", shape), ("teacher_weight", theirs)):
+        if len(matrix) != 2 or 0 in matrix:
+            raise ValueError(f"{name} must be a matrix (V, d) and not empty, got shape {tuple(matrix)}")
+    ours, others = student.shape, teacher.shape
+    if ours[-1:] != shape[1:] or others[-1:] != theirs[1:] or ours[:-1] != others[:-1]:
         raise ValueError(
-            f"hidden states must have their heads' sizes, {weight.shape[1]} and {teacher_weight.shape[1]}, as the last "
-            "dimension and else the same shape (nothing is broadcast), "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"hidden states must have their heads' sizes, {shape[1]} and {theirs[1]}, as the last dimension and else "
+            f"the same shape (nothing is broadcast), got {tuple(ours)} and {tuple(others)}"
         )
-    tensors = [
-        tensor for tensor in (student, teacher, weight, bias, teacher_weight, teacher_bias) if tensor is not None
-    ]
-    dtype = torch.float32
-    for tensor in tensors:
-        if not tensor.is_floating_point():
+    dtype, device = torch.float32, student.device
+    for tensor in (student, teacher, weight, bias, teacher_weight, teacher_bias):
+        if tensor is None:
+            continue
+        kind = tensor.dtype
+        if not kind.is_floating_point:
             states = tensor is student or tensor is teacher
             given = (student, teacher) if states else (weight, teacher_weight, bias, teacher_bias)
             dtypes = " and ".join(str(x.dtype) for x in given if x is not None)
             raise ValueError(f"{'hidden states' if states else 'heads'} must be floating-point, got {dtypes}")
-        if tensor.device != student.device:
+        if tensor.device != device:
+            raise ValueError(f"hidden states and heads must be on the same device, got {device} and {tensor.device}")
+        if kind != torch.float32:
+            dtype = torch.promote_types(dtype, kind)
+    if 0 in ours:
+        raise ValueError(f"hidden states must not be empty, got shape {tuple(ours)}")
+    rows, their_rows = shape[0], theirs[0]
+    size = check_vocabulary(rows, their_rows, vocab_size)
+    for name, vector, count in (("student_bias", bias, rows), ("teacher_bias", teacher_bias, their_rows)):
+        if vector is not None and vector.shape != (count,):
             raise ValueError(
-                f"hidden states and heads must be on the same device, got {student.device} and {tensor.device}"
+                f"{name} must have one value per row of its weight, {count}, got shape {tuple(vector.shape)}"
             )
-        if tensor.dtype != torch.float32:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    if student.numel() == 0:
-        raise ValueError(f"hidden states must not be empty, got shape {tuple(student.shape)}")
-    size = check_vocabulary(len(weight), len(teacher_weight), vocab_size)
-    for name, vector, matrix in (("student_bias", bias, weight), ("teacher_bias", teacher_bias, teacher_weight)):
-        if vector is not None and vector.shape != matrix.shape[:1]:
-            raise ValueError(
-                f"{name} must have one value per row of its weight, {len(matrix)}, got shape {tuple(vector.shape)}"
-            )
+    # A slice of all rows would cost one more gradient of the weight's size in backward.
+    if rows != size:
+        weight, bias = weight[:size], None if bias is None else bias[:size]
+    if their_rows != size:
+        teacher_weight, teacher_bias = teacher_weight[:size], None if teacher_bias is None else teacher_bias[:size]
     return Problem(
         student,
         teacher.detach(),
-        _first(weight, size),
-        _first(teacher_weight.detach(), size),
-        None if bias is None else _first(bias, size),
-        None if teacher_bias is None else _first(teacher_bias.detach(), size),
+        weight,
+        teacher_weight.detach(),
+        bias,
+        None if teacher_bias is None else teacher_bias.detach(),
         dtype,
     )
 
@@ -191,11 +193,6 @@ def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     return F.linear(hidden, weight, bias)
-
-
-def _first(tensor: Tensor, size: int) -> Tensor:
-    # A slice of all rows would cost one more gradient of the weight's size in backward.
-    return tensor if len(tensor) == size else tensor[:size]
 
 
 def check_vocabulary(student: int, teacher: int, size: int | None) -> int:
