@@ -45,13 +45,18 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return markdown.replace(MARK, render()) if page.file.src_uri == "losses.md" else markdown
 
 
+def in_families() -> list[str]:
+    """The names in all families: what has one, the other pages, the example and the benchmarks must have too."""
+    return [name for _, names in FAMILIES.values() for name in names]
+
+
 def render() -> str:
     """Tables and references of all families, in Markdown.
 
     Raises:
         ValueError: If a name in a family is no loss, or is there twice.
     """
-    listed = [name for _, names in FAMILIES.values() for name in names]
+    listed = in_families()
     losses = {name: cls for name, cls in _registry._registered.items() if cls.__module__.startswith("distill.losses.")}
     wrong = sorted({name for name in listed if name not in losses or listed.count(name) > 1})
     if wrong:

@@ -43,7 +43,7 @@ from cifar.progress import Overview
 from cifar.records import RunResult
 from cifar.report import write_report
 from cifar.reproduce import RUNS, Setting, published_settings
-from cifar.settings import RECIPES, TEACHER_SEED, RunConfig, describe_device, find_device, find_precision
+from cifar.settings import RECIPES, TEACHER_SEED, RunConfig, describe_device, find_device, find_precision, find_usual
 from cifar.training import check_student
 from distill import create_loss, list_losses
 
@@ -163,9 +163,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
 
 def _use(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return how a loss is used: the fields `weight`, `at`, `warmup` and `task_weight` of its runs."""
-    # The recipe's weight and place were chosen for the logit loss; they would mean nothing for another.
-    setup = find_setup(name)
-    usual = RECIPES[args.recipe] if name == "logit" else setup
+    setup, usual = find_setup(name), find_usual(name, RECIPES[args.recipe])
     task_weight = setup.task_weight if args.task_weight is None else args.task_weight
     return {
         "weight": usual.weight if args.weight is None else args.weight,

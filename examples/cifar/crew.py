@@ -95,7 +95,7 @@ def train_all(
                 if run.method == "teacher":
                     raise
                 diverged.append(f"{overview.names[run.run_id]}: {error}")
-                overview.show(run, 0, diverged[-1])
+                overview.drop(run, diverged[-1])
             else:
                 finished(run)
         _raise_if_any(diverged)
@@ -111,7 +111,7 @@ def train_all(
             for run, message in processes.messages():
                 if isinstance(message, str):
                     diverged.append(message)
-                    overview.show(run, 0, message)
+                    overview.drop(run, message)
                 elif message is None:
                     finished(run)
                 else:

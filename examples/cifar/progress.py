@@ -76,6 +76,18 @@ class Overview:
             self._bar.n = 100 * self._share()
             self._bar.refresh()
 
+    def drop(self, run: RunConfig, text: str) -> None:
+        """Note that a run will not come to its end, so that nobody waits for it, and print a line.
+
+        Args:
+            run: The run.
+            text: The line.
+        """
+        for known in (self._runs, self._epochs, self._seen):
+            known.pop(run.run_id, None)
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
     @contextmanager
     def bar(self) -> Iterator[None]:
         """Show one bar for everything meanwhile, if there is a terminal."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cifar.losses import find_setup
+from cifar.losses import Setup, find_setup
 from cifar.models import Stem
 
 TEACHER_SEED = 1000  # not a student's: a teacher of the same depth would be the baseline of that seed, weight by weight
@@ -66,6 +66,19 @@ RECIPES = {
 }
 
 
+def find_usual(loss: str, recipe: Recipe) -> Recipe | Setup:
+    """Return what says the weight and the place of a loss.
+
+    Args:
+        loss: The loss's registry name.
+        recipe: The protocol.
+
+    Returns:
+        The recipe for the logit loss, which its weight and place were chosen for; the loss's setup for others.
+    """
+    return recipe if loss == "logit" else find_setup(loss)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that decides the numbers of one run.
@@ -105,11 +118,10 @@ class RunConfig:
     @property
     def label(self) -> str:
         """Name of the method as the tables show it: what is not usual is named, and keeps runs apart."""
-        setup = find_setup(self.method)
         name = self._variant
-        if self.warmup not in (None, setup.warmup):
+        if self.warmup not in (None, find_setup(self.method).warmup):
             name += f" over {self.warmup:g}"
-        usual = self.recipe.at if self.method == "logit" else setup.at
+        usual = find_usual(self.method, self.recipe).at
         return name if self.teacher is None or self.at == usual else f"{name} at {self.at or 'logits'}"
 
     @property

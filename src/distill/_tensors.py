@@ -221,7 +221,11 @@ def normalize(tensor: Tensor, *, dim: int, eps: float = 1e-12) -> Tensor:
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast leaves products of matrices on the tensor's device in the dtype they come in."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    # To switch off costs as much as a small product, so only what is on; the meta device has none to ask for.
+    if device == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device)):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def reduce(values: Tensor, reduction: Reduction, mask: Tensor | None = None) -> Tensor:

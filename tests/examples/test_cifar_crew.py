@@ -230,6 +230,18 @@ def test_the_time_left_follows_the_work_and_not_what_was_done_before(monkeypatch
     assert overview.left() == "00:00"
 
 
+def test_nobody_waits_for_a_run_that_was_dropped(monkeypatch, capsys):
+    runs = [make_config(seed=seed, epochs=10) for seed in range(3)]
+    monkeypatch.setattr("cifar.progress.time.perf_counter", lambda: 0.0)
+    overview = Overview(runs)
+    monkeypatch.setattr("cifar.progress.time.perf_counter", lambda: 60.0)
+    overview.show(runs[0], 0)
+    overview.show(runs[0], 5, "half")
+    overview.drop(runs[1], "lost")
+    assert overview.left() == "03:00"  # 5 and 10 epochs
+    assert capsys.readouterr().out == "half, all runs 05:00\nlost\n"
+
+
 def test_names_tell_runs_of_several_settings_apart():
     student = make_config(student=8, teacher=14, epochs=1)
     assert list(Overview([student.teacher_config(), student]).names.values()) == ["teacher", "logit seed 0"]
