@@ -7,7 +7,7 @@ import pytest
 from distill import _registry
 
 # They import Triton, which a machine without a GPU may lack, and which would make this process look for one.
-collect_ignore = ["src/distill/_triton.py", "tests/triton_worker.py"]
+collect_ignore = ["src/distill/_engine/triton.py", "tests/support/triton_worker.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,23 @@
-"""For tests of more than one file."""
+"""For tests of more than one folder."""
+
+import os
+from pathlib import Path
 
 import pytest
 
-from distill import _rowwise
+from distill._engine import fused as engine
+
+# The processes that tests start import the tree under test, installed or not.
+_ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [*(str(_ROOT / folder) for folder in ("src", "examples", "benchmarks", "tests/support"))]
+    + [path for path in [os.environ.get("PYTHONPATH", "")] if path]
+)
 
 
 @pytest.fixture
 def fused(monkeypatch):
     """As if every input were large, in blocks of at most 64 elements or one row."""
-    monkeypatch.setattr(_rowwise, "SMALL", 0)
-    monkeypatch.setattr(_rowwise, "SHORT", 1)
-    monkeypatch.setattr(_rowwise, "_block_elements", lambda device: 64)
+    monkeypatch.setattr(engine, "SMALL", 0)
+    monkeypatch.setattr(engine, "SHORT", 1)
+    monkeypatch.setattr(engine, "_block_elements", lambda device: 64)

@@ -1,6 +1,6 @@
 """Knowledge distillation losses for PyTorch, and one wrapper that runs teacher and student."""
 
-from distill._distiller import Distiller, DistillerOutput, Term
+from distill._distiller.distiller import Distiller, DistillerOutput, Term
 from distill._registry import create_loss, list_losses, register_loss
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
 from distill.losses.at import ATLoss, at_loss

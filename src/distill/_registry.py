@@ -82,7 +82,7 @@ def create_loss(name: str, /, *args: Any, **kwargs: Any) -> nn.Module:
     Examples:
         >>> from distill import create_loss
         >>> create_loss("kl", temperature=2.0)
-        KLLoss(temperature=2.0, reduction='mean', dim=-1)
+        KLLoss(temperature=2.0, reduction='mean', dim=None)
     """
     return _find(name)(*args, **kwargs)
 

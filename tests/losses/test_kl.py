@@ -111,4 +111,4 @@ def test_rejects_bad_temperatures(temperature):
 
 
 def test_repr_shows_options():
-    assert repr(KLLoss(2.0, reduction="none")) == "KLLoss(temperature=2.0, reduction='none', dim=-1)"
+    assert repr(KLLoss(2.0, reduction="none")) == "KLLoss(temperature=2.0, reduction='none', dim=None)"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import distill._blocks
+import distill._engine.squared.classes
 from contract import assert_loss_contract, gradient
 from distill import LinearLogitLoss, LogitLoss, linear_logit_loss
 from linear_heads import METHODS, by_logits, formed, heads, hidden, make, traces_functions
@@ -64,14 +64,14 @@ def test_gradient(method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("biases", ["", "st"])
 def test_equals_formed_logits_over_many_blocks(method, biases, monkeypatch):
-    monkeypatch.setattr(distill._blocks, "_LOGITS", 1000)
+    monkeypatch.setattr(distill._engine.squared.classes, "_LOGITS", 1000)
     inputs, options = make((37,), 3001, (8, 200), biases=biases, dtype=torch.float32, trains=method != "factor")
     wanted = [x for x in (*inputs, *options.values()) if x.requires_grad]
     weights = torch.rand(37, generator=torch.Generator().manual_seed(5))
     values = (weights * formed(*inputs, *options.values())).sum()
     expected = torch.autograd.grad(values, wanted)
     for kept in (2**25, 0):  # differences kept for backward, and formed again
-        monkeypatch.setattr(distill._blocks, "KEPT", kept)
+        monkeypatch.setattr(distill._engine.squared.classes, "KEPT", kept)
         value = (weights * linear_logit_loss(*inputs, **options, method=method)).sum()
         torch.testing.assert_close(value, values, rtol=2e-5, atol=0)
         for ours, theirs in zip(torch.autograd.grad(value, wanted), expected, strict=True):

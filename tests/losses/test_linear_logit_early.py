@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-import distill._blocks
+import distill._engine.squared.classes
 from contract import gradient
 from distill import LinearLogitLoss, LogitLoss
-from distill._gram import Heads
+from distill._engine.squared.gram import Heads
 from linear_heads import by_logits, heads, hidden, make
 
 WEIGHTS = torch.rand(7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -20,8 +20,8 @@ class Counter:
 
     def __init__(self, monkeypatch):
         self.calls = 0
-        self.function = distill._blocks._difference
-        monkeypatch.setattr(distill._blocks, "_difference", self)
+        self.function = distill._engine.squared.classes._difference
+        monkeypatch.setattr(distill._engine.squared.classes, "_difference", self)
 
     def __call__(self, *args):
         self.calls += 1
@@ -31,8 +31,8 @@ class Counter:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16 classes, of 40, and no differences kept."""
-    monkeypatch.setattr(distill._blocks, "_LOGITS", 1)
-    monkeypatch.setattr(distill._blocks, "KEPT", 0)
+    monkeypatch.setattr(distill._engine.squared.classes, "_LOGITS", 1)
+    monkeypatch.setattr(distill._engine.squared.classes, "KEPT", 0)
 
 
 def wanted(pair, states):
@@ -64,7 +64,7 @@ def test_differentiates_twice(small_blocks, reduction):
 
         def call(student, weight, column, mask=mask):
             both = Heads(weight, teacher_weight, column)
-            return distill._blocks.reduce_by_blocks(student, teacher, both, reduction, mask)
+            return distill._engine.squared.classes.reduce_by_blocks(student, teacher, both, reduction, mask)
 
         assert torch.autograd.gradcheck(call, (student, weight, column))
         assert torch.autograd.gradgradcheck(call, (student, weight, column))

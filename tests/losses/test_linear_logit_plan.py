@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import distill._heads
-import distill._plan
 from distill import LinearLogitLoss
+from distill._engine.squared import heads as problems
+from distill._engine.squared import plan as costs
 from linear_heads import as_if_large, by_logits, heads, hidden
 
 
@@ -43,9 +43,9 @@ def test_plan_is_what_is_done(samples, sizes, trains, large, monkeypatch):
         monkeypatch.setattr(place, name, lambda *a: taken.append(method) or function(*a))
 
     for name in ("by_gram", "by_factor", "by_blocks"):
-        note(distill._heads, name, name[3:])
-    note(distill._heads, "reduce_by_blocks", "blocks")
-    note(distill._heads.Problem, "logits", "logits")
+        note(problems, name, name[3:])
+    note(problems, "reduce_by_blocks", "blocks")
+    note(problems.Problem, "logits", "logits")
     if large:
         as_if_large(monkeypatch)
     for reduction in ("mean", "none"):
@@ -66,18 +66,18 @@ def test_plan_is_what_is_done(samples, sizes, trains, large, monkeypatch):
 )
 def test_what_is_tiny_is_cheapest_formed(samples, vocabulary, student, teacher, bias, trains):
     frozen = {"trains": trains, "may_factor": not trains, "keeps_teacher": True, "early": True}
-    size = distill._plan.Size(samples, vocabulary, student + bias, teacher, device=torch.device("cpu"), **frozen)
-    if distill._plan.is_tiny(samples, vocabulary, student, teacher):
-        assert distill._plan.cheapest(size.costs()) == "logits"
+    size = costs.Size(samples, vocabulary, student + bias, teacher, device=torch.device("cpu"), **frozen)
+    if costs.is_tiny(samples, vocabulary, student, teacher):
+        assert costs.cheapest(size.costs()) == "logits"
     # And what is not, is not always so: the rule says something.
-    assert not distill._plan.is_tiny(samples + 2048, vocabulary + 2048, student, teacher)
+    assert not costs.is_tiny(samples + 2048, vocabulary + 2048, student, teacher)
 
 
 def test_small_problems_form_their_logits_and_large_ones_never_do():
     def size(samples, vocabulary):
-        return distill._plan.Size(samples, vocabulary, 2048, 4096, torch.device("cpu"), True, False, True, True)
+        return costs.Size(samples, vocabulary, 2048, 4096, torch.device("cpu"), True, False, True, True)
 
-    assert distill._plan.cheapest(size(64, 128256).costs()) == "logits"
+    assert costs.cheapest(size(64, 128256).costs()) == "logits"
     assert "logits" in size(64, 2**17).costs()
     assert "logits" not in size(65, 2**17).costs()
 
@@ -87,7 +87,7 @@ CPU = {"device": torch.device("cpu"), "may_factor": False, "keeps_teacher": True
 
 def test_differences_that_are_not_kept_count_twice():
     def blocks(samples, *, early):
-        return distill._plan.Size(samples, 2**15, 512, 512, **CPU, trains=True, early=early).costs()["blocks"]
+        return costs.Size(samples, 2**15, 512, 512, **CPU, trains=True, early=early).costs()["blocks"]
 
     assert blocks(2**10 + 1, early=False) > 1.3 * blocks(2**10, early=False)
     assert blocks(2**10 + 1, early=True) < 1.01 * blocks(2**10, early=True)
@@ -97,16 +97,16 @@ def test_float64_costs_more_on_most_gpus(monkeypatch):
     costs = {}
     for capability in ((9, 0), (8, 9)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        size = distill._plan.Size(2048, 32000, 256, 512, torch.device("cuda"), True, False, True, True)
+        size = costs.Size(2048, 32000, 256, 512, torch.device("cuda"), True, False, True, True)
         costs[capability] = size.costs()["gram"] - 300 * 0.04  # without what a call costs in itself
     assert costs[8, 9] == pytest.approx(32 * costs[9, 0])
 
 
 def test_devices_without_float64_take_blocks(monkeypatch):
-    size = distill._plan.Size(2048, 32000, 256, 512, torch.device("mps"), False, True, True, True)
+    size = costs.Size(2048, 32000, 256, 512, torch.device("mps"), False, True, True, True)
     assert set(size.costs()) == {"blocks"}
-    monkeypatch.setattr(distill._plan, "has_float64", lambda device: False)
-    monkeypatch.setattr(distill._heads, "has_float64", lambda device: False)
+    monkeypatch.setattr(costs, "has_float64", lambda device: False)
+    monkeypatch.setattr(problems, "has_float64", lambda device: False)
     pair = heads()
     for states in (hidden(5), hidden(2**18)):
         torch.testing.assert_close(LinearLogitLoss(*pair)(*states), by_logits(pair, states))

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._checks import check_count, check_positive, check_samples, without_autocast
 from distill._registry import register_loss
-from distill._tensors import check_count, check_positive, check_samples, normalize, without_autocast
+from distill.losses._vectors import normalize
 
 
 def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._random import RandomLoss
+from distill._checks import check_count, check_positive, check_samples, is_integer, without_autocast
 from distill._registry import register_loss
-from distill._tensors import check_count, check_positive, check_samples, is_integer, normalize, without_autocast
+from distill.losses._random import RandomLoss
+from distill.losses._vectors import normalize
 
 _NUM_NEGATIVES, _MOMENTUM = 16384, 0.5
 

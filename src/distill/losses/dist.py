@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._checks import check_not_negative, check_pair, check_positive
 from distill._registry import register_loss
-from distill._tensors import check_not_negative, check_pair, check_positive, harden, soften
+from distill.losses._softened import harden, soften
 
 _EPS = 1e-8
 

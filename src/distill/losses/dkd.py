@@ -7,18 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._checks import check_classes, check_labels, check_not_negative, check_pair, check_positive
+from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
-from distill._tensors import (
-    Reduction,
-    check_classes,
-    check_labels,
-    check_not_negative,
-    check_pair,
-    check_positive,
-    check_reduction,
-    reduce,
-    soften,
-)
+from distill.losses._softened import soften
 
 
 def dkd_loss(

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._maps import check_maps, pool_to_smaller
+from distill._checks import without_autocast
+from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_reduction, reduce, without_autocast
+from distill.losses._maps import check_maps, pool_to_smaller
 
 
 def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

@@ -4,9 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._maps import check_maps, pool_to_smaller
+from distill._checks import check_count, check_pair, make_ready, without_autocast
+from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_count, check_pair, check_reduction, make_ready, reduce, without_autocast
+from distill.losses._maps import check_maps, pool_to_smaller
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -4,18 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._checks import check_fraction, check_pair, check_positive
+from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
-from distill._tensors import (
-    Reduction,
-    check_fraction,
-    check_pair,
-    check_positive,
-    check_reduction,
-    harden,
-    log_mixture,
-    reduce,
-    soften,
-)
+from distill.losses._softened import harden, log_mixture, soften
 
 
 def js_loss(student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature: float = 1.0, dim: int = -1) -> Tensor:

@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
+from distill._checks import check_positive
+from distill._engine.rows import Rows
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill._rowwise import RowLoss
-from distill._tensors import Reduction, check_positive, check_reduction
+from distill.losses._base import RowLoss
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
@@ -36,10 +37,10 @@ def _block(
     return values.squeeze(-1)
 
 
-_ROWS = RowLoss(_formula, block=_block, kernel="kl")
+_ROWS = Rows(_formula, block=_block, kernel="kl")
 
 
-def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: int = -1) -> Tensor:
+def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: int | None = None) -> Tensor:
     """Divergence of the student's softened distribution from the teacher's, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T)
@@ -61,7 +62,7 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
             float32.
         teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
         temperature: What both logits are divided by, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
         One value per sample, shape `(...)`, in nats times the squared temperature, not negative but for rounding;
@@ -69,7 +70,8 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
 
     Raises:
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not
-            positive and finite, or `dim` is out of range.
+            positive and finite, there is only one class, or `dim` is out of range or not given where there are four
+            dimensions or more.
 
     Examples:
         >>> import torch
@@ -84,11 +86,11 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
         learning workshop 2014 and arXiv 1503.02531 (2015).
     """
     check_positive("temperature", temperature)
-    return _ROWS(student, teacher, dim=dim, temperature=temperature)
+    return _ROWS.values(student, teacher, dim=dim, temperature=temperature)
 
 
 @register_loss("kl")
-class KLLoss(nn.Module):
+class KLLoss(RowLoss):
     """Divergence of the softened distributions, T^2 KL(teacher || student); see `kl_loss` for the formula.
 
     With large inputs a mean or sum forms the gradient already in the forward, which costs one tensor of the student's
@@ -97,7 +99,7 @@ class KLLoss(nn.Module):
     Args:
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
         ValueError: If the temperature is not positive and finite, or the reduction is unknown.
@@ -111,34 +113,9 @@ class KLLoss(nn.Module):
         tensor(0.)
     """
 
-    def __init__(self, temperature: float = 4.0, *, reduction: Reduction = "mean", dim: int = -1) -> None:
-        super().__init__()
-        self.temperature = check_positive("temperature", temperature)
-        self.reduction = check_reduction(reduction)
-        self.dim = dim
+    rows = _ROWS
+    options = {"temperature": check_positive}  # noqa: RUF012 - declared in the base
 
-    @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Logits, `(..., C)`.
-            teacher: Logits, same shape.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(...)`.
-
-        Raises:
-            ValueError: As `kl_loss`, and if the mask has another shape than the per-sample values.
-        """
-        check_positive("temperature", self.temperature)  # it may have been changed
-        return _ROWS(student, teacher, dim=self.dim, reduction=self.reduction, mask=mask, temperature=self.temperature)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"temperature={self.temperature}, reduction={self.reduction!r}, dim={self.dim}"
+    def __init__(self, temperature: float = 4.0, *, reduction: Reduction = "mean", dim: int | None = None) -> None:
+        super().__init__(reduction=reduction, dim=dim)
+        self.temperature = temperature

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._gram import factorise, teacher_gram
-from distill._heads import Problem, check_heads, check_vocabulary
-from distill._plan import Plan, Size, cheapest
+from distill._engine.squared.gram import factorise, teacher_gram
+from distill._engine.squared.heads import Problem, check_heads, check_vocabulary
+from distill._engine.squared.plan import Plan, Size, cheapest
+from distill._reduction import Reduction, check_reduction
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_reduction
 from distill.losses.logit import _ROWS
 
 Method: TypeAlias = Literal["auto", "factor", "gram", "blocks", "logits"]
@@ -104,7 +104,7 @@ def linear_logit_loss(
     if chosen == "auto":
         chosen = "logits" if problem.is_tiny() else cheapest(problem.size().costs())
     problem.check_possible(chosen)
-    return _ROWS(*problem.logits(), dim=-1) if chosen == "logits" else problem.loss(chosen)
+    return _ROWS.values(*problem.logits(), dim=-1) if chosen == "logits" else problem.loss(chosen)
 
 
 @register_loss("linear_logit")
@@ -209,7 +209,7 @@ class LinearLogitLoss(nn.Module):
         problem.check_possible(chosen)
         factor = own = None
         if chosen == "logits":
-            return _ROWS(*problem.logits(), dim=-1, reduction=self.reduction, mask=mask)
+            return _ROWS.reduced(*problem.logits(), dim=-1, reduction=self.reduction, mask=mask)
         if chosen == "factor":
             factor = self._keep("factor", self._tensors(), lambda: factorise(problem.heads()))
         elif chosen == "gram":

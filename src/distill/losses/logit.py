@@ -4,12 +4,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
+from distill._engine.rows import Rows
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill._rowwise import RowLoss
-from distill._tensors import Reduction, check_reduction
+from distill.losses._base import RowLoss
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
@@ -17,8 +17,7 @@ def _formula(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
 
 
 def _mean(student: Tensor, teacher: Tensor) -> Tensor:
-    # What F.mse_loss calls after checks that cost as much as all of ours; its reduction 1 is the mean.
-    return torch._C._nn.mse_loss(student, teacher, 1)  # type: ignore[arg-type]  # the stub says str
+    return F.mse_loss(student, teacher)
 
 
 def _block(student: Tensor, teacher: Tensor, factors: Tensor | None, gradient: Tensor, spare: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ def _squares(difference: Tensor, spare: Tensor) -> Tensor:
 
 
 # Up to some three million elements caches hold what the plain form writes, and it is faster.
-_ROWS = RowLoss(_formula, block=_block, kernel="logit", mean=_mean, pays_from=3)
+_ROWS = Rows(_formula, block=_block, kernel="logit", mean=_mean, pays_from=3, softmax=False)
 
 
 def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
@@ -83,11 +82,11 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014 and arXiv
         1312.6184, section 2.2 (regressing logits with L2 loss).
     """
-    return _ROWS(student, teacher, dim=dim)
+    return _ROWS.values(student, teacher, dim=dim)
 
 
 @register_loss("logit")
-class LogitLoss(nn.Module):
+class LogitLoss(RowLoss):
     """Mean squared difference of student and teacher; see `logit_loss` for the formula.
 
     It needs no argument, and `LogitLoss()` equals `torch.nn.MSELoss()` with the teacher detached.
@@ -112,32 +111,7 @@ class LogitLoss(nn.Module):
         tensor(-0.1000)
     """
 
+    rows = _ROWS
+
     def __init__(self, *, reduction: Reduction = "mean", dim: int = -1) -> None:
-        super().__init__()
-        self.reduction = check_reduction(reduction)
-        self.dim = dim
-
-    @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: `(..., C)`.
-            teacher: Same shape.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(...)`.
-
-        Raises:
-            ValueError: As `logit_loss`, and if the mask has another shape than the per-sample values.
-        """
-        return _ROWS(student, teacher, dim=self.dim, reduction=self.reduction, mask=mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"reduction={self.reduction!r}, dim={self.dim}"
+        super().__init__(reduction=reduction, dim=dim)

@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._maps import check_maps, pool_to_smaller, run_layers
-from distill._random import RandomLoss
+from distill._checks import check_count, check_pair, check_positive
+from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
-from distill._tensors import Reduction, check_count, check_pair, check_positive, check_reduction, reduce
+from distill.losses._maps import check_maps, pool_to_smaller, run_layers
+from distill.losses._random import RandomLoss
 
 
 def mgd_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Tensor:

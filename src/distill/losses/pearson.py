@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._maps import check_maps, pool_to_smaller
 from distill._registry import register_loss
+from distill.losses._maps import check_maps, pool_to_smaller
 
 _EPS = 1e-6  # what the benchmark adds to the deviation
 

@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._checks import check_samples, without_autocast
 from distill._registry import register_loss
-from distill._tensors import check_samples, normalize, without_autocast
+from distill.losses._vectors import normalize
 
 _EPS = 1e-7
 

@@ -5,18 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._checks import check_fraction, check_pair, check_positive
+from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
-from distill._tensors import (
-    Reduction,
-    check_fraction,
-    check_pair,
-    check_positive,
-    check_reduction,
-    harden,
-    log_mixture,
-    reduce,
-    soften,
-)
+from distill.losses._softened import harden, log_mixture, soften
 
 
 def skew_reverse_kl_loss(

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._checks import check_samples, without_autocast
 from distill._registry import register_loss
-from distill._tensors import check_samples, normalize, without_autocast
+from distill.losses._vectors import normalize
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill._tensors import make_ready, without_autocast
+from distill._checks import make_ready, without_autocast
 
 
 def check_maps(

@@ -9,18 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill import Distiller, KLLoss, LogitLoss, Term, kl_loss, logit_loss
-from models import Net, WithLogits, batch
-
-
-class Hint(nn.Module):
-    """A loss with a weight of its own."""
-
-    def __init__(self, student_width, teacher_width):
-        super().__init__()
-        self.regressor = nn.Linear(student_width, teacher_width)
-
-    def forward(self, student, teacher, target=None, *, mask=None):
-        return logit_loss(self.regressor(student), teacher).mean()
+from models import Hint, Net, WithLogits, batch
 
 
 class Pairs(nn.Module):

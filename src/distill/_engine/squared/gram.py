@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from typing_extensions import override
 
+from distill._checks import may_look
+
 # Rows of the weights that are multiplied at a time: fewer round less; more wait less for each other's threads.
 _ROWS = {torch.float32: 2048, torch.float64: 1024}
 # The smallest squared difference, relative to the squares of the logits, that a form gives to better than 1e-3, as
@@ -109,7 +111,7 @@ def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tens
     values, sizes = _precisely(compute, student, _SMALLEST_BY_GRAM[torch.float32])
     # Values that float64 does not save come from the factor. The gradient, which errs by eps / r only, stays.
     with torch.no_grad():
-        if _may_look(student) and (values < _SMALLEST_BY_GRAM[torch.float64] * sizes).any():
+        if may_look(student) and (values < _SMALLEST_BY_GRAM[torch.float64] * sizes).any():
             better = by_factor(student, teacher, factorise(heads))
         else:
             better = values.clamp(min=0)
@@ -172,18 +174,12 @@ def _precisely(
     compute: Callable[[torch.dtype], tuple[Tensor, Tensor]], hidden: Tensor, smallest: float
 ) -> tuple[Tensor, Tensor]:
     """Values and the squares of the logits in float64, or in float32 where that is faster and enough."""
-    if hidden.dtype == torch.float64 or not _may_look(hidden):
+    if hidden.dtype == torch.float64 or not may_look(hidden):
         return compute(torch.float64)
     values, sizes = compute(torch.float32)
     if (values.detach() < smallest * sizes.detach()).any():
         return compute(torch.float64)
     return values, sizes
-
-
-def _may_look(hidden: Tensor) -> bool:
-    """Whether to branch on a value: on a GPU it would wait for the device, and what is traced cannot."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return hidden.device.type == "cpu" and not traced
 
 
 def _stack(parts: list[Tensor], start: int, rows: int, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from distill import Distiller, LogitLoss, Term
-from distill._taps import run_with_taps
+from distill._distiller.taps import run_with_taps
 from models import Checkpointed, Net, batch
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from contract import make_pair
-from distill._maps import check_maps, pool_to_smaller, run_layers
+from distill.losses._maps import check_maps, pool_to_smaller, run_layers
 from learned import average_pool, make_maps
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-WORKER = Path(__file__).with_name("ddp_worker.py")
+WORKER = Path(__file__).parents[1] / "support/ddp_worker.py"
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo")
 def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [(0, 1), (0, 2), (1, 2)]
     processes = [
         subprocess.Popen([sys.executable, str(WORKER), str(rank), str(world), str(tmp_path)], env=environment)

@@ -3,13 +3,9 @@
 import pytest
 import torch
 
-from distill._tensors import (
-    check_pair,
-    check_positive,
-    normalize,
-    reduce,
-    without_autocast,
-)
+from distill._checks import check_pair, check_positive, without_autocast
+from distill._reduction import reduce
+from distill.losses._vectors import normalize
 
 
 def test_pair_is_computed_in_the_wider_dtype_and_at_least_float32():

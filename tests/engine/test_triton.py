@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from contract import gradient, make_pair
-from distill import KLLoss, _rowwise
+from distill import KLLoss
+from distill._engine import fused as engine
+
+WORKER = Path(__file__).parents[1] / "support/triton_worker.py"
 
 
 def test_triton_kernels_in_the_interpreter():
@@ -18,14 +21,7 @@ def test_triton_kernels_in_the_interpreter():
         pytest.skip(
             "needs Triton: `pip install triton` in an environment of its own (CONTRIBUTING.md), then pytest this file"
         )
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), *sys.path])
-    result = subprocess.run(
-        [sys.executable, here / "triton_worker.py"],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
+    result = subprocess.run([sys.executable, WORKER], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -33,15 +29,15 @@ def test_triton_is_asked_for_float32_on_a_gpu_only(monkeypatch):
     class OnGpu:
         is_cuda, device = True, torch.device("cuda:1")
 
-    monkeypatch.setattr(_rowwise, "_import_triton", lambda device: device)
-    assert _rowwise._kernels(torch.ones(2), torch.float32) is None
-    assert _rowwise._kernels(OnGpu, torch.float64) is None
-    assert _rowwise._kernels(OnGpu, torch.float32) == OnGpu.device
+    monkeypatch.setattr(engine, "_import_triton", lambda device: device)
+    assert engine._kernels(torch.ones(2), torch.float32) is None
+    assert engine._kernels(OnGpu, torch.float64) is None
+    assert engine._kernels(OnGpu, torch.float32) == OnGpu.device
 
 
 def test_triton_may_be_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "distill._triton", None)  # makes its import fail
-    assert _rowwise._import_triton.__wrapped__(torch.device("cpu")) is None
+    monkeypatch.setitem(sys.modules, "distill._engine.triton", None)  # makes its import fail
+    assert engine._import_triton.__wrapped__(torch.device("cpu")) is None
 
 
 def test_triton_must_run_before_it_is_used(monkeypatch):
@@ -52,12 +48,12 @@ def test_triton_must_run_before_it_is_used(monkeypatch):
                 raise RuntimeError("Failed to find C compiler")
             gradient.mul_(factor)
 
-    monkeypatch.setitem(sys.modules, "distill._triton", Kernels)
-    assert _rowwise._import_triton.__wrapped__(torch.device("cpu")) is Kernels
+    monkeypatch.setitem(sys.modules, "distill._engine.triton", Kernels)
+    assert engine._import_triton.__wrapped__(torch.device("cpu")) is Kernels
     with pytest.warns(
         RuntimeWarning, match="Triton does not run on meta, .* blocks of rows: Failed to find C compiler"
     ):
-        assert _rowwise._import_triton.__wrapped__(torch.device("meta")) is None
+        assert engine._import_triton.__wrapped__(torch.device("meta")) is None
 
 
 def test_without_a_gpu_triton_is_not_even_imported(tmp_path):
@@ -75,7 +71,7 @@ heads = torch.nn.Linear(32, 3000), torch.nn.Linear(64, 3000)
 for method in ("gram", "blocks", "logits"):
     loss = distill.LinearLogitLoss(*heads, method=method)
     (0.5 * loss(student[:, :32], teacher[:, :64])).backward()
-assert "triton" not in sys.modules and "distill._triton" not in sys.modules
+assert "triton" not in sys.modules and "distill._engine.triton" not in sys.modules
 import importlib.util
 assert importlib.util.find_spec("triton").origin == sys.argv[1]
 """
@@ -102,6 +98,6 @@ def test_kernels_may_decline_and_scale_where_they_are(fused, monkeypatch):
 
     student, teacher = make_pair(6, 10)
     expected = gradient(lambda s: 2 * KLLoss()(s, teacher), student)
-    monkeypatch.setattr(_rowwise, "_kernels", lambda x, dtype: Kernels)
+    monkeypatch.setattr(engine, "_kernels", lambda x, dtype: Kernels)
     torch.testing.assert_close(gradient(lambda s: 2 * KLLoss()(s, teacher), student), expected)
     assert Kernels.scaled == 1

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distill import logit_loss
+
 
 class Net(nn.Module):
     """Linear, batch norm, ReLU, linear: (N, 6) -> (N, 5), with 8 features inside."""
@@ -39,6 +41,17 @@ class WithLogits(Net):
 
     def forward(self, x: Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=super().forward(x), hidden=x)
+
+
+class Hint(nn.Module):
+    """A loss with a weight of its own."""
+
+    def __init__(self, student_width, teacher_width):
+        super().__init__()
+        self.regressor = nn.Linear(student_width, teacher_width)
+
+    def forward(self, student, teacher, target=None, *, mask=None):
+        return logit_loss(self.regressor(student), teacher).mean()
 
 
 def batch(size: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor]:

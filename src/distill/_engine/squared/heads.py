@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill._blocks import by_blocks, forms_early, reduce_by_blocks
-from distill._gram import Factor, Heads, by_factor, by_gram, factorise, teacher_gram
-from distill._plan import Size, has_float64, is_tiny
-from distill._tensors import Reduction, check_mask, reduce, without_autocast
+from distill._checks import without_autocast
+from distill._engine.squared.classes import by_blocks, forms_early, reduce_by_blocks
+from distill._engine.squared.gram import Factor, Heads, by_factor, by_gram, factorise, teacher_gram
+from distill._engine.squared.plan import Size, has_float64, is_tiny
+from distill._reduction import Reduction, check_mask, reduce
 
 
 class Problem(NamedTuple):

@@ -9,15 +9,17 @@ import itertools
 import torch
 
 from contract import gradient, make_pair
-from distill import KLLoss, LogitLoss, _rowwise, _triton
-from distill._rowwise import RowLoss
-from distill._tensors import reduce
+from distill import KLLoss, LogitLoss
+from distill._engine import fused as engine
+from distill._engine import triton as kernels
+from distill._engine.rows import Rows
+from distill._reduction import reduce
 from distill.losses import kl, logit
 
 LOSSES = [("logit", logit._ROWS, LogitLoss(), {}), ("kl", kl._ROWS, KLLoss(2.5), {"temperature": 2.5})]
 # As if these tensors were on a GPU.
-_rowwise.SMALL, _rowwise.SHORT = 0, 1
-_rowwise._kernels = lambda x, dtype: _triton if dtype == torch.float32 else None
+engine.SMALL, engine.SHORT = 0, 1
+engine._kernels = lambda x, dtype: kernels if dtype == torch.float32 else None
 
 
 def no_blocks(*args, **options):
@@ -44,7 +46,7 @@ def check_values_and_gradients():
 
 
 def check(name, plain, student, teacher, options, factor):
-    loss = RowLoss(plain.formula, block=no_blocks, kernel=name)
+    loss = Rows(plain.formula, block=no_blocks, kernel=name)
     student = student.detach().requires_grad_()
     exact = plain.formula(student.detach().double(), teacher.double(), **without_reduction(options))
     value = loss(student, teacher, **options)
@@ -99,19 +101,19 @@ def check_layouts_without_a_kernel_take_blocks():
             gradient(module, student, teacher), gradient(module, student.double(), teacher.double()).float()
         )
     inner = student.detach()[:3, :4, :5]  # no two strides reach every row
-    assert _triton._layout(inner, inner) is None
+    assert kernels._layout(inner, inner) is None
     torch.testing.assert_close(LogitLoss()(inner, inner + 2), torch.tensor(4.0))
-    assert _triton._layout(student, teacher) == (4 * 5 * 6, [0, 7, 0, 7])
-    assert _triton._layout(student[:, :4], teacher[:, 1:]) == (4 * 6, [210, 7, 210, 7])
+    assert kernels._layout(student, teacher) == (4 * 5 * 6, [0, 7, 0, 7])
+    assert kernels._layout(student[:, :4], teacher[:, 1:]) == (4 * 6, [210, 7, 210, 7])
 
 
 def check_scale():
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.arange(5000).to(dtype)
         expected = (x.float() * 0.1).to(dtype)
-        _triton.scale(x, torch.tensor(1.0))
+        kernels.scale(x, torch.tensor(1.0))
         assert torch.equal(x, torch.arange(5000).to(dtype))
-        _triton.scale(x, torch.tensor(0.1))
+        kernels.scale(x, torch.tensor(0.1))
         torch.testing.assert_close(x, expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=0)
 
 

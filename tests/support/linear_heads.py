@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from distill import LogitLoss, _plan, logit_loss
+from distill import LogitLoss, logit_loss
+from distill._engine.squared import plan
 
 METHODS = ("gram", "blocks", "factor", "logits")
 
@@ -59,6 +60,6 @@ def by_logits(pair, states):
 
 def as_if_large(monkeypatch):
     """Let inputs of any size be as large as those whose logits nobody wants to form."""
-    monkeypatch.setattr(_plan, "_FORMED", 0)
-    monkeypatch.setattr(_plan, "_LEAST_OF_OTHERS", 0)
-    monkeypatch.setattr(_plan, "_PER_CALL", dict.fromkeys(_plan._PER_CALL, 0))
+    monkeypatch.setattr(plan, "_FORMED", 0)
+    monkeypatch.setattr(plan, "_LEAST_OF_OTHERS", 0)
+    monkeypatch.setattr(plan, "_PER_CALL", dict.fromkeys(plan._PER_CALL, 0))

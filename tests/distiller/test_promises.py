@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from distill import Distiller, KLLoss, LogitLoss, Term
-from models import Net, batch
-from test_distiller import Hint
+from models import Hint, Net, batch
 
 
 def build(**options):

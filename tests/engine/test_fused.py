@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contract import gradient, make_pair
-from distill import KLLoss, LogitLoss, _rowwise, kl_loss, logit_loss
-from distill._rowwise import RowLoss
-from distill._tensors import REDUCTIONS, reduce, row_weights
+from distill import KLLoss, LogitLoss, kl_loss, logit_loss
+from distill._engine import fused as engine
+from distill._engine.rows import Rows
+from distill._reduction import REDUCTIONS, reduce, row_weights
 from distill.losses import kl, logit
 from rowwise import LOSSES, is_fused
 
@@ -30,7 +31,7 @@ class Counted:
     def __init__(self, loss):
         self.calls = 0
         self.of_loss = loss.block
-        self.loss = RowLoss(loss.formula, block=self)
+        self.loss = Rows(loss.formula, block=self)
 
     def __call__(self, *args, **options):
         self.calls += 1
@@ -86,9 +87,9 @@ def test_equals_the_plain_form(name):
         # The oracle computes in float64; only its gradient comes back in the student's dtype.
         plain, plain_gradient = value_and_gradient(loss, student, upstream, teacher.double(), **options)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_rowwise, "SMALL", 0)
-            patch.setattr(_rowwise, "SHORT", 1)
-            patch.setattr(_rowwise, "_block_elements", lambda device: 64)
+            patch.setattr(engine, "SMALL", 0)
+            patch.setattr(engine, "SHORT", 1)
+            patch.setattr(engine, "_block_elements", lambda device: 64)
             ours, our_gradient = value_and_gradient(loss, student, upstream, teacher, **options)
             assert is_fused(ours) is (student.stride(dim) == teacher.stride(dim) == 1)
             with torch.no_grad():
@@ -111,7 +112,7 @@ def test_equals_the_plain_form(name):
 def test_blocks_cover_every_row_once_and_are_no_larger_than_allowed(shape, limit):
     limit = max(limit, shape[-1])
     count = torch.zeros(shape)
-    for index in _rowwise._cut(count.shape, limit):
+    for index in engine._cut(count.shape, limit):
         assert count[index].numel() <= limit
         count[index] += 1
     assert (count == 1).all()
@@ -136,7 +137,7 @@ def test_small_inputs_are_plain_and_large_ones_are_not():
 
 
 def test_a_mean_of_short_rows_is_one_operation():
-    short, long = (make_pair(3 * _rowwise.SMALL // n, n, dtype=torch.float32) for n in (32, 64))
+    short, long = (make_pair(3 * engine.SMALL // n, n, dtype=torch.float32) for n in (32, 64))
     assert [is_fused(LogitLoss()(*pair)) for pair in (short, long)] == [False, True]
     assert is_fused(LogitLoss(reduction="sum")(*short))
     assert is_fused(LogitLoss()(*short, mask=torch.ones(len(short[0]))))
@@ -155,7 +156,7 @@ def test_rows_in_pieces_are_plain_and_channels_last_are_not(fused):
 
 
 def test_rows_too_long_for_a_block_are_plain(fused, monkeypatch):
-    monkeypatch.setattr(_rowwise, "LARGEST_ROW", 9)
+    monkeypatch.setattr(engine, "LARGEST_ROW", 9)
     assert not is_fused(LogitLoss()(*make_pair(6, 10)))
     assert is_fused(LogitLoss()(*make_pair(6, 9)))
 
@@ -163,8 +164,8 @@ def test_rows_too_long_for_a_block_are_plain(fused, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2, 64, 1000])
 def test_block_size_grows_with_the_threads_within_limits(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert 2**19 <= _rowwise._block_elements(torch.device("cpu")) <= 2**21
-    assert _rowwise._block_elements(torch.device("cuda")) == 2**22
+    assert 2**19 <= engine._block_elements(torch.device("cpu")) <= 2**21
+    assert engine._block_elements(torch.device("cuda")) == 2**22
 
 
 @pytest.mark.parametrize(("reduction", "dtype", "passes"), [
@@ -190,7 +191,7 @@ def test_values_alone_take_no_gradient(fused):
         seen.append(factors)
         return logit._block(ours, theirs, factors, *buffers)
 
-    loss = RowLoss(logit._formula, block=block)
+    loss = Rows(logit._formula, block=block)
     with torch.no_grad():
         loss(student, teacher, dim=-1, reduction="mean")
     with torch.inference_mode():
@@ -226,7 +227,7 @@ def test_shifted_logits_of_a_language_model(fused):
 def test_takes_no_memory_but_the_gradient_and_a_few_blocks(loss, dtype):
     student, teacher = make_pair(256, 2**15, dtype=dtype)
     size = student.numel() * student.element_size()
-    buffers = 4 * 4 * _rowwise._block_elements(student.device)
+    buffers = 4 * 4 * engine._block_elements(student.device)
     assert buffers <= 32 * 2**20
 
     def step():

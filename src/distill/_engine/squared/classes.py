@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.autograd import Function
 from typing_extensions import override
 
-from distill._gram import Heads, function_of, must_stay_differentiable
-from distill._plan import KEPT
-from distill._rowwise import scale
-from distill._tensors import Reduction, reduce, row_weights, without_autocast
+from distill._checks import without_autocast
+from distill._engine.fused import scale
+from distill._engine.squared.gram import Heads, function_of, must_stay_differentiable
+from distill._engine.squared.plan import KEPT
+from distill._reduction import Reduction, reduce, row_weights
 
 # Logits that are formed at a time: 4 MB in float32, which stay in a CPU's cache; a GPU wants larger products.
 _LOGITS = 2**20

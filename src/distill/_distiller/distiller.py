@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._taps import check_path, run_with_taps
+from distill._distiller.taps import check_path, run_with_taps
 
 _Side: TypeAlias = str | tuple[str, ...]
 _Sides: TypeAlias = tuple[_Side, _Side]

@@ -1,10 +1,10 @@
 """What the tests of `RowLoss` share."""
 
-from distill._rowwise import RowLoss
+from distill._engine.rows import Rows
 from distill.losses import kl, logit
 
 # What a loss with nothing but a formula gets; the options say that they reach it.
-BY_AUTOGRAD = RowLoss(kl._formula)
+BY_AUTOGRAD = Rows(kl._formula)
 LOSSES = {
     "logit": (logit._ROWS, {}),
     "kl": (kl._ROWS, {"temperature": 2.5}),

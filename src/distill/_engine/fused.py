@@ -1,9 +1,6 @@
-"""Losses that treat each row by itself, without a temporary of the input's size: values and gradient in one pass.
+"""Runs a loss of rows on large inputs without a temporary of their size: values and gradient in one pass."""
 
-A loss opts in with `RowLoss(formula)`. Small inputs, `torch.compile`, `torch.func` and whatever else is not an ordinary
-tensor on the CPU or a GPU get the formula as it stands; large inputs get blocks of rows that stay in cache, or a Triton
-kernel.
-"""
+from __future__ import annotations
 
 import functools
 import importlib
@@ -12,147 +9,137 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from typing_extensions import override
 
-from distill._tensors import Reduction, check_inputs, check_mask, reduce, row_weights
+from distill._checks import ordinary
+from distill._reduction import Reduction, hide, reduce, row_weights
+
+if TYPE_CHECKING:
+    from distill._engine.rows import Rows
 
 SMALL = 2**20  # elements below which a few plain operations cost less than the fused form
 SHORT = 64  # columns below which summing row by row costs more than a single operation for the mean saves
 LARGEST_ROW = 2**21  # elements of a row above which the buffers of a block would no longer be small
 
 
-@dataclass(frozen=True)
-class RowLoss:
-    """A loss of rows: what it is, and how to do it fast where the inputs are large.
+def can_fuse(loss: Rows, student: Tensor, teacher: Tensor, dim: int, options: dict[str, Any], *, mean: bool) -> bool:
+    """Whether these are ordinary tensors, large enough, with rows in one piece, and nobody traces or transforms.
 
     Args:
-        formula: `formula(student, teacher, dim=..., **options)` gives the per-sample values with plain, differentiable
-            operations. Both tensors come in the dtype of the computation, the teacher detached.
-        block: `block(student, teacher, factors, gradient, spare, **options)` gives the values `(R,)` of a block of rows
-            `(R, C)`. It only reads student and teacher, and may use `gradient` and `spare`, `(R, C)`, as it likes; but
-            where `factors`, `(R, 1)`, is not None, it leaves in `gradient` the values' gradient for the student, each
-            row times its factor. None: autograd finds the gradient of the formula, block by block.
-        kernel: The name of the kernel in `_triton` that does the same on a GPU. None: blocks there too.
-        mean: `mean(student, teacher, **options)` gives the mean of the formula over all samples, where PyTorch has a
-            single operation for it.
-        pays_from: How many times `SMALL` elements there must be for the fused form to pay.
+        loss: The loss.
+        student: The student's rows, checked.
+        teacher: The teacher's rows, detached.
+        dim: The dimension of a row.
+        options: What the formula takes.
+        mean: Whether PyTorch has a single operation for what is asked.
     """
+    return (
+        not torch.compiler.is_compiling()
+        and student.numel() >= SMALL * loss.pays_from
+        and (SHORT if mean else 1) <= student.shape[dim] <= LARGEST_ROW
+        # Collecting the numbers of a row from all over the memory costs more than blocks save.
+        and student.stride(dim) == teacher.stride(dim) == 1
+        and student.device.type in ("cpu", "cuda")
+        and type(student) in (Tensor, nn.Parameter)
+        and type(teacher) in (Tensor, nn.Parameter)
+        and not any(isinstance(option, Tensor) for option in options.values())  # it may want a gradient
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and forward_ad.unpack_dual(student).tangent is None  # type: ignore[no-untyped-call]
+    )
 
-    formula: Callable[..., Tensor]
-    block: Callable[..., Tensor] | None = None
-    kernel: str | None = None
-    mean: Callable[..., Tensor] | None = None
-    pays_from: int = 1
 
-    def __call__(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        *,
-        dim: int,
-        reduction: Reduction = "none",
-        mask: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Check the inputs and compute the loss, as `reduce(formula(...), reduction, mask)` would.
+def run(
+    loss: Rows,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    *,
+    dim: int,
+    dtype: torch.dtype,
+    reduction: Reduction,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Compute the loss of inputs that `can_fuse`.
 
-        Args:
-            student: `(..., C)`, or with the `C` values along `dim`.
-            teacher: Same shape. A constant.
-            dim: The dimension of a row.
-            reduction: As in `reduce`.
-            mask: As in `reduce`.
-            options: What the formula takes.
-
-        Returns:
-            What `reduce` returns.
-
-        Raises:
-            ValueError: As `check_inputs` and `check_mask`.
-        """
-        dtype = check_inputs(student, teacher, dim=dim)
-        teacher = teacher.detach()
-        mean = self.mean if reduction == "mean" and mask is None else None
-        if torch.compiler.is_compiling() or not self._can_fuse(student, teacher, dim, SHORT if mean else 1, options):
-            if student.dtype != dtype:
-                student = student.to(dtype)
-            if teacher.dtype != dtype:
-                teacher = teacher.to(dtype)
-            if mean is not None:
-                return mean(student, teacher, **options)
-            return reduce(self.formula(student, teacher, dim=dim, **options), reduction, mask)
-
-        if mask is not None:
-            shape = student.movedim(dim, -1).shape[:-1]
-            check_mask(mask, shape, student.device)
-            if mask.requires_grad:  # weights that learn: the gradient needs the values
-                return reduce(self(student, teacher, dim=dim, **options), reduction, mask)
-            mask = mask.to(dtype)
-        call = _Call(self, options, dim, dtype, reduction)
-        if torch.is_grad_enabled() and student.requires_grad:
-            value: Tensor = _Fused.apply(student, teacher, mask, call)  # type: ignore[no-untyped-call]
-            return value
-        return reduce(call.run(student, teacher)[0], reduction, mask)
-
-    def _can_fuse(self, student: Tensor, teacher: Tensor, dim: int, shortest_row: int, options: dict[str, Any]) -> bool:
-        """Whether these are ordinary tensors, large enough, with rows in one piece, and nobody traces or transforms."""
-        return (
-            student.numel() >= SMALL * self.pays_from
-            and shortest_row <= student.shape[dim] <= LARGEST_ROW
-            # Collecting the numbers of a row from all over the memory costs more than blocks save.
-            and student.stride(dim) == teacher.stride(dim) == 1
-            and student.device.type in ("cpu", "cuda")
-            and type(student) in (Tensor, nn.Parameter)
-            and type(teacher) is Tensor
-            and not any(isinstance(option, Tensor) for option in options.values())  # it may want a gradient
-            and not torch._C._are_functorch_transforms_active()
-            and torch._C._get_tracing_state() is None
-            and forward_ad.unpack_dual(student).tangent is None  # type: ignore[no-untyped-call]
-        )
+    Args:
+        loss: The loss.
+        student: The student's rows, checked.
+        teacher: The teacher's rows, detached.
+        labels: One label per row, checked, with a dimension of size 1 at `dim`, for a loss that uses labels.
+        dim: The dimension of a row.
+        dtype: The dtype to compute in.
+        reduction: As in `reduce`.
+        mask: As in `reduce`, checked; one that needs no gradient.
+        options: What the formula takes.
+    """
+    call = _Call(loss, options, dim, dtype, reduction)
+    if torch.is_grad_enabled() and student.requires_grad:
+        value: Tensor = _Fused.apply(student, teacher, labels, mask, call)  # type: ignore[no-untyped-call]
+        return value
+    return reduce(call.run(student, teacher, labels)[0], reduction, mask)
 
 
 @dataclass(frozen=True)
 class _Call:
     """One call of a loss, but for its tensors."""
 
-    loss: RowLoss
+    loss: Rows
     options: dict[str, Any]
     dim: int
     dtype: torch.dtype
     reduction: Reduction
 
-    def plain(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    def plain(self, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
         """Give the loss with plain operations."""
-        pair = student.to(self.dtype), teacher.to(self.dtype)
-        return reduce(self.loss.formula(*pair, dim=self.dim, **self.options), self.reduction, mask)
+        if mask is not None:
+            student, teacher = hide(student, mask, dim=self.dim), hide(teacher, mask, dim=self.dim)
+        pair = student.to(self.dtype), ordinary(teacher).to(self.dtype)
+        operands = () if labels is None else (labels,)
+        values = self.loss.formula(*pair, *operands, dim=self.dim, **self.options)
+        return reduce(values, self.reduction, mask)
 
     def weights(self, student: Tensor, mask: Tensor | None) -> Tensor:
         """Give what each row counts for in the reduced value."""
         like = torch.empty(student.movedim(self.dim, -1).shape[:-1], dtype=self.dtype, device=student.device)
         return row_weights(like, self.reduction, mask)
 
-    def run(self, student: Tensor, teacher: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Give the per-sample values and, if there are factors, the gradient for the student in its dtype."""
+    def run(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, factors: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Give the per-sample values and, if there are factors, the gradient for the student in its dtype.
+
+        A row whose factor is 0 gets a gradient of 0, whatever it holds.
+        """
         student, teacher = student.detach().movedim(self.dim, -1), teacher.movedim(self.dim, -1)
+        labels = None if labels is None else labels.movedim(self.dim, -1)
         values = torch.empty(student.shape[:-1], dtype=self.dtype, device=student.device)
         gradient = None if factors is None else torch.empty_like(student)
         kernels = _kernels(student, self.dtype) if self.loss.kernel else None
         if kernels is None or not kernels.run(
             self.loss.kernel, student, teacher, values, factors, gradient, **self.options
         ):
-            self._run_blocks(student, teacher, values, factors, gradient)
+            self._run_blocks(student, teacher, labels, values, factors, gradient)
         return values, None if gradient is None else gradient.movedim(-1, self.dim)
 
     def _run_blocks(
-        self, student: Tensor, teacher: Tensor, values: Tensor, factors: Tensor | None, gradient: Tensor | None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        values: Tensor,
+        factors: Tensor | None,
+        gradient: Tensor | None,
     ) -> None:
         columns = student.shape[-1]
         if all(x is None or x.is_contiguous() for x in (student, teacher, gradient)):
+            labels = None if labels is None else labels.reshape(-1, 1)
             student, teacher, values = student.view(-1, columns), teacher.view(-1, columns), values.view(-1)
             factors = None if factors is None else factors.reshape(-1)
             gradient = None if gradient is None else gradient.view(-1, columns)
@@ -163,12 +150,15 @@ class _Call:
         for index in _cut(student.shape, limit):
             ours, theirs = _rows(student[index], buffers[0]), _rows(teacher[index], buffers[1])
             grad, spare = buffers[2, : len(ours)], buffers[3, : len(ours)]
+            operands = () if labels is None else (labels[index].reshape(-1, 1),)
             if gradient is None or factors is None:
-                part = block(ours, theirs, None, grad, spare, **self.options)
+                part = block(ours, theirs, *operands, None, grad, spare, **self.options)
             else:
                 out = gradient[index]
                 grad = out.view(-1, columns) if in_place else grad
-                part = block(ours, theirs, factors[index].reshape(-1, 1), grad, spare, **self.options)
+                counts = factors[index].reshape(-1, 1)
+                part = block(ours, theirs, *operands, counts, grad, spare, **self.options)
+                _clear_hidden(grad, counts)
                 if not in_place:
                     out.copy_(grad.view(out.shape))
             values[index] = part.view(values[index].shape)
@@ -184,27 +174,41 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, call: _Call) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, call: _Call
+    ) -> Tensor:
         # In half a gradient divided by the number of samples can underflow before a gradient scaler gets to it.
         early = call.reduction != "none" and student.dtype != torch.half
-        values, ctx.gradient = call.run(student, teacher, call.weights(student, mask) if early else None)
+        values, ctx.gradient = call.run(student, teacher, labels, call.weights(student, mask) if early else None)
         ctx.call = call
-        ctx.save_for_backward(student, teacher, mask)
+        # An inference tensor cannot be saved, and counts no changes that the saving would notice.
+        ctx.teacher = teacher if teacher.is_inference() else None
+        ctx.save_for_backward(student, None if ctx.teacher is teacher else teacher, labels, mask)
         return reduce(values, call.reduction, mask)
 
     @staticmethod
     @override
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
-        student, teacher, mask = ctx.saved_tensors  # raises if one was changed in place
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        student, teacher, labels, mask = ctx.saved_tensors  # raises if one was changed in place
+        teacher = ctx.teacher if teacher is None else teacher
         gradient, ctx.gradient = ctx.gradient, None  # given away once: the receiver may write into it
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            value = ctx.call.plain(student, teacher, mask)
+            value = ctx.call.plain(student, teacher, labels, mask)
             (gradient,) = torch.autograd.grad(value, student, upstream, create_graph=True)
         elif gradient is None:
-            gradient = ctx.call.run(student, teacher, ctx.call.weights(student, mask) * upstream[0])[1]
+            gradient = ctx.call.run(student, teacher, labels, ctx.call.weights(student, mask) * upstream[0])[1]
         else:
             scale(gradient, upstream[0])
-        return gradient, None, None, None
+        return gradient, None, None, None, None
+
+
+def _clear_hidden(gradient: Tensor, factors: Tensor) -> None:
+    """Set the gradient of rows that do not count to 0: what they hold may be NaN, and 0 times that is NaN."""
+    hidden = factors == 0
+    if gradient.is_cuda:  # to look would wait for the device
+        gradient.masked_fill_(hidden, 0.0)
+    elif hidden.any():
+        gradient.index_fill_(0, hidden.squeeze(-1).nonzero().squeeze(-1), 0.0)
 
 
 def _block_elements(device: torch.device) -> int:
@@ -242,17 +246,16 @@ def _block_by_autograd(
     formula: Callable[..., Tensor],
     student: Tensor,
     teacher: Tensor,
-    factors: Tensor | None,
-    gradient: Tensor,
-    spare: Tensor,  # noqa: ARG001 (every block function is called alike)
+    *rest: Any,  # labels, where the loss has them, then what every block function takes
     **options: Any,
 ) -> Tensor:
+    *operands, factors, gradient, _ = rest
     if factors is None:
-        return formula(student, teacher, dim=-1, **options)
+        return formula(student, teacher, *operands, dim=-1, **options)
     # Hooks from outside (checkpointing, offloading) are for what outlives the forward; they would recompute it here.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved):
         student = student.detach().requires_grad_()
-        values = formula(student, teacher, dim=-1, **options)
+        values = formula(student, teacher, *operands, dim=-1, **options)
         gradient.copy_(torch.autograd.grad(values, student, factors.view(-1))[0])
     return values.detach()
 
@@ -275,7 +278,7 @@ def _kernels(x: Tensor, dtype: torch.dtype) -> ModuleType | None:
 def _import_triton(device: torch.device) -> ModuleType | None:
     """Give the module of Triton kernels if they run on a device; only there is Triton imported at all."""
     try:
-        kernels = importlib.import_module("distill._triton")
+        kernels = importlib.import_module("distill._engine.triton")
     except ImportError:
         return None
     try:

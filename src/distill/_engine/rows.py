@@ -1,0 +1,102 @@
+"""What a loss of rows is: its formula, how to do it fast, and the checks of what it is given."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from distill._checks import check_classes, check_inputs, check_labels, ordinary, widen
+from distill._engine import fused
+from distill._reduction import Reduction, check_mask, hide, reduce
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A loss that treats each row by itself: what it is, and how to do it fast where the inputs are large.
+
+    Args:
+        formula: `formula(student, teacher, dim=..., **options)` gives the per-sample values with plain, differentiable
+            operations. Both tensors come in the dtype of the computation, the teacher detached. With `labels` a third
+            tensor follows: one int64 label per row, with a dimension of size 1 at `dim`.
+        block: `block(student, teacher, factors, gradient, spare, **options)` gives the values `(R,)` of a block of rows
+            `(R, C)`; with `labels` these, `(R, 1)`, come third. It only reads its inputs, and may use `gradient` and
+            `spare`, `(R, C)`, as it likes; but where `factors`, `(R, 1)`, is not None, it leaves in `gradient` the
+            values' gradient for the student, each row times its factor. None: autograd finds the gradient of the
+            formula, block by block.
+        kernel: The name of the kernel in `triton.py` that does the same on a GPU. None: blocks there too.
+        mean: `mean(student, teacher, **options)` gives the mean of the formula over all samples, where PyTorch has a
+            single operation for it.
+        pays_from: How many times `fused.SMALL` elements there must be for the fused form to pay.
+        softmax: Whether the rows are logits of a softmax, of which there must be at least two.
+        labels: Whether the formula needs the label of each row.
+    """
+
+    formula: Callable[..., Tensor]
+    block: Callable[..., Tensor] | None = None
+    kernel: str | None = None
+    mean: Callable[..., Tensor] | None = None
+    pays_from: int = 1
+    softmax: bool = True
+    labels: bool = False
+
+    def values(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, dim: int | None = None, **options: Any
+    ) -> Tensor:
+        """Check the inputs and compute one value per sample, as `formula` would; see `reduced`."""
+        return self.reduced(student, teacher, target, dim=dim, reduction="none", **options)
+
+    def reduced(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None = None,
+        *,
+        dim: int | None,
+        reduction: Reduction,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Check the inputs and compute the loss, as `reduce(formula(...), reduction, mask)` would.
+
+        What the mask hides counts nowhere, not even where it is NaN, infinite or a label that is no class.
+
+        Args:
+            student: `(..., C)`, or with the `C` values along `dim`.
+            teacher: Same shape. A constant.
+            target: `(...)`, the label of each row, for a loss that uses it.
+            dim: The dimension of a row. None: the last one, of at most three where the rows are logits.
+            reduction: As in `reduce`.
+            mask: As in `reduce`.
+            options: What the formula takes.
+
+        Returns:
+            What `reduce` returns.
+
+        Raises:
+            TypeError: If student or teacher is no tensor.
+            ValueError: As `check_inputs`, `check_classes`, `check_labels` and `check_mask`.
+        """
+        dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim)
+        teacher = teacher.detach()
+        dim = check_classes(student, dim=dim) if self.softmax else -1 if dim is None else dim
+        if mask is not None:
+            check_mask(mask, student.movedim(dim, -1).shape[:-1], student.device)
+            mask = ordinary(mask)
+        labels = check_labels(target, student, dim=dim, mask=mask) if self.labels else None
+        operands = () if labels is None else (labels,)
+        mean = self.mean if reduction == "mean" and mask is None else None
+        if not fused.can_fuse(self, student, teacher, dim, options, mean=mean is not None):
+            if mask is not None:
+                student, teacher = hide(student, mask, dim=dim), hide(teacher, mask, dim=dim)
+            student, teacher = widen(student, dtype), widen(ordinary(teacher), dtype)
+            if mean is not None:
+                return mean(student, teacher, **options)
+            return reduce(self.formula(student, teacher, *operands, dim=dim, **options), reduction, mask)
+
+        run = functools.partial(fused.run, self, student, teacher, labels, dim=dim, dtype=dtype, options=options)
+        if mask is not None and mask.requires_grad:  # weights that learn: the gradient needs the values
+            hidden = (mask.detach() != 0).to(dtype)
+            return reduce(run(reduction="none", mask=hidden), reduction, mask)
+        return run(reduction=reduction, mask=None if mask is None else mask.to(dtype))

@@ -1,0 +1,163 @@
+"""What the loss classes share: options that are checked whenever they are set, the call, `repr`, reduction and mask.
+
+A loss class is its options and, but for losses of rows, one method that calls its function.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._checks import ordinary
+from distill._engine.rows import Rows
+from distill._reduction import Reduction, check_mask, check_reduction, hide, reduce
+
+
+class Loss(nn.Module):
+    """Options by name, each with the check that it must pass whenever it is set; `repr` shows them in this order."""
+
+    options: ClassVar[Mapping[str, Callable[[str, Any], Any]]] = {}
+
+    if TYPE_CHECKING:
+
+        @override
+        def __call__(  # what nn.Module declares is Any
+            self, student: Any, teacher: Any, target: Tensor | None = None, *, mask: Tensor | None = None
+        ) -> Tensor: ...
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = self.options.get(name)
+        super().__setattr__(name, value if check is None else check(name, value))
+
+    def given(self) -> dict[str, Any]:
+        """The options of the formula, as they are now."""
+        return {name: getattr(self, name) for name in self.options}
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options in `repr`."""
+        shown = {**self.given(), **{name: getattr(self, name) for name in ("reduction", "dim") if hasattr(self, name)}}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class SampleLoss(Loss):
+    """A loss with one value per sample: a subclass has `per_sample`, this class the reduction and the mask."""
+
+    def __init__(self, *, reduction: Reduction) -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, check_reduction(value) if name == "reduction" else value)
+
+    def per_sample(self, student: Any, teacher: Any, target: Tensor | None) -> Tensor:
+        """One value per sample."""
+        raise NotImplementedError
+
+    @override
+    def forward(
+        self, student: Any, teacher: Any, target: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: What the student gives, as the loss's function takes it.
+            teacher: What the teacher gives, as the loss's function takes it. A constant.
+            target: Labels, where the loss uses them.
+            mask: Bool or weights, shaped like the per-sample values. What a 0 hides counts nowhere.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample.
+
+        Raises:
+            TypeError: If what must be a tensor is none.
+            ValueError: As the loss's function, and if the mask has another shape than the per-sample values.
+        """
+        if mask is not None:
+            student, teacher = _hide(student, mask), _hide(teacher, mask)
+        return reduce(self.per_sample(student, teacher, target), self.reduction, mask)
+
+
+class RowLoss(SampleLoss):
+    """A loss of rows of logits, which the engine computes: a subclass is its options."""
+
+    rows: ClassVar[Rows]
+
+    def __init__(self, *, reduction: Reduction, dim: int | None) -> None:
+        super().__init__(reduction=reduction)
+        self.dim = dim
+
+    @override
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: `(..., C)`, or with the `C` values along `dim`.
+            teacher: Same shape. A constant.
+            target: The class of every sample, `(...)`, integers, where the loss uses labels.
+            mask: Bool or weights, `(...)`, shaped like the per-sample values. What a 0 hides counts nowhere, also where
+                it is NaN, infinite or a label that is no class.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(...)`.
+
+        Raises:
+            TypeError: If what must be a tensor is none.
+            ValueError: As the loss's function, and if the mask has another shape than the per-sample values.
+        """
+        return self.rows.reduced(
+            student, teacher, target, dim=self.dim, reduction=self.reduction, mask=mask, **self.given()
+        )
+
+
+class BatchLoss(Loss):
+    """A loss that exists only for a whole batch: a subclass has `whole`, and the mask selects samples."""
+
+    def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """The value of a batch."""
+        raise NotImplementedError
+
+    @override
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: The student's batch, `(N, ...)`.
+            teacher: The teacher's batch, `(N, ...)`, as the loss's function takes it. A constant.
+            target: What the loss needs of each sample, where it needs something.
+            mask: Bool or integers, `(N,)`: only the samples where it is not 0 are compared.
+
+        Returns:
+            A scalar; there is no value per sample to reduce.
+
+        Raises:
+            TypeError: If what must be a tensor is none.
+            ValueError: As the loss's function, and if the mask is not `(N,)` or holds weights.
+        """
+        if mask is not None:
+            student, teacher, target = self._select(student, teacher, target, mask)
+        return self.whole(student, teacher, target)
+
+    def _select(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        check_mask(mask, student.shape[:1], student.device)
+        if mask.is_floating_point():
+            raise ValueError(f"mask must select samples (bool or integers) for a loss of a batch, got {mask.dtype}")
+        kept = ordinary(mask) != 0
+        return student[kept], teacher[kept], None if target is None else target[kept]
+
+
+def _hide(side: Any, mask: Tensor) -> Any:
+    """Hide samples in a tensor or a tuple of them; what does not fit the mask is left to the checks that follow."""
+    if isinstance(side, (tuple, list)):
+        return tuple(_hide(part, mask) for part in side)
+    fits = isinstance(side, Tensor) and side.shape[: mask.ndim] == mask.shape and side.device == mask.device
+    return hide(side, mask) if fits else side
