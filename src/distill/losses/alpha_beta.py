@@ -10,6 +10,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._softened import soften
 
+FAMILY = "logits"
+
 _SMALL = 0.05
 
 

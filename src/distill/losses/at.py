@@ -11,6 +11,8 @@ from distill._registry import register_loss
 from distill.losses._maps import check_maps, pool_to_smaller
 from distill.losses._vectors import normalize
 
+FAMILY = "maps"
+
 
 def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
     """Mean squared difference of the normalised attention maps, one value per sample.

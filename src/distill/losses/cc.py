@@ -10,6 +10,8 @@ from distill._checks import check_count, check_positive, check_samples, without_
 from distill._registry import register_loss
 from distill.losses._vectors import normalize
 
+FAMILY = "relations"
+
 
 def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
     """Mean squared difference of the correlations that student and teacher see between the samples of a batch.

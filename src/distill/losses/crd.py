@@ -12,6 +12,8 @@ from distill._registry import register_loss
 from distill.losses._random import RandomLoss
 from distill.losses._vectors import normalize
 
+FAMILY = "relations"
+
 _NUM_NEGATIVES, _MOMENTUM = 16384, 0.5
 
 

@@ -9,6 +9,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._maps import check_maps, pool_to_smaller
 
+FAMILY = "maps"
+
 
 def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     """Divergence of each channel's distribution over the positions, averaged over channels, one value per sample.

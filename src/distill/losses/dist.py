@@ -8,6 +8,8 @@ from distill._checks import check_not_negative, check_pair, check_positive
 from distill._registry import register_loss
 from distill.losses._softened import harden, soften
 
+FAMILY = "refined logits"
+
 _EPS = 1e-8
 
 

@@ -12,6 +12,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._softened import soften
 
+FAMILY = "refined logits"
+
 
 def dkd_loss(
     student: Tensor,

@@ -12,6 +12,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._maps import check_maps, pool_to_smaller
 
+FAMILY = "maps"
+
 
 def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean squared difference of the matrices that lead from one layer to another, one value per sample.

@@ -9,6 +9,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._maps import check_maps, pool_to_smaller
 
+FAMILY = "maps"
+
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of two hidden layers, one value per sample.

@@ -10,6 +10,8 @@ from distill._registry import register_loss
 from distill.losses._maps import check_maps, pool_to_smaller
 from distill.losses._vectors import normalize
 
+FAMILY = "maps"
+
 
 def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared difference of the channels' normalised correlations, one value per sample.

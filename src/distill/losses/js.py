@@ -9,6 +9,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._softened import harden, log_mixture, soften
 
+FAMILY = "logits"
+
 
 def js_loss(student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature: float = 1.0, dim: int = -1) -> Tensor:
     """Generalised Jensen-Shannon divergence of teacher and student, one value per sample.

@@ -10,6 +10,8 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
 
+FAMILY = "logits"
+
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
     log_q = F.log_softmax(student / temperature, dim)

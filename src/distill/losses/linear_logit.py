@@ -15,6 +15,8 @@ from distill._reduction import Reduction, check_reduction
 from distill._registry import register_loss
 from distill.losses.logit import _ROWS
 
+FAMILY = "logits"
+
 Method: TypeAlias = Literal["auto", "factor", "gram", "blocks", "logits"]
 _METHODS = ("auto", "factor", "gram", "blocks", "logits")
 

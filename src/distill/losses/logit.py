@@ -11,6 +11,8 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
 
+FAMILY = "logits"
+
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
     return F.mse_loss(student, teacher, reduction="none").mean(dim)

@@ -11,6 +11,8 @@ from distill._registry import register_loss
 from distill.losses._maps import check_maps, pool_to_smaller, run_layers
 from distill.losses._random import RandomLoss
 
+FAMILY = "learned maps"
+
 
 def mgd_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Tensor:
     """Scaled squared distance of the generated map from the teacher's, one value per sample.

@@ -9,6 +9,8 @@ from distill._registry import register_loss
 from distill.losses._maps import check_maps, pool_to_smaller
 from distill.losses._vectors import normalize
 
+FAMILY = "maps"
+
 
 def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Maximum mean discrepancy of the channels' activation patterns, one value per sample.

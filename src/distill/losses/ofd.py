@@ -12,6 +12,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._maps import check_maps, pool_to_smaller, run_layers
 
+FAMILY = "learned maps"
+
 
 def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     """Margin of each channel for `OFDLoss`: the mean of the negative values that a batch norm gives.

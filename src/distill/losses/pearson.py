@@ -10,6 +10,8 @@ from typing_extensions import override
 from distill._registry import register_loss
 from distill.losses._maps import check_maps, pool_to_smaller
 
+FAMILY = "maps"
+
 _EPS = 1e-6  # what the benchmark adds to the deviation
 
 

@@ -7,6 +7,8 @@ from distill._checks import check_samples, without_autocast
 from distill._registry import register_loss
 from distill.losses._vectors import normalize
 
+FAMILY = "relations"
+
 _EPS = 1e-7
 
 

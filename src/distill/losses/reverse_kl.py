@@ -9,6 +9,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._softened import harden, soften
 
+FAMILY = "logits"
+
 
 def reverse_kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim: int = -1) -> Tensor:
     """Divergence of the teacher's distribution from the student's, one value per sample.

@@ -13,6 +13,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._maps import check_maps, run_layers
 
+FAMILY = "learned maps"
+
 
 def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Hierarchical context loss of tuples of maps, one value per sample.

@@ -12,6 +12,8 @@ from typing_extensions import override
 from distill._checks import check_samples, without_autocast
 from distill._registry import register_loss
 
+FAMILY = "relations"
+
 # Angles held at a time: on a CPU what its cache holds, elsewhere what keeps the device busy.
 _ANGLES_CPU, _ANGLES = 2**16, 2**24
 

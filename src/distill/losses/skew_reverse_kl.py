@@ -10,6 +10,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._softened import harden, log_mixture, soften
 
+FAMILY = "logits"
+
 
 def skew_reverse_kl_loss(
     student: Tensor, teacher: Tensor, *, alpha: float = 0.1, temperature: float = 1.0, dim: int = -1

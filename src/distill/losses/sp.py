@@ -8,6 +8,8 @@ from distill._checks import check_samples, without_autocast
 from distill._registry import register_loss
 from distill.losses._vectors import normalize
 
+FAMILY = "relations"
+
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared difference of the similarities that student and teacher see between the samples of a batch.

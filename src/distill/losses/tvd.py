@@ -9,6 +9,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._softened import soften
 
+FAMILY = "logits"
+
 
 def tvd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim: int = -1) -> Tensor:
     """Total variation distance of teacher and student, one value per sample.

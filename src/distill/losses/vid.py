@@ -12,6 +12,8 @@ from distill._reduction import Reduction, check_reduction, reduce
 from distill._registry import register_loss
 from distill.losses._maps import check_maps, pool_to_smaller, run_layers
 
+FAMILY = "learned maps"
+
 
 def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
     """Negative log-likelihood of the teacher's map under a Gaussian around the student's guess, one value per sample.
