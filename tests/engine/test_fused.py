@@ -39,11 +39,12 @@ class Counted:
 
 
 @st.composite
-def calls(draw):
-    """Inputs of any layout, and everything else that a call depends on."""
+def calls(draw, classes):
+    """Inputs of any layout with at least so many classes, and everything else that a call depends on."""
     shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     shape[draw(st.integers(0, len(shape) - 1))] = draw(st.integers(1, 40))
     dim = draw(st.integers(-len(shape), len(shape) - 1))
+    shape[dim] = max(shape[dim], classes)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     dtypes = st.sampled_from(list(TOLERANCE))
 
@@ -77,10 +78,10 @@ def value_and_gradient(loss, student, upstream, *rest, **options):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_the_plain_form(name):
-    loss = LOSSES[name][0]
+    loss = LOSSES[name][0].reduced
 
     @repeatable
-    @given(calls())
+    @given(calls(classes=2 if LOSSES[name][0].softmax else 1))
     def check(call):
         student, teacher, dim, reduction, mask, upstream = call
         options = {**LOSSES[name][1], "dim": dim, "reduction": reduction, "mask": mask}
@@ -177,7 +178,7 @@ def test_rows_are_read_once_where_the_reduction_allows_it(fused, reduction, dtyp
     student, teacher = make_pair(12, 16, dtype=dtype)  # 3 blocks of 4 rows
     mask = torch.arange(12) > 3 if masked else None
     counted = Counted(logit._ROWS)
-    value = counted.loss(student, teacher, dim=-1, reduction=reduction, mask=mask)
+    value = counted.loss.reduced(student, teacher, dim=-1, reduction=reduction, mask=mask)
     assert counted.calls == 3
     (factor * value.sum()).backward()
     assert counted.calls == 3 * passes
@@ -193,11 +194,11 @@ def test_values_alone_take_no_gradient(fused):
 
     loss = Rows(logit._formula, block=block)
     with torch.no_grad():
-        loss(student, teacher, dim=-1, reduction="mean")
+        loss.reduced(student, teacher, dim=-1, reduction="mean")
     with torch.inference_mode():
-        loss(student, teacher, dim=-1, reduction="mean")
-    loss(student.detach(), teacher, dim=-1, reduction="mean")
-    loss(student, teacher, dim=-1)
+        loss.reduced(student, teacher, dim=-1, reduction="mean")
+    loss.reduced(student.detach(), teacher, dim=-1, reduction="mean")
+    loss.values(student, teacher, dim=-1)
     assert seen == [None] * 12
 
 

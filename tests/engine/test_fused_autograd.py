@@ -51,7 +51,7 @@ def test_double_backward(fused, loss, reduction):
         full = {**options, "dim": -1, "reduction": reduction, "mask": mask}
 
         def call(s, options=full):
-            return rows(s, teacher, **options)
+            return rows.reduced(s, teacher, **options)
 
         assert is_fused(call(student))
         assert torch.autograd.gradcheck(call, student)
@@ -86,7 +86,7 @@ def test_activation_checkpointing(fused, loss):
     options = {**options, "dim": -1, "reduction": "mean", "mask": torch.arange(6) % 2}
 
     def call(s):
-        return rows(s * 2, teacher, **options)
+        return rows.reduced(s * 2, teacher, **options)
 
     expected = gradient(call, student)
     for reentrant in (False, True):
@@ -107,7 +107,7 @@ def test_hooks_on_saved_tensors_see_the_inputs_and_nothing_of_the_blocks(fused, 
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x.detach(), unpack):
-        value = rows(student, teacher, dim=-1, reduction="sum", mask=mask, **options)
+        value = rows.reduced(student, teacher, dim=-1, reduction="sum", mask=mask, **options)
     assert [x.data_ptr() for x in packed] == [x.data_ptr() for x in (student, teacher, mask)]
     assert unpacked == []
     value.backward()

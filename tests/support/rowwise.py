@@ -1,4 +1,4 @@
-"""What the tests of `RowLoss` share."""
+"""What the tests of `Rows` share."""
 
 from distill._engine.rows import Rows
 from distill.losses import kl, logit

@@ -1,4 +1,4 @@
-"""What losses on softened distributions share: the temperature, and the logarithm of a mixture."""
+"""What losses on softened distributions share: the temperature, and sums over classes of which some have no chance."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,39 @@ def harden(values: Tensor, temperature: float) -> Tensor:
 def log_mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
     """Compute log(share * a + (1 - share) * b) of two distributions; `share` is above 0 and below 1.
 
-    The smallest normal number is added: it changes nothing but where a and b underflow both, and there, what a
-    divergence multiplies the logarithm by is 0 as well.
+    Where both are 0 it is 0 with a gradient of 0, not -inf: what a divergence multiplies it by is 0 there as well.
     """
-    return (torch.lerp(b, a, share) + torch.finfo(a.dtype).tiny).log()
+    mixture = torch.lerp(b, a, share)
+    return mixture.masked_fill(mixture == 0, 1.0).log()
+
+
+def expectation(p: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Compute sum_c p_c x_c, where a class of probability 0 counts nothing, be its x infinite or NaN.
+
+    The gradient for x is p, and for p it is x, but 0 at a class of probability 0: on its way to the logits it is
+    multiplied by p again.
+
+    Args:
+        p: Probabilities.
+        x: What is averaged, mostly a logarithm that is -inf where a probability is 0.
+        dim: The dimension of the classes.
+    """
+    return (p * x.masked_fill(p == 0, 0.0)).sum(dim)
+
+
+def divergence(log_a: Tensor, log_b: Tensor, dim: int) -> Tensor:
+    """Compute KL(a || b) = sum_c a_c (log a_c - log b_c) of two distributions.
+
+    A class that a gives no probability counts nothing, one that b alone gives none makes it infinite. It is never
+    negative and keeps its digits where a and b are close: it is the sum of a (exp(d) - 1 - d) with d = log b - log a,
+    whose terms are all positive, and which is the same since a and b both sum to 1. The gradient is right for both.
+
+    Args:
+        log_a: Logarithms of the probabilities of a, such as `log_softmax` gives them: -inf is a probability of 0.
+        log_b: The same of b.
+        dim: The dimension of the classes.
+    """
+    a, b = log_a.exp(), log_b.exp()
+    none = a < torch.finfo(a.dtype).tiny  # there exp(d) may overflow, and all that counts of the term is b
+    d = (log_b - log_a).masked_fill(none, 0.0)
+    return torch.where(none, b, a * (torch.expm1(d) - d)).sum(dim)
