@@ -43,6 +43,7 @@ lint: $(READY)
 	mypy
 
 format: $(READY)
+	python docs/write_index.py
 	ruff check --fix .
 	ruff format .
 

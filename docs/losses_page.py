@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from typing import Any
 
 from torch import nn
@@ -13,29 +14,26 @@ from distill import _registry
 
 MARK = "<!-- the losses -->"
 
-# Which losses stand together, and in which order. A loss that is in none of them comes last.
+# The families in their order: the word that a loss's file has as FAMILY, the heading, what is said of all of them.
 FAMILIES = {
-    "Logits": (
-        "What the networks say of each class, at every sample, token or pixel.",
-        ["logit", "linear_logit", "kl", "reverse_kl", "js", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta"],
-    ),
-    "Logits, more than one divergence": (
+    "logits": ("Logits", "What the networks say of each class, at every sample, token or pixel."),
+    "refined logits": (
+        "Logits, more than one divergence",
         "These treat the labelled class apart, standardise the logits, or compare the samples of a batch too.",
-        ["dkd", "nkd", "wsld", "logit_std", "dist"],
     ),
-    "Feature maps": (
+    "maps": (
+        "Feature maps",
         "What the networks see inside. Nothing is learned here but the hint's map, where the channels differ.",
-        ["hint", "at", "nst", "fsp", "cwd", "pearson", "ickd"],
     ),
-    "Feature maps through learned layers": (
+    "learned maps": (
+        "Feature maps through learned layers",
         "These losses own parameters. Inside a `Distiller` they are in `distiller.parameters()`; elsewhere give "
         "`loss.parameters()` to the optimizer.",
-        ["vid", "ofd", "review", "mgd"],
     ),
-    "Relations between samples": (
+    "relations": (
+        "Relations between samples",
         "What is compared is how the samples of a batch stand to each other, so the widths of the two networks are "
-        "free. There is one value for the whole batch, no reduction and no mask.",
-        ["rkd", "pkt", "sp", "cc", "crd"],
+        "free. There is one value for the whole batch and no reduction; a mask selects samples.",
     ),
 }
 
@@ -45,26 +43,20 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return markdown.replace(MARK, render()) if page.file.src_uri == "losses.md" else markdown
 
 
-def in_families() -> list[str]:
-    """The names in all families: what has one, the other pages, the example and the benchmarks must have too."""
-    return [name for _, names in FAMILIES.values() for name in names]
-
-
 def render() -> str:
     """Tables and references of all families, in Markdown.
 
     Raises:
-        ValueError: If a name in a family is no loss, or is there twice.
+        ValueError: If a loss has no family, or one that is not known here.
     """
-    listed = in_families()
     losses = {name: cls for name, cls in _registry._registered.items() if cls.__module__.startswith("distill.losses.")}
-    wrong = sorted({name for name in listed if name not in losses or listed.count(name) > 1})
-    if wrong:
-        raise ValueError(f"FAMILIES in docs/losses_page.py must have losses of the library, each once, got {wrong}")
-    families = dict(FAMILIES)
-    if further := sorted({*losses} - {*listed}):
-        families["Further losses"] = ("These have no family yet.", further)
-    return "\n\n".join(_family(title, *family, losses) for title, family in families.items())
+    members: dict[str, list[str]] = {family: [] for family in FAMILIES}
+    for name, cls in sorted(losses.items()):
+        family = getattr(sys.modules[cls.__module__], "FAMILY", None)
+        if family not in members:
+            raise ValueError(f"FAMILY in the file of {name!r} must be one of {', '.join(FAMILIES)}, got {family!r}")
+        members[family].append(name)
+    return "\n\n".join(_family(*FAMILIES[family], names, losses) for family, names in members.items())
 
 
 def _family(title: str, text: str, names: list[str], losses: dict[str, type[nn.Module]]) -> str:
@@ -78,14 +70,12 @@ def _row(name: str, loss: type[nn.Module]) -> str:
     function = inspect.getdoc(getattr(distill, f"{name}_loss")) or ""
     doc = f"{function}\n\n{inspect.getdoc(loss)}"
     published = re.search(r"Published with (.*?)\.(?=\s+[A-Z]|\s*$|\n\n)", doc, re.DOTALL)
-    inputs = _arguments(loss.forward)
-    if inputs["target"].startswith("Not used;"):
-        del inputs["target"]
+    inputs = _inputs(loss, function)
     reference = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", _section(function, "Reference"))
     cells = [
         f"[`{name}`][distill.{loss.__name__}]",
         f"`{_formula(function)}`",
-        "<br>".join(f"*{side}:* {said}" for side, said in inputs.items() if side != "mask"),
+        "<br>".join(f"*{side}:* {said}" for side, said in inputs.items()),
         "<br>".join([_line(published[1]) if published else "no weight of its own", *_said_of_the_scale(doc)]),
         _line(reference),
     ]
@@ -105,11 +95,17 @@ def _said_of_the_scale(doc: str) -> list[str]:
     return [f"*{kind}:* {_line(text)}" for kind, text in said]
 
 
-def _arguments(forward: Any) -> dict[str, str]:
-    """What a method's docstring says of each argument."""
-    args = _section(inspect.getdoc(forward) or "", "Args")
-    said = re.finditer(r"^(\w+): (.*?)(?=^\w|\Z)", args, re.MULTILINE | re.DOTALL)
-    return {match[1]: _line(match[2]) for match in said}
+def _inputs(loss: type[nn.Module], function: str) -> dict[str, str]:
+    """What is said of student, teacher and target: by a method of the class where one says it, else by the function."""
+    methods = (inspect.getdoc(vars(loss).get(name)) or "" for name in ("forward", "per_sample", "whole"))
+    doc = next((doc for doc in methods if "Args:" in doc), function)
+    said = re.finditer(r"^(\w+): (.*?)(?=^\w|\Z)", _section(doc, "Args"), re.MULTILINE | re.DOTALL)
+    first = {match[1]: _line(re.split(r"\.\s", match[2], maxsplit=1)[0]) for match in said}
+    return {
+        side: first[side]
+        for side in ("student", "teacher", "target")
+        if not first.get(side, "Not used").startswith("Not used")
+    }
 
 
 def _section(doc: str, name: str) -> str:

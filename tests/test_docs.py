@@ -68,14 +68,6 @@ def test_every_public_name_is_shown_on_a_page():
         assert f"::: distill.{name}\n" in pages, f"no page shows distill.{name}"
 
 
-def test_readme_names_every_loss_that_has_a_family():
-    text = (ROOT / "README.md").read_text()
-    listed = re.findall(r"`(\w+)`[,;]", text[text.index("**on logits**") : text.index("yours")])
-    # These two are what the paragraph above the list is about.
-    assert sorted([*listed, "logit", "linear_logit"]) == sorted(losses_page.in_families())
-    assert len(losses_page.in_families()) == 30, "docs/index.md counts the losses in words"
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import distill
-from distill import KLLoss, LogitLoss, create_loss, list_losses, register_loss
+from distill import KLLoss, LogitLoss, create_loss, get_loss, list_losses, register_loss
 
 
 class Plain(nn.Module):
@@ -24,6 +24,12 @@ def test_creates_by_name_with_arguments():
     loss = create_loss("kl", 2.0, reduction="sum")
     assert type(loss) is KLLoss
     assert (loss.temperature, loss.reduction) == (2.0, "sum")
+
+
+def test_finds_the_class_of_a_name():
+    assert get_loss("kl") is KLLoss
+    with pytest.raises(KeyError, match=r"got 'logits'; did you mean 'logit'\? Known: .*kl, .*logit"):
+        get_loss("logits")
 
 
 def test_lists_names_sorted():
@@ -111,6 +117,7 @@ def test_entry_point_is_listed_unimported_and_created(site):
     create_loss("kl")
     assert "acme_losses" not in sys.modules
     loss = create_loss("manhattan", scale=2.0)
+    assert get_loss("manhattan") is type(loss)
     assert loss(torch.ones(2, 3), torch.zeros(2, 3)) == 2
     assert type(create_loss("manhattan")) is type(loss)
 

@@ -1,7 +1,8 @@
 """Knowledge distillation losses for PyTorch, and one wrapper that runs teacher and student."""
 
 from distill._distiller.distiller import Distiller, DistillerOutput, Term
-from distill._registry import create_loss, list_losses, register_loss
+from distill._reduction import Reduction
+from distill._registry import create_loss, get_loss, list_losses, register_loss
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
 from distill.losses.at import ATLoss, at_loss
 from distill.losses.cc import CCLoss, cc_loss
@@ -60,6 +61,7 @@ __all__ = [
     "PKTLoss",
     "PearsonLoss",
     "RKDLoss",
+    "Reduction",
     "ReverseKLLoss",
     "ReviewLoss",
     "SPLoss",
@@ -78,6 +80,7 @@ __all__ = [
     "dist_loss",
     "dkd_loss",
     "fsp_loss",
+    "get_loss",
     "hint_loss",
     "ickd_loss",
     "js_loss",
@@ -104,3 +107,8 @@ __all__ = [
     "vid_loss",
     "wsld_loss",
 ]
+
+# What stands in a private module has its public name in a pickle, so that the pickle outlives a move.
+for _name in __all__:
+    if "._" in getattr(globals()[_name], "__module__", ""):
+        globals()[_name].__module__ = __name__

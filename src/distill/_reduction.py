@@ -8,6 +8,8 @@ from torch import Tensor
 from distill._checks import ordinary
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+"""How a loss makes one number of its per-sample values; the type of every `reduction`."""
+
 REDUCTIONS = ("mean", "sum", "none")
 
 

@@ -1,4 +1,4 @@
-"""Names to loss classes: what `register_loss` puts in, `create_loss` and `list_losses` find."""
+"""Names to loss classes: what `register_loss` puts in, `get_loss`, `create_loss` and `list_losses` find."""
 
 from __future__ import annotations
 
@@ -60,11 +60,42 @@ def register_loss(name: str) -> Callable[[_Loss], _Loss]:
     return register
 
 
-def create_loss(name: str, /, *args: Any, **kwargs: Any) -> nn.Module:
-    """Build a loss from its registered name.
+def get_loss(name: str) -> type[nn.Module]:
+    """Find a loss class by its registered name.
 
     A name registered in this process comes first; then the installed packages are asked for an entry point of that
     name in the group `distill.losses`, and only that one is imported.
+
+    Args:
+        name: The exact name, one of `list_losses()`.
+
+    Returns:
+        The class.
+
+    Raises:
+        KeyError: If nobody has that name; the nearest one and the list are in the message.
+        ImportError: If the entry point of that name cannot be imported.
+        ValueError: If two packages offer that name, or what the entry point names is no `nn.Module` class.
+
+    Examples:
+        >>> from distill import get_loss
+        >>> get_loss("kl")
+        <class 'distill.losses.kl.KLLoss'>
+    """
+    if name in _registered:
+        return _registered[name]
+    points = tuple(entry_points(group=GROUP, name=name))
+    if not points:
+        raise KeyError(_unknown(name))
+    if len({point.value for point in points}) > 1:
+        raise ValueError(f"a loss name must be unique, got {name!r} from {' and '.join(sorted(map(_origin, points)))}")
+    # Importing the module may itself run register_loss(name); registering the same class twice is no conflict.
+    loss: type[nn.Module] = register_loss(name)(_load(points[0]))
+    return loss
+
+
+def create_loss(name: str, /, *args: Any, **kwargs: Any) -> nn.Module:
+    """Build a loss from its registered name: `get_loss(name)`, called with the arguments.
 
     Args:
         name: The exact name, one of `list_losses()`.
@@ -75,16 +106,16 @@ def create_loss(name: str, /, *args: Any, **kwargs: Any) -> nn.Module:
         The loss.
 
     Raises:
-        KeyError: If nobody has that name; the nearest one and the list are in the message.
-        ImportError: If the entry point of that name cannot be imported.
-        ValueError: If two packages offer that name, or what the entry point names is no `nn.Module` class.
+        KeyError: As `get_loss`.
+        ImportError: As `get_loss`.
+        ValueError: As `get_loss`.
 
     Examples:
         >>> from distill import create_loss
         >>> create_loss("kl", temperature=2.0)
         KLLoss(temperature=2.0, reduction='mean', dim=None)
     """
-    return _find(name)(*args, **kwargs)
+    return get_loss(name)(*args, **kwargs)
 
 
 def list_losses() -> list[str]:
@@ -101,19 +132,6 @@ def list_losses() -> list[str]:
         True
     """
     return sorted({*_registered, *(point.name for point in entry_points(group=GROUP))})
-
-
-def _find(name: str) -> type[nn.Module]:
-    if name in _registered:
-        return _registered[name]
-    points = tuple(entry_points(group=GROUP, name=name))
-    if not points:
-        raise KeyError(_unknown(name))
-    if len({point.value for point in points}) > 1:
-        raise ValueError(f"a loss name must be unique, got {name!r} from {' and '.join(sorted(map(_origin, points)))}")
-    # Importing the module may itself run register_loss(name); registering the same class twice is no conflict.
-    loss: type[nn.Module] = register_loss(name)(_load(points[0]))
-    return loss
 
 
 def _load(point: EntryPoint) -> Any:

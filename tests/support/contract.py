@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import math
 import pickle
 from collections.abc import Callable, Sequence
@@ -27,6 +28,19 @@ def gradient(loss: Callable[..., Tensor], student: Tensor, *rest: Any, **options
     student = student.detach().clone().requires_grad_()
     (result,) = torch.autograd.grad(loss(student, *rest, **options), student)
     return result
+
+
+def pickled_modules(thing: Any) -> set[str]:
+    """The modules of ours whose names stand in the pickle of a thing."""
+    modules = set()
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            modules.add(module)
+            return super().find_class(module, name)
+
+    Reader(io.BytesIO(pickle.dumps(thing))).load()
+    return {module for module in modules if module.partition(".")[0] == "distill"}
 
 
 def assert_loss_contract(
