@@ -9,6 +9,8 @@ import torch
 from contract import assert_loss_contract, make_pair
 from distill import LogitStdLoss, kl_loss, logit_std_loss
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def standardise(logits):
     return (logits - logits.mean()) / (logits.std(ddof=1) + 1e-7)
@@ -107,4 +109,4 @@ def test_rejects_bad_temperatures(temperature):
 
 
 def test_repr_shows_options():
-    assert repr(LogitStdLoss(3.0, reduction="none")) == "LogitStdLoss(temperature=3.0, reduction='none', dim=-1)"
+    assert repr(LogitStdLoss(3.0, reduction="none")) == "LogitStdLoss(temperature=3.0, reduction='none', dim=None)"

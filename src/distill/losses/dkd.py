@@ -1,18 +1,32 @@
 """Decoupled distillation: Zhao, Cui, Song, Qiu and Liang, "Decoupled Knowledge Distillation" (CVPR 2022)."""
 
-import math
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
-from distill._checks import check_classes, check_labels, check_not_negative, check_pair, check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._checks import check_not_negative, check_positive
+from distill._engine.rows import Rows
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._softened import soften
+from distill.losses._base import RowLoss
+from distill.losses._others import set_apart
+from distill.losses._softened import divergence
 
 FAMILY = "refined logits"
+
+
+def _formula(
+    student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    odds_q, log_q = set_apart(student, labels, dim=dim, temperature=temperature)
+    odds_p, log_p = set_apart(teacher, labels, dim=dim, temperature=temperature)
+    of_others = divergence(log_p, log_q, dim)
+    # The target against all others together.
+    log_p, log_q = (torch.cat([F.logsigmoid(odds), F.logsigmoid(-odds)], dim) for odds in (odds_p, odds_q))
+    return temperature**2 * (alpha * divergence(log_p, log_q, dim) + beta * of_others)
+
+
+_ROWS = Rows(_formula, labels=True)
 
 
 def dkd_loss(
@@ -23,7 +37,7 @@ def dkd_loss(
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
-    dim: int = -1,
+    dim: int | None = None,
 ) -> Tensor:
     """Divergence of the target's probability and divergence among the other classes, one value per sample.
 
@@ -52,7 +66,7 @@ def dkd_loss(
         alpha: Weight of the target-class part, zero or positive.
         beta: Weight of the part of the other classes, zero or positive.
         temperature: What both logits are divided by, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
         One value per sample, shape `(...)`, in nats times the squared temperature, not negative but for rounding;
@@ -78,35 +92,11 @@ def dkd_loss(
     check_not_negative("alpha", alpha)
     check_not_negative("beta", beta)
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=dim)
-    check_classes(student, dim=dim)
-    index = check_labels(target, student, dim=dim)
-    student, teacher = _relative(student, index, temperature, dim), _relative(teacher, index, temperature, dim)
-    others = teacher.scatter(dim, index, -math.inf).exp()  # 0 at the target
-    sum_others = others.sum(dim, keepdim=True)
-    log_others_p = sum_others.log()
-    log_others_q = student.scatter(dim, index, -math.inf).exp().sum(dim, keepdim=True).log()
-
-    log_p_target = F.log_softmax(torch.cat([teacher.gather(dim, index), log_others_p], dim), dim)
-    log_q_target = F.log_softmax(torch.cat([student.gather(dim, index), log_others_q], dim), dim)
-    of_target = (log_p_target.exp() * (log_p_target - log_q_target)).sum(dim)  # over the target and all others together
-
-    # The difference inside the sum: p sums to 1 only as far as the logits are exact, and large logits are not.
-    of_others = (others / sum_others * ((teacher - log_others_p) - (student - log_others_q))).sum(dim)
-    return alpha * temperature**2 * of_target + beta * temperature**2 * of_others
-
-
-def _relative(logits: Tensor, index: Tensor, temperature: float, dim: int) -> Tensor:
-    """Logits over the temperature, from the largest of the other classes, so that their exponentials sum to 1 or more.
-
-    What all logits of a sample have in common would only cost digits.
-    """
-    largest = logits.detach().scatter(dim, index, -math.inf).amax(dim, keepdim=True)
-    return soften(logits - largest, temperature)
+    return _ROWS.values(student, teacher, target, dim=dim, alpha=alpha, beta=beta, temperature=temperature)
 
 
 @register_loss("dkd")
-class DKDLoss(nn.Module):
+class DKDLoss(RowLoss):
     """Decoupled divergence: target class and the others with a weight each; see `dkd_loss` for the formula.
 
     Args:
@@ -114,7 +104,7 @@ class DKDLoss(nn.Module):
         beta: Weight of the part of the other classes, zero or positive.
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
         ValueError: If a weight is negative or not finite, the temperature is not positive and finite, or the
@@ -129,6 +119,13 @@ class DKDLoss(nn.Module):
         tensor(0.)
     """
 
+    rows = _ROWS
+    options = {  # noqa: RUF012 - declared in the base
+        "alpha": check_not_negative,
+        "beta": check_not_negative,
+        "temperature": check_positive,
+    }
+
     def __init__(
         self,
         alpha: float = 1.0,
@@ -136,40 +133,9 @@ class DKDLoss(nn.Module):
         temperature: float = 4.0,
         *,
         reduction: Reduction = "mean",
-        dim: int = -1,
+        dim: int | None = None,
     ) -> None:
-        super().__init__()
-        self.alpha = check_not_negative("alpha", alpha)
-        self.beta = check_not_negative("beta", beta)
-        self.temperature = check_positive("temperature", temperature)
-        self.reduction = check_reduction(reduction)
-        self.dim = dim
-
-    @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Logits, `(..., C)`.
-            teacher: Logits, same shape.
-            target: The class of every sample, `(...)`, integers.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(...)`.
-
-        Raises:
-            ValueError: As `dkd_loss`, and if the mask has another shape than the per-sample values.
-        """
-        values = dkd_loss(
-            student, teacher, target, alpha=self.alpha, beta=self.beta, temperature=self.temperature, dim=self.dim
-        )
-        return reduce(values, self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        options = f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
-        return f"{options}, reduction={self.reduction!r}, dim={self.dim}"
+        super().__init__(reduction=reduction, dim=dim)
+        self.alpha = alpha
+        self.beta = beta
+        self.temperature = temperature

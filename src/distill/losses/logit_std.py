@@ -2,20 +2,35 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
-from distill._checks import check_classes, check_pair, check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._checks import check_positive
+from distill._engine.rows import Rows
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._softened import harden, soften
+from distill.losses._base import RowLoss
+from distill.losses._softened import divergence, harden, soften
 
 FAMILY = "refined logits"
 
 _EPS = 1e-7
 
 
-def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0, dim: int = -1) -> Tensor:
+def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
+    log_q = F.log_softmax(soften(_standardise(student, dim), temperature), dim)
+    log_p = F.log_softmax(soften(_standardise(teacher, dim), temperature), dim)
+    return harden(divergence(log_p, log_q, dim), temperature)
+
+
+def _standardise(logits: Tensor, dim: int) -> Tensor:
+    std, mean = torch.std_mean(logits, dim, keepdim=True)
+    return (logits - mean) / (std + _EPS)
+
+
+_ROWS = Rows(_formula)
+
+
+def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0, dim: int | None = None) -> Tensor:
     """Divergence of the softened distributions of standardised logits, one value per sample.
 
         z(x) = (x - mean(x)) / (std(x) + 1e-7),  mean and unbiased standard deviation over the classes
@@ -38,7 +53,7 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
             float32.
         teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
         temperature: What the standardised logits are divided by, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
         One value per sample, shape `(...)`, in nats times the squared temperature, not negative but for rounding;
@@ -61,27 +76,18 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
         Distillation", CVPR 2024 and arXiv 2403.01427.
     """
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=dim)
-    check_classes(student, dim=dim)
-    log_q = F.log_softmax(soften(_standardise(student, dim), temperature), dim)
-    log_p = F.log_softmax(soften(_standardise(teacher, dim), temperature), dim)
-    return harden((log_p.exp() * (log_p - log_q)).sum(dim), temperature)
-
-
-def _standardise(logits: Tensor, dim: int) -> Tensor:
-    std, mean = torch.std_mean(logits, dim, keepdim=True)
-    return (logits - mean) / (std + _EPS)
+    return _ROWS.values(student, teacher, dim=dim, temperature=temperature)
 
 
 @register_loss("logit_std")
-class LogitStdLoss(nn.Module):
+class LogitStdLoss(RowLoss):
     """Divergence of the softened distributions of standardised logits; see `logit_std_loss` for the formula.
 
     Args:
         temperature: What the standardised logits are divided by, positive and finite. It may be changed between
             steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
         ValueError: If the temperature is not positive and finite, or the
@@ -96,34 +102,9 @@ class LogitStdLoss(nn.Module):
         tensor(True)
     """
 
-    def __init__(self, temperature: float = 2.0, *, reduction: Reduction = "mean", dim: int = -1) -> None:
-        super().__init__()
-        self.temperature = check_positive("temperature", temperature)
-        self.reduction = check_reduction(reduction)
-        self.dim = dim
+    rows = _ROWS
+    options = {"temperature": check_positive}  # noqa: RUF012 - declared in the base
 
-    @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Logits, `(..., C)`.
-            teacher: Logits, same shape.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(...)`.
-
-        Raises:
-            ValueError: As `logit_std_loss`, and if the mask has another shape than the per-sample values.
-        """
-        values = logit_std_loss(student, teacher, temperature=self.temperature, dim=self.dim)
-        return reduce(values, self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"temperature={self.temperature}, reduction={self.reduction!r}, dim={self.dim}"
+    def __init__(self, temperature: float = 2.0, *, reduction: Reduction = "mean", dim: int | None = None) -> None:
+        super().__init__(reduction=reduction, dim=dim)
+        self.temperature = temperature

@@ -1,18 +1,30 @@
 """Normalised distillation: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation" (ICCV 2023)."""
 
-import math
-
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
-from distill._checks import check_classes, check_labels, check_not_negative, check_pair, check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._checks import check_not_negative, check_positive
+from distill._engine.rows import Rows
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._softened import soften
+from distill.losses._base import RowLoss
+from distill.losses._others import set_apart
+from distill.losses._softened import cross_entropy
 
 FAMILY = "refined logits"
+
+
+def _formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamma: float, temperature: float) -> Tensor:
+    odds_q, log_q = set_apart(student, labels, dim=dim, temperature=temperature)
+    odds_p, log_p = set_apart(teacher, labels, dim=dim, temperature=temperature)
+    of_others = cross_entropy(log_p.exp(), log_q, dim)
+    if temperature != 1:
+        odds_q, odds_p = (set_apart(x, labels, dim=dim, temperature=1.0)[0] for x in (student, teacher))
+    of_target = cross_entropy(odds_p.sigmoid(), F.logsigmoid(odds_q), dim)
+    return of_target.add(of_others, alpha=gamma * temperature**2)
+
+
+_ROWS = Rows(_formula, labels=True)
 
 
 def nkd_loss(
@@ -22,7 +34,7 @@ def nkd_loss(
     *,
     gamma: float = 1.5,
     temperature: float = 1.0,
-    dim: int = -1,
+    dim: int | None = None,
 ) -> Tensor:
     """Cross-entropy of the target under the teacher, and of the normalised other classes, one value per sample.
 
@@ -49,7 +61,7 @@ def nkd_loss(
         target: The class of every sample, integers from 0 to `C - 1`, `(...)`.
         gamma: Weight of the part of the other classes, zero or positive.
         temperature: What the logits are divided by among the other classes, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
         One value per sample, shape `(...)`, in nats (the second part times the squared temperature), not negative;
@@ -74,22 +86,11 @@ def nkd_loss(
     """
     check_not_negative("gamma", gamma)
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=dim)
-    check_classes(student, dim=dim)
-    index = check_labels(target, student, dim=dim)
-    log_q_target = F.log_softmax(student, dim).gather(dim, index)
-    p_target = torch.softmax(teacher, dim).gather(dim, index)
-    of_target = (-p_target * log_q_target).squeeze(dim)
-
-    student = soften(student, temperature)
-    p = torch.softmax(soften(teacher, temperature).scatter(dim, index, -math.inf), dim)  # 0 at the target
-    # Not -inf: 0 times that would be NaN.
-    log_q = F.log_softmax(student.scatter(dim, index, torch.finfo(student.dtype).min / 2), dim)
-    return of_target.sub((p * log_q).sum(dim), alpha=gamma * temperature**2)
+    return _ROWS.values(student, teacher, target, dim=dim, gamma=gamma, temperature=temperature)
 
 
 @register_loss("nkd")
-class NKDLoss(nn.Module):
+class NKDLoss(RowLoss):
     """Normalised distillation: target probability and normalised other classes; see `nkd_loss` for the formula.
 
     Args:
@@ -97,7 +98,7 @@ class NKDLoss(nn.Module):
         temperature: What the logits are divided by among the other classes, positive and finite. It may be changed
             between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
         ValueError: If `gamma` is negative or not finite, the temperature is not positive and finite, or the
@@ -113,37 +114,12 @@ class NKDLoss(nn.Module):
         tensor(-0.0450)
     """
 
+    rows = _ROWS
+    options = {"gamma": check_not_negative, "temperature": check_positive}  # noqa: RUF012 - declared in the base
+
     def __init__(
-        self, gamma: float = 1.5, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int = -1
+        self, gamma: float = 1.5, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int | None = None
     ) -> None:
-        super().__init__()
-        self.gamma = check_not_negative("gamma", gamma)
-        self.temperature = check_positive("temperature", temperature)
-        self.reduction = check_reduction(reduction)
-        self.dim = dim
-
-    @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Logits, `(..., C)`.
-            teacher: Logits, same shape.
-            target: The class of every sample, `(...)`, integers.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(...)`.
-
-        Raises:
-            ValueError: As `nkd_loss`, and if the mask has another shape than the per-sample values.
-        """
-        values = nkd_loss(student, teacher, target, gamma=self.gamma, temperature=self.temperature, dim=self.dim)
-        return reduce(values, self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"gamma={self.gamma}, temperature={self.temperature}, reduction={self.reduction!r}, dim={self.dim}"
+        super().__init__(reduction=reduction, dim=dim)
+        self.gamma = gamma
+        self.temperature = temperature

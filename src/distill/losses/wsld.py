@@ -1,22 +1,47 @@
 """Weighted soft labels: Zhou et al., "Rethinking Soft Labels for Knowledge Distillation" (ICLR 2021)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
-from distill._checks import check_labels, check_pair, check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._checks import check_positive
+from distill._engine.rows import Rows
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._softened import soften
+from distill.losses._base import RowLoss
+from distill.losses._softened import cross_entropy, harden, soften
 
 FAMILY = "refined logits"
 
 _EPS = 1e-7
 
 
+def _formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temperature: float) -> Tensor:
+    weight = _weight(_on_label(student.detach(), labels, dim), _on_label(teacher, labels, dim))
+    p = torch.softmax(soften(teacher, temperature), dim)
+    values = harden(cross_entropy(p, F.log_softmax(soften(student, temperature), dim), dim), temperature)
+    # A sample that does not count adds nothing, also where its cross-entropy is infinite.
+    return torch.where(weight == 0, 0.0, weight * values)
+
+
+def _on_label(logits: Tensor, labels: Tensor, dim: int) -> Tensor:
+    return -F.log_softmax(logits, dim).gather(dim, labels).squeeze(dim)
+
+
+def _weight(of_student: Tensor, of_teacher: Tensor) -> Tensor:
+    ratio = of_student / (of_teacher + _EPS)
+    # A label that neither gives a probability: both cross-entropies grow alike, and their ratio tends to 1.
+    ratio = ratio.masked_fill((of_student == math.inf) & (of_teacher == math.inf), 1.0)
+    return -torch.expm1(-ratio)
+
+
+_ROWS = Rows(_formula, labels=True)
+
+
 def wsld_loss(
-    student: Tensor, teacher: Tensor, target: Tensor | None, *, temperature: float = 2.0, dim: int = -1
+    student: Tensor, teacher: Tensor, target: Tensor | None, *, temperature: float = 2.0, dim: int | None = None
 ) -> Tensor:
     """Cross-entropy under the teacher, weighted by how the student does on the label, one value per sample.
 
@@ -42,7 +67,7 @@ def wsld_loss(
         teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
         target: The class of every sample, integers from 0 to `C - 1`, `(...)`.
         temperature: What both logits are divided by, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
         One value per sample, shape `(...)`, in nats times the squared temperature, not negative; float32, or float64
@@ -64,26 +89,17 @@ def wsld_loss(
         Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective", ICLR 2021 and arXiv 2102.00650.
     """
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=dim)
-    index = check_labels(target, student, dim=dim)
-    log_q = F.log_softmax(soften(student, temperature), dim)
-    p = torch.softmax(soften(teacher, temperature), dim)
-    ratio = _cross_entropy(student.detach(), index, dim) / (_cross_entropy(teacher, index, dim) + _EPS)
-    return torch.expm1(-ratio) * (p * log_q).sum(dim) * temperature**2
-
-
-def _cross_entropy(logits: Tensor, index: Tensor, dim: int) -> Tensor:
-    return -F.log_softmax(logits, dim).gather(dim, index).squeeze(dim)
+    return _ROWS.values(student, teacher, target, dim=dim, temperature=temperature)
 
 
 @register_loss("wsld")
-class WSLDLoss(nn.Module):
+class WSLDLoss(RowLoss):
     """Soft cross-entropy, weighted sample by sample; see `wsld_loss` for the formula.
 
     Args:
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
         ValueError: If the temperature is not positive and finite, or the
@@ -99,34 +115,9 @@ class WSLDLoss(nn.Module):
         tensor([ True, False, False])
     """
 
-    def __init__(self, temperature: float = 2.0, *, reduction: Reduction = "mean", dim: int = -1) -> None:
-        super().__init__()
-        self.temperature = check_positive("temperature", temperature)
-        self.reduction = check_reduction(reduction)
-        self.dim = dim
+    rows = _ROWS
+    options = {"temperature": check_positive}  # noqa: RUF012 - declared in the base
 
-    @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Logits, `(..., C)`.
-            teacher: Logits, same shape.
-            target: The class of every sample, `(...)`, integers.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(...)`.
-
-        Raises:
-            ValueError: As `wsld_loss`, and if the mask has another shape than the per-sample values.
-        """
-        values = wsld_loss(student, teacher, target, temperature=self.temperature, dim=self.dim)
-        return reduce(values, self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"temperature={self.temperature}, reduction={self.reduction!r}, dim={self.dim}"
+    def __init__(self, temperature: float = 2.0, *, reduction: Reduction = "mean", dim: int | None = None) -> None:
+        super().__init__(reduction=reduction, dim=dim)
+        self.temperature = temperature

@@ -1,0 +1,33 @@
+"""What losses share that set the target apart from the other classes."""
+
+import math
+
+from torch import Tensor
+
+from distill.losses._softened import soften
+
+
+def set_apart(logits: Tensor, labels: Tensor, *, dim: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Set the target apart, in the softened distribution p.
+
+    What all logits of a sample have in common would only cost digits, so they count from the largest other class.
+
+    Args:
+        logits: `(..., C)`, with the classes along `dim`; -inf is a probability of 0.
+        labels: The target's class, with a dimension of size 1 at `dim`.
+        dim: The dimension of the classes.
+        temperature: What the logits are divided by.
+
+    Returns:
+        The target's log-odds, `log p_y / (1 - p_y)`, with a dimension of size 1 at `dim`; and the logarithms of
+        `p_c / (1 - p_y)`, which are -inf at the target, and everywhere where no other class has a probability.
+    """
+    others = logits.scatter(dim, labels, -math.inf)
+    largest = others.detach().amax(dim, keepdim=True)  # a constant that the result does not depend on
+    largest = largest.masked_fill(largest == -math.inf, 0.0)
+    others = soften(others - largest, temperature)
+    target = soften(logits.gather(dim, labels) - largest, temperature)
+    mass = others.exp().sum(dim, keepdim=True)
+    nothing = mass == 0
+    log_mass = (mass + nothing).log()
+    return target - log_mass.masked_fill(nothing, -math.inf), others - log_mass
