@@ -31,3 +31,10 @@ def set_apart(logits: Tensor, labels: Tensor, *, dim: int, temperature: float) -
     nothing = mass == 0
     log_mass = (mass + nothing).log()
     return target - log_mass.masked_fill(nothing, -math.inf), others - log_mass
+
+
+def weigh(values: Tensor, weight: float) -> Tensor:
+    """Multiply by a weight, of which 0 takes away what is infinite too."""
+    if weight == 0:
+        values = values.masked_fill(~values.isfinite(), 0.0)
+    return values * weight

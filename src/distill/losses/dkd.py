@@ -1,5 +1,7 @@
 """Decoupled distillation: Zhao, Cui, Song, Qiu and Liang, "Decoupled Knowledge Distillation" (CVPR 2022)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._others import set_apart
+from distill.losses._others import set_apart, weigh
 from distill.losses._softened import divergence
 
 FAMILY = "refined logits"
@@ -20,10 +22,11 @@ def _formula(
 ) -> Tensor:
     odds_q, log_q = set_apart(student, labels, dim=dim, temperature=temperature)
     odds_p, log_p = set_apart(teacher, labels, dim=dim, temperature=temperature)
-    of_others = divergence(log_p, log_q, dim)
+    # Where the teacher gives no other class a probability there is nothing to compare.
+    of_others = divergence(log_p, log_q, dim).masked_fill((odds_p == math.inf).squeeze(dim), 0.0)
     # The target against all others together.
     log_p, log_q = (torch.cat([F.logsigmoid(odds), F.logsigmoid(-odds)], dim) for odds in (odds_p, odds_q))
-    return temperature**2 * (alpha * divergence(log_p, log_q, dim) + beta * of_others)
+    return temperature**2 * (weigh(divergence(log_p, log_q, dim), alpha) + weigh(of_others, beta))
 
 
 _ROWS = Rows(_formula, labels=True)

@@ -8,8 +8,8 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._others import set_apart
-from distill.losses._softened import cross_entropy
+from distill.losses._others import set_apart, weigh
+from distill.losses._softened import expectation
 
 FAMILY = "refined logits"
 
@@ -17,11 +17,11 @@ FAMILY = "refined logits"
 def _formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamma: float, temperature: float) -> Tensor:
     odds_q, log_q = set_apart(student, labels, dim=dim, temperature=temperature)
     odds_p, log_p = set_apart(teacher, labels, dim=dim, temperature=temperature)
-    of_others = cross_entropy(log_p.exp(), log_q, dim)
+    of_others = -expectation(log_p.exp(), log_q, dim)
     if temperature != 1:
         odds_q, odds_p = (set_apart(x, labels, dim=dim, temperature=1.0)[0] for x in (student, teacher))
-    of_target = cross_entropy(odds_p.sigmoid(), F.logsigmoid(odds_q), dim)
-    return of_target.add(of_others, alpha=gamma * temperature**2)
+    of_target = -expectation(odds_p.sigmoid(), F.logsigmoid(odds_q), dim)
+    return of_target + weigh(of_others, gamma * temperature**2)
 
 
 _ROWS = Rows(_formula, labels=True)

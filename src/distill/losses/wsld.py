@@ -11,7 +11,7 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import cross_entropy, harden, soften
+from distill.losses._softened import expectation, harden, soften
 
 FAMILY = "refined logits"
 
@@ -21,7 +21,7 @@ _EPS = 1e-7
 def _formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temperature: float) -> Tensor:
     weight = _weight(_on_label(student.detach(), labels, dim), _on_label(teacher, labels, dim))
     p = torch.softmax(soften(teacher, temperature), dim)
-    values = harden(cross_entropy(p, F.log_softmax(soften(student, temperature), dim), dim), temperature)
+    values = harden(-expectation(p, F.log_softmax(soften(student, temperature), dim), dim), temperature)
     # A sample that does not count adds nothing, also where its cross-entropy is infinite.
     return torch.where(weight == 0, 0.0, weight * values)
 
