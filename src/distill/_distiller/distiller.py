@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._distiller.taps import check_path, run_with_taps
+from distill._distiller.taps import Tap, check_path, run_with_taps
 
 _Side: TypeAlias = str | tuple[str, ...]
 _Sides: TypeAlias = tuple[_Side, _Side]
@@ -189,7 +189,7 @@ class Distiller(nn.Module):
         else:
             teacher_result, teacher_seen = teacher_output, {}
         model = self.student if student is None else student
-        student_result, student_seen = run_with_taps(
+        student_result, student_seen = _run_with_paths(
             self.student, self._student_paths, lambda: _call(model, inputs), side="student"
         )
         if self.training and torch.is_grad_enabled():
@@ -247,7 +247,9 @@ class Distiller(nn.Module):
         if any(module.training for module in self.teacher.modules()):
             self.teacher.eval()
         with torch.no_grad():
-            return run_with_taps(self.teacher, self._teacher_paths, lambda: _call(self.teacher, inputs), side="teacher")
+            return _run_with_paths(
+                self.teacher, self._teacher_paths, lambda: _call(self.teacher, inputs), side="teacher"
+            )
 
     def _tensor(self, result: Any) -> Tensor:
         """The tensor to compare in what a model returned."""
@@ -354,6 +356,16 @@ def _named_terms(losses: nn.Module | Term | Mapping[str, nn.Module | Term]) -> d
                 f"got {name!r}"
             )
     return {name: loss if isinstance(loss, Term) else Term(loss) for name, loss in losses.items()}
+
+
+def _run_with_paths(
+    model: nn.Module, paths: tuple[str, ...], call: Callable[[], Any], *, side: str
+) -> tuple[Any, dict[str, Tensor]]:
+    result, seen = run_with_taps(model, [Tap(path) for path in paths], call, side=side)
+    for tap, value in seen.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the {side}'s tap {tap.path!r} must see a tensor, got {type(value).__name__}")
+    return result, {tap.path: value for tap, value in seen.items()}
 
 
 def _call(model: Callable[..., Any], inputs: Any) -> Any:
