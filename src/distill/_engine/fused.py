@@ -145,7 +145,7 @@ class _Call:
             gradient = None if gradient is None else gradient.view(-1, columns)
         limit = max(_block_elements(student.device), columns)
         buffers = torch.empty((4, limit // columns, columns), dtype=self.dtype, device=student.device)
-        block = self.loss.block or functools.partial(_block_by_autograd, self.loss.formula)
+        block = self.loss.block or functools.partial(block_by_autograd, self.loss.formula)
         in_place = gradient is not None and gradient.dtype == self.dtype and gradient.is_contiguous()
         for index in _cut(student.shape, limit):
             ours, theirs = _rows(student[index], buffers[0]), _rows(teacher[index], buffers[1])
@@ -242,7 +242,7 @@ def _rows(x: Tensor, buffer: Tensor) -> Tensor:
     return rows
 
 
-def _block_by_autograd(
+def block_by_autograd(
     formula: Callable[..., Tensor],
     student: Tensor,
     teacher: Tensor,

@@ -11,6 +11,7 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
+from distill.losses._blocks import compare_rows, ordinary_rows, set_apart_rows
 from distill.losses._others import set_apart, weigh
 from distill.losses._softened import divergence
 
@@ -29,7 +30,33 @@ def _formula(
     return temperature**2 * (weigh(divergence(log_p, log_q, dim), alpha) + weigh(of_others, beta))
 
 
-_ROWS = Rows(_formula, labels=True)
+def _block(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    spare: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    s_target, _ = set_apart_rows(student, labels, temperature, out=gradient)
+    t_target, _ = set_apart_rows(teacher, labels, temperature, out=spare)
+    of_others, sum_q, sum_p, log_scale = compare_rows(gradient, spare, torch.empty_like(spare), labels)
+    odds_q, odds_p = s_target - log_scale - sum_q.log(), t_target - sum_p.log()
+    log_p, log_q = (torch.cat([F.logsigmoid(odds), F.logsigmoid(-odds)], -1) for odds in (odds_p, odds_q))
+    of_target = divergence(log_p, log_q, -1)
+    if factors is not None:
+        factors = factors * temperature
+        pull = alpha * (odds_q.sigmoid() - odds_p.sigmoid())  # T times it is the gradient at the target
+        gradient.mul_(factors * (beta - pull) / sum_q).sub_(spare.mul_(factors * beta / sum_p))
+        gradient.scatter_(-1, labels, factors * pull)
+    return temperature**2 * (alpha * of_target + beta * of_others.squeeze(-1))
+
+
+_ROWS = Rows(_formula, block=ordinary_rows(_formula, _block), labels=True)
 
 
 def dkd_loss(

@@ -1,19 +1,23 @@
 """Logit standardisation: Sun, Ren, Li, Wang and Cao, "Logit Standardization in Knowledge Distillation" (CVPR 2024)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill._checks import check_positive
+from distill._checks import check_positive, may_look
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
+from distill.losses._blocks import compare_rows, ordinary_rows
 from distill.losses._softened import divergence, harden, soften
 
 FAMILY = "refined logits"
 
 _EPS = 1e-7
+_LARGE = 1e15  # its square, summed over any number of classes, is finite in float32
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
@@ -23,11 +27,51 @@ def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) 
 
 
 def _standardise(logits: Tensor, dim: int) -> Tensor:
-    std, mean = torch.std_mean(logits, dim, keepdim=True)
-    return (logits - mean) / (std + _EPS)
+    if may_look(logits):
+        std, mean = torch.std_mean(logits, dim, keepdim=True)
+        if ((std > 0) & (std < _LARGE)).all():
+            return (logits - mean) / (std + _EPS)
+    # A class at -inf has no probability and is none of those that are standardised.
+    none = logits == -math.inf
+    logits = logits.masked_fill(none, 0.0)
+    count = logits.shape[dim] - none.sum(dim, keepdim=True)
+    # A constant that the result does not depend on, but for the share of the 1e-7: so that no square overflows.
+    logits = logits / (logits.detach().abs().amax(dim, keepdim=True) / _LARGE).clamp(min=1.0)
+    centred = (logits - logits.sum(dim, keepdim=True) / count).masked_fill(none, 0.0)
+    variance = centred.square().sum(dim, keepdim=True) / (count - 1).clamp(min=1)
+    # Where all are equal the square root has no derivative, but what is divided by it is 0: it does not matter there.
+    equal = variance == 0
+    std = variance.masked_fill(equal, 1.0).sqrt().masked_fill(equal, 0.0)
+    return (centred / (std + _EPS)).masked_fill(none, -math.inf)
 
 
-_ROWS = Rows(_formula)
+def _block(
+    student: Tensor, teacher: Tensor, factors: Tensor | None, gradient: Tensor, spare: Tensor, *, temperature: float
+) -> Tensor:
+    more, z = torch.empty_like(spare), torch.empty_like(spare)
+    of_student = _standardise_rows(student, out=z)
+    of_teacher = _standardise_rows(teacher, out=spare)
+    s, t = torch.mul(z, 1 / temperature, out=gradient), spare.mul_(1 / temperature)
+    largest = t.amax(-1, keepdim=True)  # from both, so that equal ones stay equal
+    value, sum_q, sum_p, _ = compare_rows(s.sub_(largest), t.sub_(largest), more)
+    if factors is not None:
+        factors = factors * temperature / (of_student + _EPS)
+        against = gradient.div_(sum_q).sub_(spare.div_(sum_p))  # q - p
+        # What would only stretch or shrink the student's logits does not count.
+        along = torch.mul(against, z, out=more).sum(-1, keepdim=True) / (z.shape[-1] - 1) * (1 + _EPS / of_student)
+        against.sub_(z.mul_(along)).mul_(factors)
+    ordinary = (of_student > 0) & (of_student < _LARGE) & (of_teacher > 0) & (of_teacher < _LARGE)
+    return torch.where(ordinary, temperature**2 * value, math.nan).squeeze(-1)
+
+
+def _standardise_rows(logits: Tensor, out: Tensor) -> Tensor:
+    torch.sub(logits, logits.mean(-1, keepdim=True), out=out)
+    std: Tensor = torch.linalg.vector_norm(out, dim=-1, keepdim=True) / math.sqrt(out.shape[-1] - 1)
+    out.mul_(1 / (std + _EPS))
+    return std
+
+
+_ROWS = Rows(_formula, block=ordinary_rows(_formula, _block))
 
 
 def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0, dim: int | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Normalised distillation: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation" (ICCV 2023)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,6 +9,7 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
+from distill.losses._blocks import ordinary_rows, set_apart_rows
 from distill.losses._others import set_apart, weigh
 from distill.losses._softened import expectation
 
@@ -24,7 +26,46 @@ def _formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamm
     return of_target + weigh(of_others, gamma * temperature**2)
 
 
-_ROWS = Rows(_formula, labels=True)
+def _block(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    spare: Tensor,
+    *,
+    gamma: float,
+    temperature: float,
+) -> Tensor:
+    _, s_target = set_apart_rows(student, labels, temperature, out=gradient)
+    _, t_target = set_apart_rows(teacher, labels, temperature, out=spare)
+    more = torch.empty_like(spare)
+    if temperature != 1:  # the target's part is always at 1
+        sum_p1 = torch.mul(spare, temperature, out=more).exp_().sum(-1, keepdim=True)
+    e_p = spare.exp_()
+    sum_p = e_p.sum(-1, keepdim=True)
+    mean = torch.mul(e_p, gradient, out=more).scatter_(-1, labels, 0.0).sum(-1, keepdim=True) / sum_p
+    if temperature != 1:
+        e_q1 = torch.mul(gradient, temperature, out=more).exp_()
+        sum_q1 = e_q1.sum(-1, keepdim=True)
+    e_q = gradient.exp_()
+    sum_q = e_q.sum(-1, keepdim=True)
+    if temperature == 1:
+        e_q1, sum_q1, sum_p1 = e_q, sum_q, sum_p
+    odds_q, p_target = s_target - sum_q1.log(), (t_target - sum_p1.log()).sigmoid()
+    if factors is not None:
+        weight = factors * gamma * temperature
+        pull = factors * p_target * (-odds_q).sigmoid()  # it leaves the target, and goes where q is
+        if temperature == 1:
+            e_q.mul_((weight + pull) / sum_q)
+        else:
+            e_q.mul_(weight / sum_q).add_(e_q1.mul_(pull / sum_q1))
+        e_q.sub_(e_p.mul_(weight / sum_p)).scatter_(-1, labels, -pull)
+    values = gamma * temperature**2 * (sum_q.log() - mean) - p_target * F.logsigmoid(odds_q)
+    return values.squeeze(-1)
+
+
+_ROWS = Rows(_formula, block=ordinary_rows(_formula, _block), labels=True)
 
 
 def nkd_loss(

@@ -11,6 +11,7 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
+from distill.losses._blocks import ordinary_rows
 from distill.losses._softened import expectation, harden, soften
 
 FAMILY = "refined logits"
@@ -37,7 +38,36 @@ def _weight(of_student: Tensor, of_teacher: Tensor) -> Tensor:
     return -torch.expm1(-ratio)
 
 
-_ROWS = Rows(_formula, labels=True)
+def _block(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    spare: Tensor,
+    *,
+    temperature: float,
+) -> Tensor:
+    more = torch.empty_like(spare)
+    s = torch.sub(student, student.amax(-1, keepdim=True), out=gradient)
+    t = torch.sub(teacher, teacher.amax(-1, keepdim=True), out=spare)
+    of_student, of_teacher = (
+        torch.exp(x, out=more).sum(-1, keepdim=True).log_() - x.gather(-1, labels) for x in (s, t)
+    )
+    weight = _weight(of_student, of_teacher)
+    s.mul_(1 / temperature)
+    e_p = t.mul_(1 / temperature).exp_()
+    sum_p = e_p.sum(-1, keepdim=True)
+    mean = torch.mul(e_p, s, out=more).sum(-1, keepdim=True) / sum_p
+    e_q = s.exp_()
+    sum_q = e_q.sum(-1, keepdim=True)
+    if factors is not None:
+        factors = factors * temperature * weight
+        e_q.mul_(factors / sum_q).sub_(e_p.mul_(factors / sum_p))
+    return (temperature**2 * weight * (sum_q.log() - mean)).squeeze(-1)
+
+
+_ROWS = Rows(_formula, block=ordinary_rows(_formula, _block), labels=True)
 
 
 def wsld_loss(
