@@ -37,11 +37,17 @@ def check_fraction(name: str, value: float, *, zero: bool = False) -> float:
     return value
 
 
+def check_tensor(name: str, value: Tensor) -> Tensor:
+    """Return `value` if it is a tensor, else raise TypeError that names it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
 def check_tensors(student: Tensor, teacher: Tensor) -> None:
     """Raise TypeError if one of two inputs is no tensor."""
-    for name, value in (("student", student), ("teacher", teacher)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_tensor("student", student)
+    check_tensor("teacher", teacher)
 
 
 def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:

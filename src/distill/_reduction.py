@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from distill._checks import ordinary
+from distill._checks import check_tensor, ordinary
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 """How a loss makes one number of its per-sample values; the type of every `reduction`."""
@@ -22,6 +22,7 @@ def check_reduction(reduction: Reduction) -> Reduction:
 
 def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
     """Raise ValueError if the mask has not the shape and device of the per-sample values, or is complex."""
+    check_tensor("mask", mask)
     if mask.shape != shape:
         raise ValueError(f"mask must be shaped like the per-sample values, {tuple(shape)}, got {tuple(mask.shape)}")
     if mask.device != device:

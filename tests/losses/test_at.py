@@ -58,7 +58,7 @@ def test_gradient(p):
 def test_contract():
     assert_loss_contract(ATLoss, shape=(5, 3, 2, 3), maps=True)
     assert_loss_contract(
-        lambda **options: ATLoss(3, **options), shape=(5, 3, 4, 4), teacher_shape=(5, 2, 2, 3), maps=True
+        lambda **options: ATLoss(3, **options), shape=(5, 3, 4, 4), teacher_shape=(5, 7, 2, 3), maps=True
     )
 
 
@@ -125,7 +125,9 @@ def test_rejects_bad_powers(p):
 
 
 def test_rejects_what_is_no_map():
-    with pytest.raises(ValueError, match=r"maps \(N, C, H, W\) of the same N, got \(4, 3\) and \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"maps \(N, C, L\), .* or \(N, C, D, H, W\) of the same N, got \(4, 3\) and \(4, 3\)"
+    ):
         at_loss(*make_pair(4, 3))
 
 

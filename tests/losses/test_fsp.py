@@ -122,19 +122,24 @@ def test_through_the_taps_of_a_distiller():
 
 def test_rejects_what_is_no_pair():
     student, teacher = make_layers((4, 2, 2, 3), (4, 3, 2, 3))
-    with pytest.raises(ValueError, match=r"the student must be a pair of maps \(a tuple of two paths.*, got Tensor"):
+    with pytest.raises(
+        TypeError, match=r"student must be a tuple of 2 maps \(in a Term: a tuple of paths\), got Tensor"
+    ):
         fsp_loss(student[0], teacher)
-    with pytest.raises(ValueError, match=r"the teacher must be a pair of maps .*, got 3 of them"):
-        fsp_loss(student, (*teacher, teacher[0]))
+    with pytest.raises(TypeError, match="teacher must be a tuple of 2 maps .*, got list at 1"):
+        fsp_loss(student, (teacher[0], [teacher[1]]))
+    for loss in (fsp_loss, FSPLoss()):
+        with pytest.raises(ValueError, match=r"teacher must be a tuple of 2 maps .*, got 3"):
+            loss(student, (*teacher, teacher[0]))
 
 
 def test_rejects_layers_that_do_not_fit():
     (s1, s2), (t1, t2) = make_layers((4, 2, 2, 3), (4, 3, 2, 3))
     with pytest.raises(ValueError, match=r"of the same N and C, got \(4, 2, 2, 3\) and \(4, 3, 2, 3\)"):
         fsp_loss((s1, s2), (t2, t1))
-    with pytest.raises(ValueError, match=r"two layers must be of the same N, got \[\(4, 2, 2, 3\), \(1, 3, 2, 3\)\]"):
+    with pytest.raises(ValueError, match=r"of the same N.*, got \[\(4, 2, 2, 3\), \(1, 3, 2, 3\)\]"):
         fsp_loss((s1, s2[:1]), (t1, t2[:1]))
-    with pytest.raises(ValueError, match=r"two layers must be on the same device, got \['cpu', 'meta'\]"):
+    with pytest.raises(ValueError, match=r"maps must be on one device, got \['cpu', 'meta'\]"):
         fsp_loss((s1, s2.to("meta")), (t1, t2.to("meta")))
 
 

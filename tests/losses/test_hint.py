@@ -180,11 +180,11 @@ def test_rejects_bad_channels(channels, message):
 def test_rejects_inputs_of_other_channels(channels):
     loss = HintLoss(*channels)
     student, teacher = make_pair(4, 3, 2, 2, teacher_shape=(4, channels[1], 2, 2))
-    with pytest.raises(ValueError, match=r"the student must have 3 channels, got shape \(4, 2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"student must have 3 channels, got shape \(4, 2, 2, 2\)"):
         loss(student[:, :2], teacher)
-    with pytest.raises(ValueError, match=r"the teacher must have . channels, got shape \(4, 2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"teacher must have . channels, got shape \(4, 2, 2, 2\)"):
         loss(student, teacher[:, :2])
-    with pytest.raises(ValueError, match=r"the student must have 3 channels, got shape \(\)"):
+    with pytest.raises(ValueError, match=r"student must have 3 channels, got shape \(\)"):
         loss(student.sum(), teacher.sum())
 
 
@@ -195,5 +195,6 @@ def test_rejects_unequal_channels_without_a_learned_map():
 
 
 def test_repr_shows_options():
-    assert repr(HintLoss()) == "HintLoss(reduction='mean')"
-    assert repr(HintLoss(3, 4, reduction="sum")).startswith("HintLoss(\n  3, 4, reduction='sum'\n  (regressor): Linear")
+    assert repr(HintLoss()) == "HintLoss(student_channels=None, teacher_channels=None, dim=None, reduction='mean')"
+    expected = "HintLoss(\n  student_channels=3, teacher_channels=4, dim=1, reduction='sum'\n  (regressor): Linear"
+    assert repr(HintLoss(3, 4, reduction="sum", dim=1)).startswith(expected)

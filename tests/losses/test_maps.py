@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from contract import make_pair
-from distill.losses._maps import check_maps, pool_to_smaller, run_layers
+from distill.losses._layers import run_layers
+from distill.losses._maps import check_maps, pool_to_smaller
 from learned import average_pool, make_maps
 
 

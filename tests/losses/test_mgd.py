@@ -178,7 +178,7 @@ def test_rejects_bad_options():
         with pytest.raises(ValueError, match=f"alpha must be positive and finite, got {bad}"):
             mgd_loss(*make_pair(2, 3, 4), alpha=bad)
     for bad in (-0.1, 1.0, math.nan):
-        with pytest.raises(ValueError, match=f"mask_ratio must be at least 0 and less than 1, got {bad}"):
+        with pytest.raises(ValueError, match=f"mask_ratio must be at least 0 and below 1, got {bad}"):
             MGDLoss(2, 3, bad)
     with pytest.raises(ValueError, match="student_channels must be a positive integer, got 0"):
         MGDLoss(0, 3)
@@ -193,5 +193,5 @@ def test_rejects_bad_pairs():
 
 
 def test_repr_shows_options():
-    expected = "MGDLoss(\n  2, 3, mask_ratio=0.25, alpha=0.5, reduction='sum'\n"
+    expected = "MGDLoss(\n  student_channels=2, teacher_channels=3, mask_ratio=0.25, alpha=0.5, reduction='sum'\n"
     assert repr(MGDLoss(2, 3, 0.25, 0.5, reduction="sum")).startswith(expected)

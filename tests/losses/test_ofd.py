@@ -73,7 +73,7 @@ def test_gradient():
 def test_contract():
     margin = -torch.arange(5.0)
     assert_learned_loss_contract(
-        lambda **options: OFDLoss(3, 5, margin, **options), student=(6, 3, 6, 6), teacher=(6, 5, 4, 4)
+        lambda **options: OFDLoss(3, 5, margin, **options), student=(6, 3, 6, 6), teacher=(6, 5, 4, 4), meet=True
     )
 
 
@@ -182,4 +182,5 @@ def test_rejects_a_batch_without_statistics():
 
 
 def test_repr_shows_options():
-    assert repr(OFDLoss(2, 4, MARGIN, reduction="sum")).startswith("OFDLoss(\n  2, 4, reduction='sum'\n")
+    expected = "OFDLoss(\n  student_channels=2, teacher_channels=4, reduction='sum'\n"
+    assert repr(OFDLoss(2, 4, MARGIN, reduction="sum")).startswith(expected)

@@ -26,7 +26,7 @@ def reference(student, teacher):
     """Hierarchical context, squared distances at the full size and of 4, 2, 1 bins, each half the weight before."""
     values = np.zeros(len(student[0]))
     for s, t in zip(student, teacher, strict=True):
-        sizes = [k for k in (4, 2, 1) if k < s.shape[2] and k < s.shape[3]]
+        sizes = [k for k in (4, 2, 1) if k < s.shape[2]]
         distances = [((s - t) ** 2).mean((1, 2, 3))]
         distances += [((average_pool(s, k, k) - average_pool(t, k, k)) ** 2).mean((1, 2, 3)) for k in sizes]
         values += np.average(distances, axis=0, weights=[0.5**i for i in range(len(distances))])
@@ -104,6 +104,7 @@ def test_contract():
         lambda **options: Levels(ReviewLoss((3, 3, 3), (5, 5, 5), mid_channels=4, **options)),
         student=(6, 3, 6, 6),
         teacher=(6, 5, 7, 4),
+        meet=True,
     )
 
 
@@ -124,7 +125,7 @@ def test_deep_maps_reach_shallow_levels_but_not_the_other_way_round():
     loss = with_weights(ReviewLoss(channels, channels)).double()
     student = [x.requires_grad_() for x in make_levels([(8, 8), (4, 4), (2, 2)], channels)]
     pairs = [(s, s.detach()) for s in student]
-    for level, fused in enumerate(loss._fuse(pairs)):
+    for level, fused in enumerate(loss._fuse(pairs, None)):
         gradients = torch.autograd.grad(fused.square().sum(), student, retain_graph=True, allow_unused=True)
         assert [g is not None and bool(g.abs().max() > 0) for g in gradients] == [i >= level for i in range(3)]
 
@@ -179,18 +180,30 @@ def test_rejects_bad_channels():
 def test_rejects_what_is_no_tuple_of_maps():
     x = torch.ones(2, 2, 4, 4)
     for loss in (ReviewLoss((2,), (2,)), review_loss):
-        for bad in (x, (), "xy", ("x",)):
-            with pytest.raises(ValueError, match=f"student must be a tuple of maps, got {type(bad).__name__}"):
+        for bad, got in (
+            (x, "Tensor"),
+            ("xy", "str"),
+            (None, "NoneType"),
+            (("x",), "str at 0"),
+            ((x, None), "NoneType at"),
+        ):
+            with pytest.raises(TypeError, match=f"student must be a tuple of .* maps .*, got {got}"):
                 loss(bad, (x,))
-            with pytest.raises(ValueError, match=f"teacher must be a tuple of maps, got {type(bad).__name__}"):
+            with pytest.raises(TypeError, match=f"teacher must be a tuple of .* maps .*, got {got}"):
                 loss((x,), bad)
-        with pytest.raises(ValueError, match=r"must have as many maps.*got \[\(2, 2, 4, 4\)\] and \[\(2.*, \(2"):
-            loss((x,), (x, x))
-        with pytest.raises(ValueError, match=r"of the same number of samples.*got .* and \[\(1, 2, 4, 4\)\]"):
+        with pytest.raises(ValueError, match=r"student must be a tuple of (1|one or more) maps .*, got 0"):
+            loss((), ())
+        with pytest.raises(ValueError, match=r"of the same N.*got .* and \[\(1, 2, 4, 4\)\]"):
             loss((x,), (x[:1],))
-    with pytest.raises(ValueError, match=r"of the same number of samples"):
+        with pytest.raises(ValueError, match=r"of the same N.*got \[\(\)\] and"):
+            loss((x.sum(),), (x,))
+    with pytest.raises(ValueError, match=r"as many on both sides, got \[\(2, 2, 4, 4\)\] and \[\(2.*, \(2"):
+        review_loss((x,), (x, x))
+    with pytest.raises(ValueError, match="of the same N"):
         review_loss((x, x[:1]), (x, x[:1]))
-    with pytest.raises(ValueError, match="must have 1 maps, got 2"):
+    with pytest.raises(ValueError, match="the student's maps must be on one device, got .'cpu', 'meta'."):
+        review_loss((x, x.to("meta")), (x, x.to("meta")))
+    with pytest.raises(ValueError, match="student must be a tuple of 1 maps .*, got 2"):
         ReviewLoss((2,), (2,))((x, x), (x, x))
 
 
@@ -205,5 +218,5 @@ def test_rejects_bad_maps():
 
 
 def test_repr_shows_options():
-    expected = "ReviewLoss(\n  (2, 3), (4, 5), mid_channels=3, reduction='sum'\n"
+    expected = "ReviewLoss(\n  student_channels=(2, 3), teacher_channels=(4, 5), mid_channels=3, reduction='sum'\n"
     assert repr(ReviewLoss((2, 3), (4, 5), reduction="sum")).startswith(expected)

@@ -145,5 +145,5 @@ def test_rejects_bad_pairs():
 
 
 def test_repr_shows_options():
-    expected = "VIDLoss(\n  2, 4, init_variance=3.0, eps=0.01, reduction='sum'\n"
+    expected = "VIDLoss(\n  student_channels=2, teacher_channels=4, init_variance=3.0, eps=0.01, reduction='sum'\n"
     assert repr(VIDLoss(2, 4, 3.0, 0.01, reduction="sum")).startswith(expected)

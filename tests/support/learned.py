@@ -1,6 +1,7 @@
 """For losses with learned layers on feature maps: what they promise, and the layers in NumPy for their references."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 
@@ -28,9 +29,16 @@ def with_weights(loss: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def assert_learned_loss_contract(
-    build: Callable[..., nn.Module], *, student: tuple[int, ...], teacher: tuple[int, ...]
+    build: Callable[..., nn.Module], *, student: tuple[int, ...], teacher: tuple[int, ...], meet: bool = False
 ) -> None:
-    """The contract of every loss, for one that owns layers and takes maps of unequal shapes."""
+    """The contract of every loss, for one that owns layers and takes maps of unequal shapes.
+
+    Args:
+        build: The class, or a function that passes keyword arguments on to it.
+        student: Shape of the student's map.
+        teacher: Shape of the teacher's map.
+        meet: Whether samples meet in a batch norm.
+    """
 
     def weighted(**options) -> nn.Module:
         return with_weights(build(**options))
@@ -44,7 +52,8 @@ def assert_learned_loss_contract(
     contract._check_compile(loss, *maps(dtype=torch.float32), None)
     contract._check_func(loss, *maps(), None)
     contract._check_reductions(weighted, *maps(), None)
-    contract._check_mask(weighted, *maps(), None)
+    contract._check_mask(weighted, *maps(), None, meet=meet)
+    _check_hidden_samples(weighted(), *maps())
     for bad in ("avg", "Mean", None):
         with pytest.raises(ValueError, match=f"reduction must be 'mean', 'sum' or 'none', got {bad!r}"):
             build(reduction=bad)
@@ -65,6 +74,29 @@ def assert_gradients(loss: nn.Module, student: Tensor, teacher: Tensor) -> None:
         return torch.func.functional_call(loss, dict(zip(names, weights, strict=True)), (student, teacher))
 
     assert torch.autograd.gradcheck(value, (student, *loss.parameters()))
+
+
+def _check_hidden_samples(loss: nn.Module, student: Tensor, teacher: Tensor) -> None:
+    """Under a mask: the value and all gradients of the kept samples alone, whatever the hidden ones hold."""
+    loss = loss.double()
+    kept = torch.tensor([True, False] * len(student))[: len(student)]
+    kept[0] = False
+
+    def results(student: Tensor, teacher: Tensor, mask: Tensor | None) -> list[Tensor]:
+        student = student.detach().clone().requires_grad_()
+        value = loss(student, teacher, mask=mask)
+        return [value, *torch.autograd.grad(value, [student, *loss.parameters()])]
+
+    value, slope, *slopes = results(student[kept], teacher[kept], None)
+    whole = torch.zeros_like(student).index_put((kept,), slope)
+    for spoil in (1.0, math.nan, math.inf, -math.inf):
+        spoilt = [torch.where(kept.reshape(-1, 1, 1, 1), x.detach(), spoil) for x in (student, teacher)]
+        for mask in (kept, 2 * kept.double()):
+            found = results(*spoilt, mask)
+            for a, b in zip(found, [value, whole, *slopes], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for nothing in results(*spoilt, torch.zeros_like(kept)):
+        assert (nothing == 0).all()
 
 
 def _check_vmap(loss: nn.Module, student: Tensor, teacher: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import ordinary
+from distill._checks import check_tensor, ordinary
 from distill._engine.rows import Rows
 from distill._reduction import Reduction, check_mask, check_reduction, hide, reduce
 
@@ -57,6 +57,10 @@ class SampleLoss(Loss):
         """One value per sample."""
         raise NotImplementedError
 
+    def values(self, student: Any, teacher: Any, target: Tensor | None, mask: Tensor | None) -> Tensor:
+        """One value per sample, for a loss whose samples meet in a batch norm: only that one looks at the mask."""
+        return self.per_sample(student, teacher, target)
+
     @override
     def forward(
         self, student: Any, teacher: Any, target: Tensor | None = None, *, mask: Tensor | None = None
@@ -77,8 +81,9 @@ class SampleLoss(Loss):
             ValueError: As the loss's function, and if the mask has another shape than the per-sample values.
         """
         if mask is not None:
+            check_tensor("mask", mask)
             student, teacher = _hide(student, mask), _hide(teacher, mask)
-        return reduce(self.per_sample(student, teacher, target), self.reduction, mask)
+        return reduce(self.values(student, teacher, target, mask), self.reduction, mask)
 
 
 class RowLoss(SampleLoss):

@@ -7,6 +7,14 @@ from torch import nn
 from typing_extensions import override
 
 
+def drawing(generator: torch.Generator | None, device: torch.device) -> dict[str, Any]:
+    """Where `torch.rand` and its kin draw from: `generator`, or the global one of `device` where that is None.
+
+    A generator of None is left out: given by name it keeps `torch.compile` from tracing sizes that change.
+    """
+    return {"device": device} if generator is None else {"generator": generator, "device": generator.device}
+
+
 class RandomLoss(nn.Module):
     """A loss that draws from `generator`, or from the global one where that is None.
 

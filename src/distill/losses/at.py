@@ -3,12 +3,13 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._base import SampleLoss
+from distill.losses._maps import ANY, check_maps, pool_to_smaller
 from distill.losses._vectors import normalize
 
 FAMILY = "maps"
@@ -22,7 +23,13 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
 
     Maps of unequal size are average-pooled to the smaller height and width. The attention maps are normalised over the
     positions, so neither the number of channels nor the scale of a map counts (with p = 2 in float32: from 1e-6 to
-    1e8); one that is 0 everywhere stays 0.
+    1e8); one that is 0 everywhere stays 0. Maps may have one to three dimensions of positions.
+
+    Channels come first. Maps (N, H, W, C) on one side alone are refused where they can be recognised (see
+    `distill.adapt.NHWC`); on both sides they cannot be, nor can tokens (B, T, C), which have the dimensions of a map
+    (N, C, L): `distill.adapt.TokensToMap` makes maps of them.
+
+    With p = 1 the formula has a kink where a value of the student is 0: its slope there is 0.
 
     Published with weight 1000, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan and
     Isola, "Contrastive Representation Distillation", ICLR 2020).
@@ -57,8 +64,8 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
         Sergey Zagoruyko and Nikos Komodakis, "Paying More Attention to Attention: Improving the Performance of
         Convolutional Neural Networks via Attention Transfer", ICLR 2017 and arXiv 1612.03928.
     """
-    _check_p(p)
-    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=False))
+    _check_p("p", p)
+    student, teacher = pool_to_smaller(*check_maps(student, teacher, positions=ANY))
     return (_attention(student, p) - _attention(teacher, p)).square().mean(1)
 
 
@@ -66,20 +73,22 @@ def _attention(maps: Tensor, p: float) -> Tensor:
     if p == 2:
         powers = maps.square()
     else:  # high powers leave the range of numbers sooner
-        largest = maps.detach().abs().amax((1, 2, 3), keepdim=True)
-        powers = (maps.abs() / torch.where(largest > 0, largest, 1.0)).pow(p)
+        # |f| by the sign: where the formula has a kink, for p = 1 at 0, this chooses the slope 0.
+        magnitude = maps * maps.detach().sign()
+        largest = magnitude.detach().flatten(1).amax(1).reshape(-1, *(1,) * (maps.ndim - 1))
+        powers = (magnitude / torch.where(largest > 0, largest, 1.0)).pow(p)
     # The sum for the mean: 1/C cancels, and the gradient of mean() would be a tensor of the size of the map.
     return normalize(powers.sum(1).flatten(1), dim=1)
 
 
-def _check_p(p: float) -> float:
-    if not 1 <= p < math.inf:
-        raise ValueError(f"p must be finite and at least 1, got {p!r}")
-    return p
+def _check_p(name: str, value: float) -> float:
+    if not 1 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 1, got {value!r}")
+    return value
 
 
 @register_loss("at")
-class ATLoss(nn.Module):
+class ATLoss(SampleLoss):
     """Mean squared difference of the normalised attention maps; see `at_loss` for the formula.
 
     Args:
@@ -98,32 +107,12 @@ class ATLoss(nn.Module):
         tensor(0.)
     """
 
+    options = {"p": _check_p}  # noqa: RUF012 - declared in the base
+
     def __init__(self, p: float = 2, *, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        self.p = _check_p(p)
-        self.reduction = check_reduction(reduction)
+        super().__init__(reduction=reduction)
+        self.p = p
 
     @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Map, `(N, C, H, W)`.
-            teacher: Map, `(N, C', H', W')`.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(N,)`.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
-
-        Raises:
-            ValueError: As `at_loss`, and if the mask has another shape than the per-sample values.
-        """
-        return reduce(at_loss(student, teacher, p=self.p), self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"p={self.p}, reduction={self.reduction!r}"
+    def per_sample(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        return at_loss(student, teacher, **self.given())

@@ -1,13 +1,14 @@
 """Channel-wise distillation: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (2021)."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from distill._checks import check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._base import SampleLoss
+from distill.losses._maps import ANY, check_maps, pool_to_smaller
 
 FAMILY = "maps"
 
@@ -55,14 +56,14 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> T
         Dense Prediction", ICCV 2021 and arXiv 2011.13256.
     """
     check_positive("temperature", temperature)
-    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True))
+    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True, positions=ANY))
     log_q = F.log_softmax(student.flatten(2) / temperature, 2)
     log_p = F.log_softmax(teacher.flatten(2) / temperature, 2)
     return (log_p.exp() * (log_p - log_q)).sum(2).mean(1) * temperature**2
 
 
 @register_loss("cwd")
-class CWDLoss(nn.Module):
+class CWDLoss(SampleLoss):
     """Divergence of each channel's distribution over the positions; see `cwd_loss` for the formula.
 
     Args:
@@ -81,32 +82,12 @@ class CWDLoss(nn.Module):
         tensor(0.)
     """
 
+    options = {"temperature": check_positive}  # noqa: RUF012 - declared in the base
+
     def __init__(self, temperature: float = 4.0, *, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        self.temperature = check_positive("temperature", temperature)
-        self.reduction = check_reduction(reduction)
+        super().__init__(reduction=reduction)
+        self.temperature = temperature
 
     @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Map, `(N, C, H, W)`.
-            teacher: Map, `(N, C, H', W')`.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(N,)`.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
-
-        Raises:
-            ValueError: As `cwd_loss`, and if the mask has another shape than the per-sample values.
-        """
-        return reduce(cwd_loss(student, teacher, temperature=self.temperature), self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"temperature={self.temperature}, reduction={self.reduction!r}"
+    def per_sample(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        return cwd_loss(student, teacher, **self.given())

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from distill._checks import without_autocast
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._base import SampleLoss
+from distill.losses._maps import check_maps, check_tuples, pool_to_smaller
 
 FAMILY = "maps"
 
@@ -58,15 +59,8 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         Junho Yim, Donggyu Joo, Jihoon Bae and Junmo Kim, "A Gift from Knowledge Distillation: Fast Optimization,
         Network Minimization and Transfer Learning", CVPR 2017, sections 3.2 and 3.3.
     """
-    for side, maps in (("student", student), ("teacher", teacher)):
-        if isinstance(maps, Tensor) or len(maps) != 2:
-            got = type(maps).__name__ if isinstance(maps, Tensor) else f"{len(maps)} of them"
-            raise ValueError(f"the {side} must be a pair of maps (a tuple of two paths in a Term), got {got}")
+    check_tuples(student, teacher, number=2)
     layers = [check_maps(s, t, same_channels=True) for s, t in zip(student, teacher, strict=True)]
-    if layers[0][0].shape[0] != layers[1][0].shape[0]:
-        raise ValueError(f"the two layers must be of the same N, got {[tuple(s.shape) for s, _ in layers]}")
-    if layers[0][0].device != layers[1][0].device:
-        raise ValueError(f"the two layers must be on the same device, got {[str(s.device) for s, _ in layers]}")
     (s1, t1), (s2, t2) = layers
     return F.mse_loss(_flow(s1, s2), _flow(t1, t2), reduction="none").flatten(1).mean(1)
 
@@ -79,7 +73,7 @@ def _flow(first: Tensor, second: Tensor) -> Tensor:
 
 
 @register_loss("fsp")
-class FSPLoss(nn.Module):
+class FSPLoss(SampleLoss):
     """Mean squared difference of the matrices that lead from one layer to another; see `fsp_loss` for the formula.
 
     In a `Term`, `at=(("layer1", "layer2"), ("layer1", "layer2"))` names the student's two layers and the teacher's.
@@ -100,35 +94,8 @@ class FSPLoss(nn.Module):
     """
 
     def __init__(self, *, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        self.reduction = check_reduction(reduction)
+        super().__init__(reduction=reduction)
 
     @override
-    def forward(
-        self,
-        student: Sequence[Tensor],
-        teacher: Sequence[Tensor],
-        target: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Two maps, `(N, C1, H1, W1)` and `(N, C2, H2, W2)`.
-            teacher: Two maps, `(N, C1, H1', W1')` and `(N, C2, H2', W2')`.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(N,)`.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
-
-        Raises:
-            ValueError: As `fsp_loss`, and if the mask has another shape than the per-sample values.
-        """
-        return reduce(fsp_loss(student, teacher), self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"reduction={self.reduction!r}"
+    def per_sample(self, student: Sequence[Tensor], teacher: Sequence[Tensor], target: Tensor | None) -> Tensor:
+        return fsp_loss(student, teacher)

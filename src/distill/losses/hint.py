@@ -4,21 +4,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_pair, make_ready, without_autocast
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._checks import check_count, check_pair, check_tensors, make_ready, without_autocast
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._base import SampleLoss
+from distill.losses._maps import ANY, check_maps, pool_to_smaller
 
 FAMILY = "maps"
 
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
-def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
+
+def hint_loss(student: Tensor, teacher: Tensor, *, dim: int | None = None) -> Tensor:
     """Mean squared difference of two hidden layers, one value per sample.
 
         loss = 1/(CHW) * sum_chw (s - t)^2  for maps,  1/C * sum_c (s_c - t_c)^2  for vectors
 
-    Maps of unequal size are average-pooled to the smaller height and width. Where the channels differ, `HintLoss`
-    learns a map from the student's to the teacher's.
+    Maps of unequal size are average-pooled to the smaller height and width, and likewise in one or three dimensions.
+    Where the channels differ, `HintLoss` learns a map from the student's to the teacher's.
 
     Published with weight 100 (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive Representation
     Distillation", ICLR 2020).
@@ -31,18 +34,21 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     the channels agree.
 
     Args:
-        student: The student's layer: a map `(N, C, H, W)`, or vectors `(..., C)` of another number of dimensions. Any
-            floating dtype; half and bfloat16 are computed in float32.
+        student: The student's layer: a map `(N, C, H, W)`, or vectors `(..., C)`, as `dim` says. Any floating dtype;
+            half and bfloat16 are computed in float32.
         teacher: The teacher's layer: a map `(N, C, H', W')`, or vectors of the student's shape. A constant: no
             gradient reaches it.
+        dim: The dimension of the channels: 1 for maps, also `(N, C, L)` and `(N, C, D, H, W)`, -1 for vectors of any
+            number of dimensions. None: 1 where there are four dimensions, else -1.
 
     Returns:
         One value per sample, `(N,)` for maps and `(...)` for vectors, in squared units of the inputs; float32, or
         float64 if an input is.
 
     Raises:
-        ValueError: If the shapes differ in more than the size of the maps, the devices differ, or an input is empty or
-            not floating-point.
+        TypeError: If an input is no tensor.
+        ValueError: If the shapes differ in more than the size of the maps, a map seems to have its channels last, the
+            devices differ, an input is empty or not floating-point, or `dim` is neither 1 nor -1.
 
     Examples:
         >>> import torch
@@ -56,33 +62,61 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta and Yoshua Bengio,
         "FitNets: Hints for Thin Deep Nets", ICLR 2015 and arXiv 1412.6550, section 2.2.
     """
-    if 4 in (student.ndim, teacher.ndim):
-        student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True))
+    if _are_maps(student, teacher, _check_dim("dim", dim)):
+        student, teacher = check_maps(student, teacher, same_channels=True, positions=ANY)
+        student, teacher = pool_to_smaller(student, teacher)
         # Not mean(): its gradient would be a tensor of the size of the map, that of sum() is a view.
         return F.mse_loss(student, teacher, reduction="none").flatten(1).sum(1) / student[0].numel()
     student, teacher = check_pair(student, teacher, dim=-1)
     return F.mse_loss(student, teacher, reduction="none").sum(-1) / student.shape[-1]
 
 
+def _check_dim(name: str, value: int | None) -> int | None:
+    if value not in (None, 1, -1):
+        raise ValueError(f"{name} must be 1 for maps, -1 for vectors, or None, got {value!r}")
+    return value
+
+
+def _check_channels(name: str, value: int | None) -> int | None:
+    return None if value is None else check_count(name, value)
+
+
+def _are_maps(
+    student: Tensor, teacher: Tensor, dim: int | None, channels: tuple[int | None, int | None] = (None, None)
+) -> bool:
+    """Whether the channels are the second dimension; where `dim` does not say it, the channels of a layer may."""
+    check_tensors(student, teacher)
+    if dim is not None or 4 in (student.ndim, teacher.ndim):
+        return dim != -1
+    shapes = (student.shape, teacher.shape)
+    first, last = (tuple(shape[d] for shape in shapes if len(shape) > 2) == channels for d in (1, -1))
+    return first and not last
+
+
 @register_loss("hint")
-class HintLoss(nn.Module):
+class HintLoss(SampleLoss):
     """Mean squared difference of two hidden layers, through a learned map where their channels differ.
 
     See `hint_loss` for the formula. The map is linear over the channels with a bias: a 1x1 convolution of maps
     `(N, C, H, W)`, a linear layer on vectors `(..., C)`. The benchmark of `hint_loss` has a convolution whose kernel
     depends on the sizes, a batch norm and a ReLU instead.
 
+    With the channels given, layers of other than four dimensions are maps also where only the second dimension has
+    those channels: `HintLoss(16, 64)` takes `(N, 16, L)` and `(N, 64, L')`. Where both readings fit they are vectors,
+    unless `dim` is 1.
+
     Args:
         student_channels: The student's channels, where they differ from the teacher's.
         teacher_channels: The teacher's channels, where they differ from the student's.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
+        dim: The dimension of the channels, as in `hint_loss`; None: as said above.
 
     Attributes:
         regressor: The learned map, an `nn.Linear`; None where the channels are the same or not given.
 
     Raises:
-        ValueError: If only one number of channels is given or one is no positive integer, or the reduction is
-            unknown.
+        ValueError: If only one number of channels is given or one is no positive integer, `dim` is neither 1 nor -1, or
+            the reduction is unknown.
 
     Examples:
         >>> import torch
@@ -94,78 +128,64 @@ class HintLoss(nn.Module):
         torch.Size([64, 16])
     """
 
+    options = {  # noqa: RUF012 - declared in the base
+        "student_channels": _check_channels,
+        "teacher_channels": _check_channels,
+        "dim": _check_dim,
+    }
+
     def __init__(
         self,
         student_channels: int | None = None,
         teacher_channels: int | None = None,
         *,
         reduction: Reduction = "mean",
+        dim: int | None = None,
     ) -> None:
-        super().__init__()
-        channels = (student_channels, teacher_channels)
+        super().__init__(reduction=reduction)
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        self.dim = dim
         if (student_channels is None) != (teacher_channels is None):
-            raise ValueError(f"student_channels and teacher_channels must both be given or both None, got {channels}")
-        if student_channels is not None and teacher_channels is not None:
-            check_count("student_channels", student_channels)
-            check_count("teacher_channels", teacher_channels)
-        self.student_channels = student_channels
-        self.teacher_channels = teacher_channels
-        self.reduction = check_reduction(reduction)
+            raise ValueError(
+                "student_channels and teacher_channels must both be given or both None, "
+                f"got {(student_channels, teacher_channels)}"
+            )
         self.regressor: nn.Linear | None = None
         if student_channels is not None and teacher_channels is not None and student_channels != teacher_channels:
             self.regressor = nn.Linear(student_channels, teacher_channels)
 
     @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Map, `(N, student_channels, H, W)`, or vectors, `(..., student_channels)`.
-            teacher: Map, `(N, teacher_channels, H', W')`, or vectors, `(..., teacher_channels)`.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, shaped like the per-sample values: `(N,)` for maps, `(...)` for vectors.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample.
-
-        Raises:
-            ValueError: As `hint_loss`, if the channels are not the ones given, and if the mask has another shape than
-                the per-sample values.
-        """
-        if self.student_channels is not None:
-            student, teacher = self._align(student, teacher)
-        return reduce(hint_loss(student, teacher), self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        channels = f"{self.student_channels}, {self.teacher_channels}, " if self.student_channels is not None else ""
-        return f"{channels}reduction={self.reduction!r}"
-
-    def _align(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Check both sides, and bring the student to the teacher's channels."""
-        maps = 4 in (student.ndim, teacher.ndim)
-        if maps:
+    def per_sample(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        if self.student_channels is None or self.teacher_channels is None:
+            return hint_loss(student, teacher, dim=self.dim)
+        channels = (self.student_channels, self.teacher_channels)
+        if _are_maps(student, teacher, self.dim, channels):
+            student, teacher = check_maps(student, teacher, channels=channels, positions=ANY)
             # Pooling commutes with a map over the channels, and is cheaper before it.
-            student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=False))
-        elif student.shape[:-1] == teacher.shape[:-1]:
-            student, teacher = make_ready(student, teacher)
-        else:
-            raise ValueError(
-                "student and teacher must have the same shape but for the channels (nothing is broadcast), "
-                f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
-            )
-        for side, layer, channels in (
-            ("student", student, self.student_channels),
-            ("teacher", teacher, self.teacher_channels),
-        ):
-            if layer.ndim == 0 or layer.shape[1 if maps else -1] != channels:
-                raise ValueError(f"the {side} must have {channels} channels, got shape {tuple(layer.shape)}")
+            student, teacher = pool_to_smaller(student, teacher)
+            return hint_loss(self._regress(student, dim=1), teacher, dim=1)
+        student, teacher = _check_vectors(student, teacher, channels)
+        return hint_loss(self._regress(student, dim=-1), teacher, dim=-1)
+
+    def _regress(self, student: Tensor, *, dim: int) -> Tensor:
+        """Bring the student to the teacher's channels."""
         if self.regressor is None:
-            return student, teacher
+            return student
         weight, bias = self.regressor.weight.to(student.dtype), self.regressor.bias.to(student.dtype)
         with without_autocast(student):
-            student = F.conv2d(student, weight[:, :, None, None], bias) if maps else F.linear(student, weight, bias)
-        return student, teacher
+            if dim == -1:
+                return F.linear(student, weight, bias)
+            positions = student.ndim - 2
+            return _CONVOLUTIONS[positions](student, weight.reshape(*weight.shape, *(1,) * positions), bias)
+
+
+def _check_vectors(student: Tensor, teacher: Tensor, channels: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "student and teacher must have the same shape but for the channels (nothing is broadcast), "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}; for maps of other than two dimensions give dim=1"
+        )
+    for name, tensor, expected in (("student", student, channels[0]), ("teacher", teacher, channels[1])):
+        if tensor.shape[-1:] != (expected,):
+            raise ValueError(f"{name} must have {expected} channels, got shape {tuple(tensor.shape)}")
+    return make_ready(student, teacher)

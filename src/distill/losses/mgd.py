@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_pair, check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._checks import check_count, check_fraction, check_pair, check_positive
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._maps import check_maps, pool_to_smaller, run_layers
-from distill.losses._random import RandomLoss
+from distill.losses._base import SampleLoss
+from distill.losses._layers import run_layers
+from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._random import drawing
 
 FAMILY = "learned maps"
 
@@ -62,8 +64,12 @@ def mgd_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Tensor
     return F.mse_loss(student, teacher, reduction="none").flatten(1).sum(1) * alpha
 
 
+def _check_ratio(name: str, value: float) -> float:
+    return check_fraction(name, value, zero=True)
+
+
 @register_loss("mgd")
-class MGDLoss(RandomLoss):
+class MGDLoss(SampleLoss):
     """The student's map, masked at random, must generate the teacher's; see `mgd_loss` for the formula.
 
     A learned 1x1 convolution where the channels differ, random positions set to zero in all channels, then a
@@ -95,6 +101,13 @@ class MGDLoss(RandomLoss):
         torch.Size([])
     """
 
+    options = {  # noqa: RUF012 - declared in the base
+        "student_channels": check_count,
+        "teacher_channels": check_count,
+        "mask_ratio": _check_ratio,
+        "alpha": check_positive,
+    }
+
     def __init__(
         self,
         student_channels: int,
@@ -105,15 +118,10 @@ class MGDLoss(RandomLoss):
         generator: torch.Generator | None = None,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
-        self.student_channels = check_count("student_channels", student_channels)
-        self.teacher_channels = check_count("teacher_channels", teacher_channels)
-        if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio must be at least 0 and less than 1, got {mask_ratio!r}")
-        self.mask_ratio = mask_ratio
-        self.alpha = check_positive("alpha", alpha)
+        super().__init__(reduction=reduction)
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        self.mask_ratio, self.alpha = mask_ratio, alpha
         self.generator = generator
-        self.reduction = check_reduction(reduction)
         # Empty where the channels agree, so that there is no layer that the loss does not need.
         same = student_channels == teacher_channels
         self.align = nn.Sequential(*() if same else (nn.Conv2d(student_channels, teacher_channels, 1),))
@@ -124,40 +132,14 @@ class MGDLoss(RandomLoss):
         )
 
     @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: The student's map, `(N, student_channels, H, W)`.
-            teacher: The teacher's map, `(N, teacher_channels, H', W')`.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(N,)`: which samples count. Not the random masks, which are drawn inside.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
-
-        Raises:
-            ValueError: If the inputs are no such maps, are empty or not floating-point, if samples or devices
-                differ, or the mask has another shape.
-        """
+    def per_sample(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         student, teacher = check_maps(student, teacher, channels=(self.student_channels, self.teacher_channels))
         student, teacher = pool_to_smaller(student, teacher)
         generated = run_layers(self.generation, self._masked(run_layers(self.align, student)))
-        return reduce(mgd_loss(generated, teacher, alpha=self.alpha), self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return (
-            f"{self.student_channels}, {self.teacher_channels}, mask_ratio={self.mask_ratio}, alpha={self.alpha}, "
-            f"reduction={self.reduction!r}"
-        )
+        return mgd_loss(generated, teacher, alpha=self.alpha)
 
     def _masked(self, x: Tensor) -> Tensor:
         if self.mask_ratio == 0:
             return x
-        device = x.device if self.generator is None else self.generator.device
-        drawn = torch.rand((x.shape[0], 1, *x.shape[2:]), generator=self.generator, device=device)
+        drawn = torch.rand((x.shape[0], 1, *x.shape[2:]), **drawing(self.generator, x.device))
         return x * (drawn >= self.mask_ratio).to(x)

@@ -1,12 +1,13 @@
 """Neuron selectivity transfer: Huang and Wang, "Like What You Like" (2017)."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from distill._checks import without_autocast
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._base import SampleLoss
+from distill.losses._maps import ANY, check_maps, pool_to_smaller
 from distill.losses._vectors import normalize
 
 FAMILY = "maps"
@@ -53,7 +54,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Zehao Huang and Naiyan Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer",
         arXiv 1707.01219 (2017), with the polynomial kernel of degree 2 and offset 0.
     """
-    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=False))
+    student, teacher = pool_to_smaller(*check_maps(student, teacher, positions=ANY))
     s, t = (normalize(maps.flatten(2), dim=2) for maps in (student, teacher))
     with without_autocast(s):
         if s.shape[2] <= max(s.shape[1], t.shape[1]):
@@ -67,7 +68,7 @@ def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 @register_loss("nst")
-class NSTLoss(nn.Module):
+class NSTLoss(SampleLoss):
     """Maximum mean discrepancy of the channels' activation patterns; see `nst_loss` for the formula.
 
     Args:
@@ -86,30 +87,8 @@ class NSTLoss(nn.Module):
     """
 
     def __init__(self, *, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        self.reduction = check_reduction(reduction)
+        super().__init__(reduction=reduction)
 
     @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Map, `(N, C, H, W)`.
-            teacher: Map, `(N, C', H', W')`.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(N,)`.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
-
-        Raises:
-            ValueError: As `nst_loss`, and if the mask has another shape than the per-sample values.
-        """
-        return reduce(nst_loss(student, teacher), self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"reduction={self.reduction!r}"
+    def per_sample(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        return nst_loss(student, teacher)

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._checks import check_count, check_pair
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._maps import check_maps, pool_to_smaller, run_layers
+from distill.losses._base import SampleLoss
+from distill.losses._layers import run_layers
+from distill.losses._maps import check_maps, pool_to_smaller
 
 FAMILY = "learned maps"
 
@@ -109,7 +111,7 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
 
 
 @register_loss("ofd")
-class OFDLoss(nn.Module):
+class OFDLoss(SampleLoss):
     """Partial squared distance to the teacher's map after a margin ReLU; see `ofd_loss` for the formula.
 
     Both maps are taken before the ReLU of their stage. The student's goes through a learned 1x1 convolution without
@@ -136,49 +138,25 @@ class OFDLoss(nn.Module):
         torch.Size([])
     """
 
+    options = {"student_channels": check_count, "teacher_channels": check_count}  # noqa: RUF012 - declared in the base
     margin: Tensor
 
     def __init__(
         self, student_channels: int, teacher_channels: int, margin: Tensor, *, reduction: Reduction = "mean"
     ) -> None:
-        super().__init__()
-        self.student_channels = check_count("student_channels", student_channels)
-        self.teacher_channels = check_count("teacher_channels", teacher_channels)
+        super().__init__(reduction=reduction)
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
         if margin.shape != (teacher_channels,):
             raise ValueError(f"margin must have shape ({teacher_channels},), got {tuple(margin.shape)}")
         if not (margin <= 0).all():
             raise ValueError(f"margin must not be positive, got {margin.max().item()}")
-        self.reduction = check_reduction(reduction)
         self.register_buffer("margin", margin.detach().clone())
         convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
         nn.init.normal_(convolution.weight, std=math.sqrt(2 / teacher_channels))
         self.connector = nn.Sequential(convolution, nn.BatchNorm2d(teacher_channels, track_running_stats=False))
 
     @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: The student's map before the ReLU, `(N, student_channels, H, W)`.
-            teacher: The teacher's map before the ReLU, `(N, teacher_channels, H', W')`.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(N,)`. Samples that do not count are still in the batch norm's statistics.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
-
-        Raises:
-            ValueError: If the inputs are no such maps, are empty or not floating-point, if samples or devices
-                differ, if the batch has one value per channel only, or the mask has another shape.
-        """
+    def values(self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
         student, teacher = check_maps(student, teacher, channels=(self.student_channels, self.teacher_channels))
         student, teacher = pool_to_smaller(student, teacher)
-        student = run_layers(self.connector, student)
-        return reduce(ofd_loss(student, teacher, margin=self.margin), self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"{self.student_channels}, {self.teacher_channels}, reduction={self.reduction!r}"
+        return ofd_loss(run_layers(self.connector, student, mask), teacher, margin=self.margin)

@@ -1,7 +1,6 @@
 """Knowledge review: Chen et al., "Distilling Knowledge via Knowledge Review" (CVPR 2021)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +8,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._checks import check_count, check_pair
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._maps import check_maps, run_layers
+from distill.losses._base import SampleLoss
+from distill.losses._layers import run_layers
+from distill.losses._maps import check_maps, check_tuples
 
 FAMILY = "learned maps"
 
@@ -19,7 +20,7 @@ FAMILY = "learned maps"
 def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Hierarchical context loss of tuples of maps, one value per sample.
 
-        d = s - t,  d_k = d average-pooled to k x k, for the k in (4, 2, 1) that are smaller than the map
+        d = s - t,  d_k = d average-pooled to k x k, for the k in (4, 2, 1) that are smaller than the map's height
         h(s, t) = [mean(d^2) + 1/2 mean(d_4^2) + 1/4 mean(d_2^2) + 1/8 mean(d_1^2)] / (1 + 1/2 + 1/4 + 1/8)
         loss = sum over levels of h(s, t),                              means over channels and positions
 
@@ -60,12 +61,16 @@ def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         Pengguang Chen, Shu Liu, Hengshuang Zhao and Jiaya Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021,
         section 3.
     """
-    _check_tuples(student, teacher)
+    check_tuples(student, teacher)
     return torch.stack([_context(*pair) for pair in zip(student, teacher, strict=True)]).sum(0)
 
 
+def _check_channels(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    return tuple(check_count(f"each of {name}", channels) for channels in value)
+
+
 @register_loss("review")
-class ReviewLoss(nn.Module):
+class ReviewLoss(SampleLoss):
     """Deep maps are fused into shallow ones before they are compared; see `review_loss` for the formula.
 
     From the deepest level to the shallowest: the student's map goes through a 1x1 convolution to `mid_channels` and is
@@ -97,6 +102,12 @@ class ReviewLoss(nn.Module):
         torch.Size([])
     """
 
+    options = {  # noqa: RUF012 - declared in the base
+        "student_channels": _check_channels,
+        "teacher_channels": _check_channels,
+        "mid_channels": check_count,
+    }
+
     def __init__(
         self,
         student_channels: Sequence[int],
@@ -105,9 +116,8 @@ class ReviewLoss(nn.Module):
         mid_channels: int | None = None,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
-        self.student_channels = tuple(check_count("each of student_channels", c) for c in student_channels)
-        self.teacher_channels = tuple(check_count("each of teacher_channels", c) for c in teacher_channels)
+        super().__init__(reduction=reduction)
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
         levels = len(self.student_channels)
         if levels == 0 or levels != len(self.teacher_channels):
             raise ValueError(
@@ -115,8 +125,7 @@ class ReviewLoss(nn.Module):
                 f"got {self.student_channels} and {self.teacher_channels}"
             )
         widest = min(512, self.student_channels[-1])
-        self.mid_channels = widest if mid_channels is None else check_count("mid_channels", mid_channels)
-        self.reduction = check_reduction(reduction)
+        self.mid_channels = widest if mid_channels is None else mid_channels
         self.inputs = nn.ModuleList(_convolution(c, self.mid_channels, 1) for c in self.student_channels)
         self.attention = nn.ModuleList(
             nn.Sequential(nn.Conv2d(2 * self.mid_channels, 2, 1), nn.Sigmoid()) for _ in range(levels - 1)
@@ -124,60 +133,30 @@ class ReviewLoss(nn.Module):
         self.outputs = nn.ModuleList(_convolution(self.mid_channels, c, 3) for c in self.teacher_channels)
 
     @override
-    def forward(
-        self,
-        student: Sequence[Tensor],
-        teacher: Sequence[Tensor],
-        target: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
+    def values(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], target: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: The student's maps from shallow to deep, each `(N, C, H, W)`, or `(N, C)` for pooled features.
-            teacher: The teacher's maps from shallow to deep, as many, likewise.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(N,)`. Samples that do not count are still in the batch norms' statistics.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
-
-        Raises:
-            ValueError: If the inputs are no tuples of such maps, one is empty or not floating-point, samples or
-                devices differ, a batch has one value per channel only, or the mask has another shape.
-        """
-        _check_tuples(student, teacher)
-        if len(student) != len(self.inputs):
-            raise ValueError(f"student and teacher must have {len(self.inputs)} maps, got {len(student)}")
+        check_tuples(student, teacher, number=len(self.student_channels))
         channels = zip(self.student_channels, self.teacher_channels, strict=True)
         pairs = [
             check_maps(_as_map(s), _as_map(t), channels=wanted)
             for s, t, wanted in zip(student, teacher, channels, strict=True)
         ]
-        return reduce(review_loss(self._fuse(pairs), [t for _, t in pairs]), self.reduction, mask)
+        return review_loss(self._fuse(pairs, mask), [t for _, t in pairs])
 
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return (
-            f"{self.student_channels}, {self.teacher_channels}, mid_channels={self.mid_channels}, "
-            f"reduction={self.reduction!r}"
-        )
-
-    def _fuse(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    def _fuse(self, pairs: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None) -> list[Tensor]:
         """What the student has for each of the teacher's maps, from shallow to deep."""
         fused: list[Tensor] = []
         deeper: Tensor | None = None
         for level in reversed(range(len(pairs))):
             student, teacher = pairs[level]
-            here = run_layers(self.inputs[level], student)
+            here = run_layers(self.inputs[level], student, mask)
             if deeper is not None:
                 deeper = _resize(deeper, here)
                 weights = run_layers(self.attention[level], torch.cat([here, deeper], 1))
                 here = weights[:, :1] * here + weights[:, 1:] * deeper
             deeper = _resize(here, teacher)
-            fused.append(run_layers(self.outputs[level], deeper))
+            fused.append(run_layers(self.outputs[level], deeper, mask))
         return fused[::-1]
 
 
@@ -189,24 +168,11 @@ def _context(student: Tensor, teacher: Tensor) -> Tensor:
     difference = student - teacher
     value, weight, total = difference.square().flatten(1).mean(1), 1.0, 1.0
     for size in (4, 2, 1):
-        if size < min(difference.shape[2:]):
+        if size < difference.shape[2]:
             weight /= 2
             total += weight
             value = value + weight * F.adaptive_avg_pool2d(difference, size).square().flatten(1).mean(1)
     return value / total
-
-
-def _check_tuples(student: Any, teacher: Any) -> None:
-    for name, maps in (("student", student), ("teacher", teacher)):
-        # A tensor is iterable too, over its samples.
-        if not isinstance(maps, (tuple, list)) or not all(isinstance(x, Tensor) for x in maps) or not maps:
-            raise ValueError(f"{name} must be a tuple of maps, got {type(maps).__name__}")
-    samples = {len(x) for x in (*student, *teacher)}
-    if len(student) != len(teacher) or len(samples) > 1:
-        raise ValueError(
-            "student and teacher must have as many maps, of the same number of samples (nothing is broadcast), "
-            f"got {[tuple(x.shape) for x in student]} and {[tuple(x.shape) for x in teacher]}"
-        )
 
 
 def _as_map(x: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._checks import check_count, check_pair, check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._maps import check_maps, pool_to_smaller, run_layers
+from distill.losses._base import SampleLoss
+from distill.losses._layers import run_layers
+from distill.losses._maps import check_maps, pool_to_smaller
 
 FAMILY = "learned maps"
 
@@ -65,7 +67,7 @@ def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
 
 
 @register_loss("vid")
-class VIDLoss(nn.Module):
+class VIDLoss(SampleLoss):
     """Gaussian negative log-likelihood of the teacher's map given the student's; see `vid_loss` for the formula.
 
     The mean comes from three 1x1 convolutions without bias, with ReLUs between them, over the student's map; the
@@ -92,6 +94,13 @@ class VIDLoss(nn.Module):
         (torch.Size([32]), 5.0)
     """
 
+    options = {  # noqa: RUF012 - declared in the base
+        "student_channels": check_count,
+        "teacher_channels": check_count,
+        "init_variance": check_positive,
+        "eps": check_positive,
+    }
+
     def __init__(
         self,
         student_channels: int,
@@ -101,14 +110,11 @@ class VIDLoss(nn.Module):
         *,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
-        self.student_channels = check_count("student_channels", student_channels)
-        self.teacher_channels = check_count("teacher_channels", teacher_channels)
-        self.init_variance = check_positive("init_variance", init_variance)
-        self.eps = check_positive("eps", eps)
+        super().__init__(reduction=reduction)
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        self.init_variance, self.eps = init_variance, eps
         if init_variance <= eps:
             raise ValueError(f"init_variance must be greater than eps, got {init_variance!r} and {eps!r}")
-        self.reduction = check_reduction(reduction)
         self.mean_network = nn.Sequential(
             nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
             nn.ReLU(),
@@ -126,36 +132,11 @@ class VIDLoss(nn.Module):
         return self._variance(torch.promote_types(self.raw_variance.dtype, torch.float32))
 
     @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: The student's map, `(N, student_channels, H, W)`.
-            teacher: The teacher's map, `(N, teacher_channels, H', W')`.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(N,)`.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
-
-        Raises:
-            ValueError: If the inputs are no such maps, are empty or not floating-point, if samples or devices
-                differ, or the mask has another shape.
-        """
+    def per_sample(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         student, teacher = check_maps(student, teacher, channels=(self.student_channels, self.teacher_channels))
         student, teacher = pool_to_smaller(student, teacher)
         mean = run_layers(self.mean_network, student)
-        return reduce(vid_loss(mean, teacher, variance=self._variance(student.dtype)), self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return (
-            f"{self.student_channels}, {self.teacher_channels}, init_variance={self.init_variance}, eps={self.eps}, "
-            f"reduction={self.reduction!r}"
-        )
+        return vid_loss(mean, teacher, variance=self._variance(student.dtype))
 
     def _variance(self, dtype: torch.dtype) -> Tensor:
         return F.softplus(self.raw_variance.to(dtype)) + self.eps
