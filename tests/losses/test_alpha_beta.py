@@ -9,6 +9,8 @@ import torch
 from contract import assert_loss_contract, gradient, make_pair
 from distill import AlphaBetaLoss, alpha_beta_loss, kl_loss, reverse_kl_loss
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def reference(student, teacher, alpha, beta, temperature=1.0, axis=-1):
     """The formula, or its published limit where an exponent is 0, class by class."""
@@ -187,5 +189,5 @@ def test_rejects_bad_temperatures(temperature):
 def test_repr_shows_options():
     assert (
         repr(AlphaBetaLoss(0.2, 0.7, 2.0, reduction="none"))
-        == "AlphaBetaLoss(alpha=0.2, beta=0.7, temperature=2.0, reduction='none', dim=-1)"
+        == "AlphaBetaLoss(alpha=0.2, beta=0.7, temperature=2.0, reduction='none', dim=None)"
     )

@@ -9,6 +9,8 @@ import torch
 from contract import assert_loss_contract, make_pair
 from distill import JSLoss, js_loss, kl_loss, reverse_kl_loss
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def reference(student, teacher, beta, temperature, axis=-1):
     """T^2 times beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q, sample by sample."""
@@ -113,4 +115,4 @@ def test_rejects_bad_temperatures(temperature):
 
 
 def test_repr_shows_options():
-    assert repr(JSLoss(0.1, 2.0, reduction="none")) == "JSLoss(beta=0.1, temperature=2.0, reduction='none', dim=-1)"
+    assert repr(JSLoss(0.1, 2.0, reduction="none")) == "JSLoss(beta=0.1, temperature=2.0, reduction='none', dim=None)"

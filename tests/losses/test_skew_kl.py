@@ -9,6 +9,8 @@ import torch
 from contract import assert_loss_contract, make_pair
 from distill import SkewKLLoss, kl_loss, skew_kl_loss
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def reference(student, teacher, alpha, temperature, axis=-1):
     """T^2 times KL(p, alpha p + (1 - alpha) q), sample by sample."""
@@ -110,5 +112,5 @@ def test_rejects_bad_temperatures(temperature):
 def test_repr_shows_options():
     assert (
         repr(SkewKLLoss(0.2, 2.0, reduction="none"))
-        == "SkewKLLoss(alpha=0.2, temperature=2.0, reduction='none', dim=-1)"
+        == "SkewKLLoss(alpha=0.2, temperature=2.0, reduction='none', dim=None)"
     )

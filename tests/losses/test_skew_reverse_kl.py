@@ -9,6 +9,8 @@ import torch
 from contract import assert_loss_contract, make_pair
 from distill import SkewReverseKLLoss, reverse_kl_loss, skew_reverse_kl_loss
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def reference(student, teacher, alpha, temperature, axis=-1):
     """T^2 times KL(q, (1 - alpha) p + alpha q), sample by sample."""
@@ -112,5 +114,5 @@ def test_rejects_bad_temperatures(temperature):
 def test_repr_shows_options():
     assert (
         repr(SkewReverseKLLoss(0.2, 2.0, reduction="none"))
-        == "SkewReverseKLLoss(alpha=0.2, temperature=2.0, reduction='none', dim=-1)"
+        == "SkewReverseKLLoss(alpha=0.2, temperature=2.0, reduction='none', dim=None)"
     )

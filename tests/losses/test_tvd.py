@@ -9,6 +9,8 @@ import torch
 from contract import assert_loss_contract, gradient, make_pair
 from distill import TVDLoss, kl_loss, tvd_loss
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def reference(student, teacher, temperature, axis=-1):
     """Half the sum of |p - q|, sample by sample."""
@@ -97,4 +99,4 @@ def test_rejects_bad_temperatures(temperature):
 
 
 def test_repr_shows_options():
-    assert repr(TVDLoss(2.0, reduction="none")) == "TVDLoss(temperature=2.0, reduction='none', dim=-1)"
+    assert repr(TVDLoss(2.0, reduction="none")) == "TVDLoss(temperature=2.0, reduction='none', dim=None)"

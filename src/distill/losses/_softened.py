@@ -14,13 +14,19 @@ def harden(values: Tensor, temperature: float) -> Tensor:
     return values if temperature == 1 else values * temperature**2
 
 
-def log_mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Compute log(share * a + (1 - share) * b) of two distributions; `share` is above 0 and below 1.
+def softmax_rows(logits: Tensor, temperature: float, *, out: Tensor) -> Tensor:
+    """Give the softmax of rows of logits over the temperature in a buffer, for the blocks of a loss."""
+    return torch.softmax(logits if temperature == 1 else torch.div(logits, temperature, out=out), -1, out=out)
 
-    Where both are 0 it is 0 with a gradient of 0, not -inf: what a divergence multiplies it by is 0 there as well.
-    """
-    mixture = torch.lerp(b, a, share)
-    return mixture.masked_fill(mixture == 0, 1.0).log()
+
+def log_softmax_rows(logits: Tensor, temperature: float, *, out: Tensor) -> Tensor:
+    """Do what `softmax_rows` does for the logarithms."""
+    return torch.log_softmax(logits if temperature == 1 else torch.div(logits, temperature, out=out), -1, out=out)
+
+
+def not_negative(values: Tensor) -> Tensor:
+    """Take away what rounding leaves below 0; the derivatives stay as they are, at 0 too."""
+    return values - values.detach().clamp(max=0)
 
 
 def expectation(p: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -2,21 +2,114 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
-from distill._checks import check_not_negative, check_pair, check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._checks import check_not_negative, check_positive
+from distill._engine.rows import Rows
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._softened import soften
+from distill.losses._base import RowLoss
+from distill.losses._softened import log_softmax_rows, not_negative, soften
 
 FAMILY = "logits"
 
+# Exponents below this want the form of `_centred`; above it the plain form loses no more than rounding times 1 / 0.05.
 _SMALL = 0.05
+_NEGLIGIBLE = 1e-30  # an exponent that changes no digit of anything, and with which float32 can no longer compute
+_FAR = 40.0  # exp(-40) does not count beside 1
+
+
+def _check_exponents(alpha: float, beta: float) -> None:
+    check_not_negative("alpha", alpha)
+    check_not_negative("beta", beta)
+    if alpha == beta == 0:
+        raise ValueError(f"alpha and beta must not both be zero, got {alpha!r} and {beta!r}")
+
+
+def _formula(student: Tensor, teacher: Tensor, *, dim: int, alpha: float, beta: float, temperature: float) -> Tensor:
+    _check_exponents(alpha, beta)
+    log_q = F.log_softmax(soften(student, temperature), dim)
+    log_p = F.log_softmax(soften(teacher, temperature), dim)
+    total = alpha + beta
+    if min(alpha, beta) < _SMALL:
+        values = _centred(log_p, log_q, alpha, beta).sum(dim) / total
+    else:
+        of_teacher = (total * log_p).exp().sum(dim) * (alpha / total)
+        of_student = (total * log_q).exp().sum(dim) * (beta / total)
+        values = (of_teacher + of_student - (alpha * log_p + beta * log_q).exp().sum(dim)) / (alpha * beta)
+    return not_negative(values)
+
+
+def _centred(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
+    """Give alpha + beta times the divergence class by class: small exponents and differences keep their digits.
+
+    With d = log q - log p a term is p^alpha q^beta [expm1(alpha d) / alpha + expm1(-beta d) / beta]. Nothing cancels as
+    an exponent tends to 0, and no term is negative. A p so much smaller than q, or the other way round, that its power
+    does not count is taken to be just that much smaller, so that no exponential overflows; which of the two a gradient
+    takes where they meet does not count either.
+    """
+    if alpha > _NEGLIGIBLE:
+        log_p = torch.maximum(log_p, log_q - _FAR / alpha)
+    if beta > _NEGLIGIBLE:
+        log_q = torch.maximum(log_q, log_p - _FAR / beta)
+    if alpha <= _NEGLIGIBLE:
+        middle = (beta * log_q).exp()
+    elif beta <= _NEGLIGIBLE:
+        middle = (alpha * log_p).exp()
+    else:
+        middle = (alpha * log_p + beta * log_q).exp()
+    d = (log_q - log_p).masked_fill(middle == 0, 0.0)  # infinite or NaN where a probability is 0
+    up = torch.expm1(alpha * d) / alpha if alpha > _NEGLIGIBLE else d
+    down = torch.expm1(-beta * d) / beta if beta > _NEGLIGIBLE else -d
+    return middle * (up + down)
+
+
+def _block(
+    student: Tensor,
+    teacher: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    spare: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """Do what `_centred` does, in place, whatever the exponents.
+
+    The gradient is (g - q sum g) / T with g = (q^(alpha + beta) - p^alpha q^beta) / alpha, one part of each term.
+    """
+    _check_exponents(alpha, beta)
+    log_q = log_softmax_rows(student, temperature, out=torch.empty_like(spare))
+    q = torch.exp(log_q, out=gradient)
+    log_p = log_softmax_rows(teacher, temperature, out=spare)
+    d = torch.empty_like(spare)
+    if alpha > _NEGLIGIBLE:
+        torch.maximum(log_p, torch.sub(log_q, _FAR / alpha, out=d), out=log_p)
+    if beta > _NEGLIGIBLE:
+        torch.maximum(log_q, torch.sub(log_p, _FAR / beta, out=d), out=log_q)
+    torch.sub(log_q, log_p, out=d)
+    if alpha <= _NEGLIGIBLE:
+        middle = torch.mul(log_q, beta, out=spare).exp_()
+    elif beta <= _NEGLIGIBLE:
+        middle = log_p.mul_(alpha).exp_()
+    else:
+        middle = log_p.mul_(alpha).add_(log_q, alpha=beta).exp_()
+    d.masked_fill_(middle == 0, 0.0)
+    up = torch.mul(d, alpha, out=log_q).expm1_().div_(alpha) if alpha > _NEGLIGIBLE else log_q.copy_(d)
+    down = d.mul_(-beta).expm1_().div_(beta) if beta > _NEGLIGIBLE else d.neg_()
+    values = down.add_(up).mul_(middle).sum(-1).div_(alpha + beta).clamp_(min=0)
+    if factors is not None:
+        slope = up.mul_(middle)
+        q.mul_(slope.sum(-1, keepdim=True).neg_()).add_(slope).mul_(factors / temperature)
+    return values
+
+
+_ROWS = Rows(_formula, block=_block)
 
 
 def alpha_beta_loss(
-    student: Tensor, teacher: Tensor, *, alpha: float, beta: float, temperature: float = 1.0, dim: int = -1
+    student: Tensor, teacher: Tensor, *, alpha: float, beta: float, temperature: float = 1.0, dim: int | None = None
 ) -> Tensor:
     """Alpha-beta divergence of teacher and student, one value per sample.
 
@@ -40,21 +133,22 @@ def alpha_beta_loss(
     the code it builds on (`zkxufo/TTM`), nor were the exponents for language models.
 
     Args:
-        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
-            float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
+            computed in float32.
+        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
         alpha: Exponent of the teacher, zero or positive.
         beta: Exponent of the student, zero or positive, not zero together with `alpha`.
         temperature: What both logits are divided by, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
-        One value per sample, shape `(...)`, without a unit, not negative but for rounding; float32, or float64 if an
-        input is.
+        One value per sample, shape `(...)`, without a unit, not negative; float32, or float64 if an input is.
 
     Raises:
-        ValueError: If shapes or devices differ, an input is empty or not floating-point, an exponent is negative or
-            not finite, both are zero, the temperature is not positive and finite, or `dim` is out of range.
+        TypeError: If an input is no tensor.
+        ValueError: If shapes or devices differ, an input is empty or not floating-point, an exponent is negative or not
+            finite, both are zero, the temperature is not positive and finite, there is only one class, or `dim` is out
+            of range or not given where there are four dimensions or more.
 
     Examples:
         >>> import torch
@@ -72,45 +166,11 @@ def alpha_beta_loss(
     """
     _check_exponents(alpha, beta)
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=dim)
-    log_q = F.log_softmax(soften(student, temperature), dim)
-    log_p = F.log_softmax(soften(teacher, temperature), dim)
-    if min(alpha, beta) < _SMALL:
-        # Swapping both the roles and the exponents changes nothing, and leaves the larger exponent to divide by.
-        terms = _near_limit(log_p, log_q, alpha, beta) if alpha >= beta else _near_limit(log_q, log_p, beta, alpha)
-        return terms.sum(dim)
-    total = alpha + beta
-    of_teacher = (total * log_p).exp().sum(dim) * (alpha / total)
-    of_student = (total * log_q).exp().sum(dim) * (beta / total)
-    return (of_teacher + of_student - (alpha * log_p + beta * log_q).exp().sum(dim)) / (alpha * beta)
-
-
-def _check_exponents(alpha: float, beta: float) -> None:
-    check_not_negative("alpha", alpha)
-    check_not_negative("beta", beta)
-    if alpha == beta == 0:
-        raise ValueError(f"alpha and beta must not both be zero, got {alpha!r} and {beta!r}")
-
-
-def _near_limit(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    """Divergence class by class, for alpha > 0 and any beta, which dividing by alpha beta would drown in rounding.
-
-    With d = log q - log p and s = alpha + beta a term is p^s [expm1(s d) / s - expm1(beta d) / beta] / alpha. Written
-    so, nothing cancels as beta tends to 0; and with the larger of p and q in front, no power exceeds 1.
-    """
-    total = alpha + beta
-    difference = log_q - log_p
-    up = difference.clamp(min=0)
-    size = 2 * up - difference
-    first = -torch.expm1(-total * size) / total
-    second = size if beta == 0 else -torch.expm1(-beta * size) / beta
-    larger = torch.exp(total * (log_p + up))
-    terms = larger * (first - torch.exp(-alpha * up) * second) / alpha
-    return torch.where(difference < 0, -terms, terms)
+    return _ROWS.values(student, teacher, dim=dim, alpha=alpha, beta=beta, temperature=temperature)
 
 
 @register_loss("alpha_beta")
-class AlphaBetaLoss(nn.Module):
+class AlphaBetaLoss(RowLoss):
     """Alpha-beta divergence of the softened distributions; see `alpha_beta_loss` for the formula.
 
     Args:
@@ -118,7 +178,7 @@ class AlphaBetaLoss(nn.Module):
         beta: Exponent of the student, zero or positive, not zero together with `alpha`.
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
         ValueError: If an exponent is negative or not finite, both are zero, the temperature is not positive and finite,
@@ -133,42 +193,20 @@ class AlphaBetaLoss(nn.Module):
         tensor(True)
     """
 
+    rows = _ROWS
+    options = {"alpha": check_not_negative, "beta": check_not_negative, "temperature": check_positive}  # noqa: RUF012 - declared in the base
+
     def __init__(
-        self, alpha: float, beta: float, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int = -1
+        self,
+        alpha: float,
+        beta: float,
+        temperature: float = 1.0,
+        *,
+        reduction: Reduction = "mean",
+        dim: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(reduction=reduction, dim=dim)
         _check_exponents(alpha, beta)
         self.alpha = alpha
         self.beta = beta
-        self.temperature = check_positive("temperature", temperature)
-        self.reduction = check_reduction(reduction)
-        self.dim = dim
-
-    @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Logits, `(..., C)`.
-            teacher: Logits, same shape.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(...)`.
-
-        Raises:
-            ValueError: As `alpha_beta_loss`, and if the mask has another shape than the per-sample values.
-        """
-        values = alpha_beta_loss(
-            student, teacher, alpha=self.alpha, beta=self.beta, temperature=self.temperature, dim=self.dim
-        )
-        return reduce(values, self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        options = f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
-        return f"{options}, reduction={self.reduction!r}, dim={self.dim}"
+        self.temperature = temperature

@@ -1,18 +1,37 @@
 """Generalised Jensen-Shannon: Agarwal et al., "On-Policy Distillation of Language Models" (ICLR 2024)."""
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-from typing_extensions import override
+from typing import Any
 
-from distill._checks import check_fraction, check_pair, check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from torch import Tensor
+
+from distill._checks import check_fraction, check_positive
+from distill._engine.rows import Rows
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._softened import harden, log_mixture, soften
+from distill.losses._base import RowLoss
+from distill.losses._mixture import Mixture, block_from_mixture, from_mixture
 
 FAMILY = "logits"
 
 
-def js_loss(student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature: float = 1.0, dim: int = -1) -> Tensor:
+def _formula(student: Tensor, teacher: Tensor, *, dim: int, beta: float, temperature: float) -> Tensor:
+    return from_mixture(student, teacher, _mixture(beta), dim=dim, temperature=temperature)
+
+
+def _block(*rows: Any, beta: float, temperature: float) -> Tensor:
+    return block_from_mixture(*rows, mixture=_mixture(beta), temperature=temperature)
+
+
+def _mixture(beta: float) -> Mixture:
+    return Mixture(share=beta, of_teacher=beta, of_student=1 - beta)
+
+
+_ROWS = Rows(_formula, block=_block)
+
+
+def js_loss(
+    student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature: float = 1.0, dim: int | None = None
+) -> Tensor:
     """Generalised Jensen-Shannon divergence of teacher and student, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T),  m = beta p + (1 - beta) q
@@ -32,20 +51,22 @@ def js_loss(student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature:
     `reverse_kl`.
 
     Args:
-        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
-            float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
+            computed in float32.
+        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
         beta: The teacher's share of the mixture, above 0 and below 1.
         temperature: What both logits are divided by, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
-        One value per sample, shape `(...)`, in nats times the squared temperature, not negative but for rounding;
-        float32, or float64 if an input is.
+        One value per sample, shape `(...)`, in nats times the squared temperature, not negative; float32, or
+        float64 if an input is.
 
     Raises:
+        TypeError: If an input is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, `beta` is not above 0 and
-            below 1, the temperature is not positive and finite, or `dim` is out of range.
+            below 1, the temperature is not positive and finite, there is only one class, or `dim` is out of range or
+            not given where there are four dimensions or more.
 
     Examples:
         >>> import torch
@@ -62,25 +83,18 @@ def js_loss(student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature:
     """
     check_fraction("beta", beta)
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=dim)
-    log_q = F.log_softmax(soften(student, temperature), dim)
-    log_p = F.log_softmax(soften(teacher, temperature), dim)
-    p, q = log_p.exp(), log_q.exp()
-    log_m = log_mixture(p, q, beta)
-    of_teacher = (p * (log_p - log_m)).sum(dim)
-    of_student = (q * (log_q - log_m)).sum(dim)
-    return harden(beta * of_teacher + (1 - beta) * of_student, temperature)
+    return _ROWS.values(student, teacher, dim=dim, beta=beta, temperature=temperature)
 
 
 @register_loss("js")
-class JSLoss(nn.Module):
+class JSLoss(RowLoss):
     """Generalised Jensen-Shannon divergence of the softened distributions, times T^2; see `js_loss` for the formula.
 
     Args:
         beta: The teacher's share of the mixture, above 0 and below 1.
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
         ValueError: If `beta` is not above 0 and below 1, the temperature is not positive and finite, or the
@@ -95,37 +109,12 @@ class JSLoss(nn.Module):
         tensor(True)
     """
 
+    rows = _ROWS
+    options = {"beta": check_fraction, "temperature": check_positive}  # noqa: RUF012 - declared in the base
+
     def __init__(
-        self, beta: float = 0.5, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int = -1
+        self, beta: float = 0.5, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int | None = None
     ) -> None:
-        super().__init__()
-        self.beta = check_fraction("beta", beta)
-        self.temperature = check_positive("temperature", temperature)
-        self.reduction = check_reduction(reduction)
-        self.dim = dim
-
-    @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Logits, `(..., C)`.
-            teacher: Logits, same shape.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(...)`.
-
-        Raises:
-            ValueError: As `js_loss`, and if the mask has another shape than the per-sample values.
-        """
-        values = js_loss(student, teacher, beta=self.beta, temperature=self.temperature, dim=self.dim)
-        return reduce(values, self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"beta={self.beta}, temperature={self.temperature}, reduction={self.reduction!r}, dim={self.dim}"
+        super().__init__(reduction=reduction, dim=dim)
+        self.beta = beta
+        self.temperature = temperature

@@ -1,20 +1,36 @@
 """Skew reverse KL: Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models" (ICML 2024)."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from typing_extensions import override
+from typing import Any
 
-from distill._checks import check_fraction, check_pair, check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from torch import Tensor
+
+from distill._checks import check_positive
+from distill._engine.rows import Rows
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._softened import harden, log_mixture, soften
+from distill.losses._base import RowLoss
+from distill.losses._mixture import Mixture, block_from_mixture, check_skew, from_mixture
 
 FAMILY = "logits"
 
 
+def _formula(student: Tensor, teacher: Tensor, *, dim: int, alpha: float, temperature: float) -> Tensor:
+    return from_mixture(student, teacher, _mixture(alpha), dim=dim, temperature=temperature)
+
+
+def _block(*rows: Any, alpha: float, temperature: float) -> Tensor:
+    return block_from_mixture(*rows, mixture=_mixture(alpha), temperature=temperature)
+
+
+def _mixture(alpha: float) -> Mixture:
+    return Mixture(share=1 - alpha, of_teacher=0, of_student=1)
+
+
+_ROWS = Rows(_formula, block=_block)
+
+
 def skew_reverse_kl_loss(
-    student: Tensor, teacher: Tensor, *, alpha: float = 0.1, temperature: float = 1.0, dim: int = -1
+    student: Tensor, teacher: Tensor, *, alpha: float = 0.1, temperature: float = 1.0, dim: int | None = None
 ) -> Tensor:
     """Divergence of a mixture of both distributions from the student's, one value per sample.
 
@@ -34,20 +50,22 @@ def skew_reverse_kl_loss(
     of the same command with this one. The factor T^2 is the library's: that code divides no logits.
 
     Args:
-        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
-            float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
+            computed in float32.
+        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
         alpha: The student's share of the mixture, at least 0 and below 1.
         temperature: What both logits are divided by, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
-        One value per sample, shape `(...)`, in nats times the squared temperature, not negative but for rounding;
-        float32, or float64 if an input is.
+        One value per sample, shape `(...)`, in nats times the squared temperature, not negative; float32, or
+        float64 if an input is.
 
     Raises:
+        TypeError: If an input is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, `alpha` is not at least 0 and
-            below 1, the temperature is not positive and finite, or `dim` is out of range.
+            below 1, the temperature is not positive and finite, there is only one class, or `dim` is out of range or
+            not given where there are four dimensions or more.
 
     Examples:
         >>> import torch
@@ -60,25 +78,20 @@ def skew_reverse_kl_loss(
         Jongwoo Ko, Sungnyun Kim, Tianyi Chen and Se-Young Yun, "DistiLLM: Towards Streamlined Distillation for Large
         Language Models", ICML 2024 and arXiv 2402.03898.
     """
-    check_fraction("alpha", alpha, zero=True)
+    check_skew("alpha", alpha)
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=dim)
-    log_q = F.log_softmax(soften(student, temperature), dim)
-    teacher = soften(teacher, temperature)
-    q = log_q.exp()
-    log_m = log_mixture(q, torch.softmax(teacher, dim), alpha) if alpha > 0 else F.log_softmax(teacher, dim)
-    return harden((q * (log_q - log_m)).sum(dim), temperature)
+    return _ROWS.values(student, teacher, dim=dim, alpha=alpha, temperature=temperature)
 
 
 @register_loss("skew_reverse_kl")
-class SkewReverseKLLoss(nn.Module):
+class SkewReverseKLLoss(RowLoss):
     """Divergence T^2 KL(student || mixture of teacher and student); see `skew_reverse_kl_loss` for the formula.
 
     Args:
         alpha: The student's share of the mixture, at least 0 and below 1.
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
         ValueError: If `alpha` is not at least 0 and below 1, the temperature is not positive and finite, or the
@@ -93,37 +106,12 @@ class SkewReverseKLLoss(nn.Module):
         tensor(True)
     """
 
+    rows = _ROWS
+    options = {"alpha": check_skew, "temperature": check_positive}  # noqa: RUF012 - declared in the base
+
     def __init__(
-        self, alpha: float = 0.1, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int = -1
+        self, alpha: float = 0.1, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int | None = None
     ) -> None:
-        super().__init__()
-        self.alpha = check_fraction("alpha", alpha, zero=True)
-        self.temperature = check_positive("temperature", temperature)
-        self.reduction = check_reduction(reduction)
-        self.dim = dim
-
-    @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Logits, `(..., C)`.
-            teacher: Logits, same shape.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(...)`.
-
-        Raises:
-            ValueError: As `skew_reverse_kl_loss`, and if the mask has another shape than the per-sample values.
-        """
-        values = skew_reverse_kl_loss(student, teacher, alpha=self.alpha, temperature=self.temperature, dim=self.dim)
-        return reduce(values, self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"alpha={self.alpha}, temperature={self.temperature}, reduction={self.reduction!r}, dim={self.dim}"
+        super().__init__(reduction=reduction, dim=dim)
+        self.alpha = alpha
+        self.temperature = temperature

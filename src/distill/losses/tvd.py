@@ -1,18 +1,44 @@
 """Total variation: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation" (ACL 2023)."""
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
-from distill._checks import check_pair, check_positive
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._checks import check_positive
+from distill._engine.rows import Rows
+from distill._reduction import Reduction
 from distill._registry import register_loss
-from distill.losses._softened import soften
+from distill.losses._base import RowLoss
+from distill.losses._softened import soften, softmax_rows
 
 FAMILY = "logits"
 
 
-def tvd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim: int = -1) -> Tensor:
+def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
+    q = torch.softmax(soften(student, temperature), dim)
+    p = torch.softmax(soften(teacher, temperature), dim)
+    difference = q - p
+    # The sign as a constant chooses the gradient where p and q are equal: 0, in the middle of what it may be.
+    return (difference * (difference.detach().sign() / 2)).sum(dim)
+
+
+def _block(
+    student: Tensor, teacher: Tensor, factors: Tensor | None, gradient: Tensor, spare: Tensor, *, temperature: float
+) -> Tensor:
+    q = softmax_rows(student, temperature, out=gradient)
+    p = softmax_rows(teacher, temperature, out=spare)
+    difference = torch.sub(q, p, out=spare)
+    sign = difference.sign()
+    values = difference.mul_(sign).sum(-1).div_(2)
+    if factors is not None:  # q (g - E_q[g]) / T with g = sign(q - p) / 2
+        mean = torch.mul(q, sign, out=spare).sum(-1, keepdim=True)
+        q.mul_(sign.sub_(mean).mul_(factors / (2 * temperature)))
+    return values
+
+
+_ROWS = Rows(_formula, block=_block)
+
+
+def tvd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim: int | None = None) -> Tensor:
     """Total variation distance of teacher and student, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T)
@@ -31,19 +57,21 @@ def tvd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim:
     (`t5mt/kd.py`) has neither factor nor temperature.
 
     Args:
-        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
-            float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
+            computed in float32.
+        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
         temperature: What both logits are divided by, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
         One value per sample, shape `(...)`, a probability, from 0 to 1 but for rounding; float32, or float64 if
         an input is.
 
     Raises:
+        TypeError: If an input is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not
-            positive and finite, or `dim` is out of range.
+            positive and finite, there is only one class, or `dim` is out of range or not given where there are four
+            dimensions or more.
 
     Examples:
         >>> import torch
@@ -58,21 +86,17 @@ def tvd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim:
         Distillation", ACL 2023 and arXiv 2307.15190.
     """
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=dim)
-    q = torch.softmax(soften(student, temperature), dim)
-    p = torch.softmax(soften(teacher, temperature), dim)
-    # Both sum to 1, so p exceeds q by as much as q exceeds p: by half of the sum over all classes.
-    return (p - q).relu().sum(dim)
+    return _ROWS.values(student, teacher, dim=dim, temperature=temperature)
 
 
 @register_loss("tvd")
-class TVDLoss(nn.Module):
+class TVDLoss(RowLoss):
     """Total variation distance of the softened distributions; see `tvd_loss` for the formula.
 
     Args:
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
         ValueError: If the temperature is not positive and finite, or the
@@ -87,34 +111,9 @@ class TVDLoss(nn.Module):
         tensor(0.)
     """
 
-    def __init__(self, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int = -1) -> None:
-        super().__init__()
-        self.temperature = check_positive("temperature", temperature)
-        self.reduction = check_reduction(reduction)
-        self.dim = dim
+    rows = _ROWS
+    options = {"temperature": check_positive}  # noqa: RUF012 - declared in the base
 
-    @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Logits, `(..., C)`.
-            teacher: Logits, same shape.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(...)`.
-
-        Raises:
-            ValueError: As `tvd_loss`, and if the mask has another shape than the per-sample values.
-        """
-        values = tvd_loss(student, teacher, temperature=self.temperature, dim=self.dim)
-        return reduce(values, self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"temperature={self.temperature}, reduction={self.reduction!r}, dim={self.dim}"
+    def __init__(self, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int | None = None) -> None:
+        super().__init__(reduction=reduction, dim=dim)
+        self.temperature = temperature

@@ -1,0 +1,115 @@
+"""How far teacher and student are from a mixture of them: what the Jensen-Shannon and the skew divergences share."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill._checks import check_fraction
+from distill._engine.fused import block_by_autograd
+from distill.losses._softened import divergence, harden, not_negative, soften, softmax_rows
+
+check_skew = functools.partial(check_fraction, zero=True)  # what both skew divergences ask of `alpha`
+
+
+class Mixture(NamedTuple):
+    """Which mixture m = share p + (1 - share) q is meant, and how much the divergences from it count."""
+
+    share: (
+        float  # the teacher's, from 0 to 1; at 0 the mixture is q and `of_student` is 0, at 1 it is p and the other is
+    )
+    of_teacher: float  # the weight of KL(p || m)
+    of_student: float  # the weight of KL(q || m)
+
+    @property
+    def drift(self) -> float:
+        """What the sum of q - p would change, which is 0 but for rounding."""
+        return self.of_teacher * (1 - self.share) - self.of_student * self.share
+
+    def factors(self, dtype: torch.dtype) -> tuple[float, float]:
+        """What w = (q - p) / m is multiplied by in log(p / m) = log1p(.. w) and in log(q / m) = log1p(.. w).
+
+        They are a trifle nearer to 0 than they should be: where p or q is 0, rounding must not lead to the logarithm of
+        0, which 0 times that would not undo.
+        """
+        less = 1 - 4 * torch.finfo(dtype).eps
+        return -(1 - self.share) * less, self.share * less
+
+
+def from_mixture(student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int, temperature: float) -> Tensor:
+    """Compute T^2 [of_teacher KL(p || m) + of_student KL(q || m)], row by row.
+
+    The logarithms are taken of 1 plus a multiple of w = (q - p) / m: so small differences keep their digits, and
+    nothing is infinite. A class that neither gives a probability counts nothing.
+
+    Args:
+        student: Logits whose softmax is q.
+        teacher: Logits whose softmax is p, detached.
+        mixture: The mixture and the weights.
+        dim: The dimension of the classes.
+        temperature: What the logits are divided by.
+    """
+    share, of_teacher, of_student = mixture
+    if share in (0, 1):
+        log_p, log_q = (F.log_softmax(soften(logits, temperature), dim) for logits in (teacher, student))
+        return harden(divergence(log_p, log_q, dim) if of_teacher else divergence(log_q, log_p, dim), temperature)
+    q = torch.softmax(soften(student, temperature), dim)
+    p = torch.softmax(soften(teacher, temperature), dim)
+    difference = q - p
+    w = difference / (share * p + torch.finfo(p.dtype).tiny + (1 - share) * q)
+    to_p, to_q = mixture.factors(q.dtype)
+    parts = []
+    if of_teacher:
+        parts.append(_times(of_teacher, (p * torch.log1p(to_p * w)).sum(dim)))
+    if of_student:
+        parts.append(_times(of_student, (q * torch.log1p(to_q * w)).sum(dim)))
+    if mixture.drift:  # each divergence changes with the sums of p and q, which are 1 only up to rounding
+        parts.append(difference.detach().sum(dim) * mixture.drift)
+    return not_negative(harden(functools.reduce(torch.add, parts), temperature))
+
+
+def block_from_mixture(
+    student: Tensor,
+    teacher: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    spare: Tensor,
+    *,
+    mixture: Mixture,
+    temperature: float,
+) -> Tensor:
+    """Do what `from_mixture` does as the block function of `Rows`.
+
+    The gradient for the student is T q (g - E_q[g]) with g = of_student log(q / m) + (1 - share) drift w.
+    """
+    share, of_teacher, of_student = mixture
+    if share in (0, 1):
+        formula = functools.partial(from_mixture, mixture=mixture)
+        return block_by_autograd(formula, student, teacher, factors, gradient, spare, temperature=temperature)
+    q = softmax_rows(student, temperature, out=gradient)
+    p = softmax_rows(teacher, temperature, out=spare)
+    w = torch.sub(q, p)
+    values = mixture.drift * w.sum(-1)
+    m = torch.mul(p, share).add_(q, alpha=1 - share).add_(torch.finfo(p.dtype).tiny)
+    w.div_(m)
+    logarithm = m  # the memory, from here on
+    to_p, to_q = mixture.factors(q.dtype)
+    if of_teacher:
+        torch.mul(w, to_p, out=logarithm).log1p_()
+        values += of_teacher * logarithm.mul_(p).sum(-1)
+    if of_student:
+        torch.mul(w, to_q, out=logarithm).log1p_()
+        values += of_student * torch.mul(logarithm, q, out=spare).sum(-1)
+    if factors is not None:
+        slope = w.mul_((1 - share) * mixture.drift)
+        if of_student:
+            slope.add_(logarithm, alpha=of_student)
+        mean = torch.mul(slope, q, out=spare).sum(-1, keepdim=True)
+        gradient.mul_(slope.sub_(mean).mul_(temperature * factors))
+    return torch.mul(values, temperature**2).clamp_(min=0)
+
+
+def _times(weight: float, values: Tensor) -> Tensor:
+    return values if weight == 1 else values * weight
