@@ -1,8 +1,10 @@
 """Knowledge distillation losses for PyTorch, and one wrapper that runs teacher and student."""
 
-from distill._distiller.distiller import Distiller, DistillerOutput, Term
+from distill._distiller.distiller import Distiller
+from distill._distiller.terms import DistillerOutput, TeacherOutput, Term
 from distill._reduction import Reduction
 from distill._registry import create_loss, get_loss, list_losses, register_loss
+from distill.language import next_tokens
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
 from distill.losses.at import ATLoss, at_loss
 from distill.losses.cc import CCLoss, cc_loss
@@ -33,6 +35,8 @@ from distill.losses.sp import SPLoss, sp_loss
 from distill.losses.tvd import TVDLoss, tvd_loss
 from distill.losses.vid import VIDLoss, vid_loss
 from distill.losses.wsld import WSLDLoss, wsld_loss
+from distill.task import CrossEntropyLoss
+from distill.teachers import Teachers
 
 __version__ = "0.1.0"
 
@@ -42,6 +46,7 @@ __all__ = [
     "CCLoss",
     "CRDLoss",
     "CWDLoss",
+    "CrossEntropyLoss",
     "DISTLoss",
     "DKDLoss",
     "Distiller",
@@ -68,6 +73,8 @@ __all__ = [
     "SkewKLLoss",
     "SkewReverseKLLoss",
     "TVDLoss",
+    "TeacherOutput",
+    "Teachers",
     "Term",
     "VIDLoss",
     "WSLDLoss",
@@ -90,6 +97,7 @@ __all__ = [
     "logit_loss",
     "logit_std_loss",
     "mgd_loss",
+    "next_tokens",
     "nkd_loss",
     "nst_loss",
     "ofd_loss",

@@ -57,8 +57,9 @@ def test_weights_count_and_can_be_changed_between_steps():
     for weights in ({}, {"b": 3.0, "task": 0.0}, {"a": 0.0}):
         distiller.weights.update(weights)
         out = distiller(*batch())
-        w, t = distiller.weights, out.terms
-        torch.testing.assert_close(out.loss, w["task"] * t["task"] + w["a"] * t["a"] + w["b"] * t["b"])
+        assert sorted(out.terms) == sorted(name for name, weight in distiller.weights.items() if weight != 0)
+        total = sum(distiller.weights[name] * term for name, term in out.terms.items())
+        torch.testing.assert_close(out.loss.detach(), total)
 
 
 def test_taps_feed_their_terms():
@@ -116,10 +117,14 @@ def test_mask_reaches_every_term_that_takes_one():
     distiller = Distiller(
         student, teacher, {"a": LogitLoss(), "b": KLLoss(), "whole": Term(Pairs(), at=(("fc",), ("fc",)))}
     )
-    out = distiller(*batch(), mask=mask)
+    with pytest.raises(ValueError, match=r"\['whole'\] take none; mask=\{'a': mask\} gives it to 'a' alone"):
+        distiller(*batch(), mask=mask)
+    out = distiller(*batch(), mask={"a": mask, "b": mask, "task": mask})
     torch.testing.assert_close(out.terms["a"], logit_loss(out.student, out.teacher)[mask].mean().detach())
     torch.testing.assert_close(out.terms["b"], kl_loss(out.student, out.teacher)[mask].mean().detach())
     torch.testing.assert_close(out.terms["whole"], F.mse_loss(out.student, out.teacher).detach())
+    expected = F.cross_entropy(out.student[mask], batch()[1][mask]).detach()
+    torch.testing.assert_close(out.terms["task"], expected)
 
 
 def test_inputs_may_be_a_tensor_a_tuple_a_mapping_or_anything_else():
@@ -231,8 +236,8 @@ def test_rejects_a_missing_target():
 
 
 def test_rejects_a_mask_that_no_term_takes():
-    distiller = Distiller(*pair(), Term(Pairs(), at=(("fc",), ("fc",))))
-    with pytest.raises(ValueError, match=r"a mask needs a term whose loss takes one, got the terms \['distillation'\]"):
+    distiller = Distiller(*pair(), Term(Pairs(), at=(("fc",), ("fc",))), task_loss=None)
+    with pytest.raises(ValueError, match=r"\['distillation'\] take none; no term takes one"):
         distiller(*batch(), mask=torch.ones(4))
 
 
@@ -244,7 +249,7 @@ def test_rejects_teacher_inputs_with_teacher_output():
 
 def test_rejects_teacher_output_where_the_teacher_is_tapped():
     distiller = Distiller(*pair(), Term(LogitLoss(), at="fc:input"))
-    with pytest.raises(ValueError, match=r"taps need the teacher's forward, got teacher_output and taps at \('fc:inpu"):
+    with pytest.raises(ValueError, match=r"the teacher's taps \['fc:input'\] must see something.*TeacherOutput"):
         distiller(*batch(), teacher_output=torch.zeros(4, 5))
 
 
@@ -318,7 +323,7 @@ def test_rejects_losses_called_otherwise():
 
 @pytest.mark.parametrize("at", [3, ["a", "b"], ("a", "b", "c"), ("a",), ("a", ()), ("a", ("b", 3)), (None, "a")])
 def test_rejects_malformed_at(at):
-    with pytest.raises(ValueError, match="at must be a path or a pair of paths or of tuples of paths, got "):
+    with pytest.raises(ValueError, match="at must be a path, a function of what a model returned, or a pair .*, got "):
         Term(LogitLoss(), at=at)
 
 

@@ -34,13 +34,11 @@ def model(seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
 
 
+REST = {"kl": Term(KLLoss(), weight=0.5), "pool": Term(LogitLoss(), at="2:input")}
+
+
 def build() -> Distiller:
-    losses = {
-        "hint": Term(Regressor(), at="1"),
-        "kl": Term(KLLoss(), weight=0.5),
-        "pool": Term(LogitLoss(), at="2:input"),
-    }
-    return Distiller(model(0), model(1), losses)
+    return Distiller(model(0), model(1), {"hint": Term(Regressor(), at="1"), **REST})
 
 
 def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -64,11 +62,18 @@ def main(rank: int, world: int, folder: Path) -> None:
     buckets = sum(p.numel() for p in wrapped.parameters())
     whole = gradients(distiller)
 
-    # The student inside DDP, handed over in the call.
+    # The student inside DDP, handed over in the call, and so must be the loss that learns.
     distiller = build()
     student = DistributedDataParallel(distiller.student)
+    try:
+        distiller(inputs[mine], target[mine], student=student)
+    except ValueError as error:
+        refused = str(error)
+    terms = {"hint": Term(DistributedDataParallel(Regressor()), at="1"), **REST}
+    distiller = Distiller(model(0), model(1), terms)
+    student = DistributedDataParallel(distiller.student)
     distiller(inputs[mine], target[mine], student=student).loss.backward()
-    replicated = gradients(distiller.student)
+    replicated = {**gradients(distiller.student), "scale": distiller.losses["hint"].module.scale.grad.clone()}
 
     # The student's layers sharded over the processes in place.
     distiller = build()
@@ -78,7 +83,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     distiller(inputs[mine], target[mine]).loss.backward()
     sharded = {name: gradient.full_tensor() for name, gradient in gradients(distiller.student).items()}
 
-    state = {"distiller": whole, "student": replicated, "sharded": sharded, "size": buckets}
+    state = {"distiller": whole, "student": replicated, "sharded": sharded, "size": buckets, "refused": refused}
     torch.save(state, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,71 +1,39 @@
-"""The only file that knows models exist: it runs teacher and student, taps them and adds the losses up."""
+"""Runs teacher and student, taps them and adds the losses up."""
 
-import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._distiller.evaluate import call, check_tapped, find_tensor, recorded, seen_by, task_value, term_value
+from distill._distiller.guards import (
+    check_disjoint,
+    check_losses_in_step,
+    check_reached,
+    check_trains,
+    freeze,
+    identities,
+    update_average,
+)
 from distill._distiller.taps import Tap, check_path, run_with_taps
-
-_Side: TypeAlias = str | tuple[str, ...]
-_Sides: TypeAlias = tuple[_Side, _Side]
-
-_TASK = "task"
-_UNNAMED = "distillation"
-
-
-@dataclass(frozen=True)
-class Term:
-    """A loss, where its two inputs come from, and its weight in the total.
-
-    Args:
-        loss: A loss of this library, or any module called as `loss(student, teacher, target)` that returns a scalar.
-            One that also takes a keyword `mask` is given the mask of the Distiller's call.
-        at: What the loss compares. None: the outputs of both models. A path, as `named_modules()` spells it: that
-            module's output in both; with `":input"` after it, the module's first input. A pair: the student's path
-            and the teacher's. In a pair a side may be a tuple of paths: the loss then gets a tuple of tensors.
-        weight: What the loss is multiplied by in the total, finite.
-
-    Raises:
-        ValueError: If the loss cannot be called so, `at` is of another form, or the weight is not finite.
-
-    Examples:
-        >>> from distill import LogitLoss, Term
-        >>> Term(LogitLoss(), at="fc:input")
-        Term(loss=LogitLoss(reduction='mean', dim=-1), at='fc:input', weight=1.0)
-        >>> deep = Term(LogitLoss(), at=("encoder.3", "encoder.11"), weight=0.1)
-    """
-
-    loss: nn.Module
-    at: _Side | _Sides | None = None
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        _check_loss(self.loss)
-        _parse_at(self.at)
-        _check_weight("weight", self.weight)
-
-
-class DistillerOutput(NamedTuple):
-    """What a Distiller's call gives.
-
-    Attributes:
-        loss: The total, a scalar to call `backward()` on.
-        student: What the student returned.
-        teacher: What the teacher returned, without a graph.
-        terms: Every term by name, unweighted and detached scalars; `"task"` is the task loss.
-    """
-
-    loss: Tensor
-    student: Any
-    teacher: Any
-    terms: dict[str, Tensor]
+from distill._distiller.terms import (
+    TASK,
+    Compared,
+    DistillerOutput,
+    Term,
+    Weights,
+    adapter_modules,
+    by_name,
+    check_task_loss,
+    named_terms,
+    paths_of,
+    takes,
+    taps_of,
+    tensors_in,
+)
+from distill.task import CrossEntropyLoss
 
 
 class Distiller(nn.Module):
@@ -79,19 +47,27 @@ class Distiller(nn.Module):
 
     Args:
         student: The model that learns. `distiller.student` is this very module.
-        teacher: The model to imitate. It is put in eval mode and its parameters no longer require a gradient.
+        teacher: The model to imitate: a module, which is put in eval mode and frozen, or any callable (an exported
+            program, a function that asks a server, a stored teacher), or `Teachers(...)`. None where every call brings
+            `teacher_output=` or all terms are losses of the student alone.
         losses: A loss, a `Term`, or a dict of them by name. A single one is named `"distillation"`.
-        task_loss: Called as `task_loss(student_output, target)`, gives a scalar. None trains without labels.
-        task_weight: What the task loss is multiplied by in the total, finite.
-        output: Takes what a model returned and gives the tensor that the task loss and the terms without `at`
-            compare. Not needed for models that return a tensor, or an object with the tensor as `.logits`.
+        task_loss: Called as `task_loss(student_output, target)`, or without the target if it takes one argument only;
+            gives a scalar. One that takes a keyword `mask` gets the mask of the call. None trains without labels.
+        task_weight: What the task loss is multiplied by in the total, finite; 0 switches it off.
+        output: Takes what a model returned and gives the tensor that the terms without `at` (and the task loss)
+            compare. Not needed for models that return a tensor, or an object or mapping with the tensor as `logits`.
+        task_output: Takes what the student returned and gives what the task loss takes, where that is something else:
+            a detector's dict of losses, a model's own `.loss`.
 
     Attributes:
         weights: The weights by name, `"task"` among them: `distiller.weights["hint"] = 0.5` counts from the next call.
+            They are not in `state_dict()`. To save them: `{"weights": dict(distiller.weights), ...}`, and to resume:
+            `distiller.weights.update(checkpoint["weights"])`.
 
     Raises:
         ValueError: If a path names no module, student and teacher share a parameter or buffer, there is no loss at
             all, or an argument is malformed.
+        TypeError: If a weight is no number.
 
     Examples:
         >>> import torch
@@ -105,48 +81,82 @@ class Distiller(nn.Module):
         ['distillation', 'task']
     """
 
-    teacher: nn.Module
+    __module__ = "distill"
+
+    student: nn.Module
+    teacher: Any
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | Callable[..., Any] | None,
         losses: nn.Module | Term | Mapping[str, nn.Module | Term],
         *,
-        task_loss: Callable[[Tensor, Tensor], Tensor] | None = nn.CrossEntropyLoss(),  # noqa: B008 - it has no state
+        task_loss: Callable[..., Tensor] | None = CrossEntropyLoss(),  # noqa: B008 - it has no state
         task_weight: float = 1.0,
         output: Callable[[Any], Tensor] | None = None,
+        task_output: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        terms = _named_terms(losses)
+        terms = named_terms(losses)
         if task_loss is None and not terms:
             raise ValueError("a Distiller needs a loss, got task_loss=None and no terms")
-        if task_loss is not None and (isinstance(task_loss, type) or not callable(task_loss)):
-            raise ValueError(
-                f"task_loss must be a module or function called as task_loss(student, target), got {task_loss!r}"
-            )
-        if output is not None and not callable(output):
-            raise ValueError(f"output must be a function of what a model returns, got {output!r}")
+        if task_loss is None and (task_weight != 1.0 or task_output is not None):
+            what = f"task_weight={task_weight!r}" if task_output is None else "task_output"
+            raise ValueError(f"{what.split('=')[0]} needs a task_loss, got {what} and task_loss=None")
+        for name, function in (("output", output), ("task_output", task_output)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} must be a function of what a model returns, got {function!r}")
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student must be a module, got {type(student).__name__}")
+        if not (teacher is None or callable(teacher)) or isinstance(teacher, type):
+            raise TypeError(f"teacher must be a module, a function or None, got {teacher!r}")
+        self._task_takes_target = check_task_loss(task_loss)
         self.student = student
         self.losses = nn.ModuleDict({name: term.loss for name, term in terms.items()})
+        self.adapters = nn.ModuleDict(
+            {name: nn.ModuleList(found) for name, term in terms.items() if (found := adapter_modules(term.student))}
+        )
         self.task_loss = task_loss
         self.output = output
-        self._weights = _Weights({name: term.weight for name, term in terms.items()})
+        self.task_output = task_output
+        self._weights = Weights({name: term.weight for name, term in terms.items()})
         if task_loss is not None:
-            self._weights.add(_TASK, task_weight)
-        elif task_weight != 1.0:
-            raise ValueError(f"task_weight needs a task_loss, got task_weight={task_weight!r} and task_loss=None")
-        self._sides = {name: _parse_at(term.at) for name, term in terms.items()}
-        self._takes_mask = {name: _takes_mask(term.loss) for name, term in terms.items()}
-        self._student_paths = _distinct(sides[0] for sides in self._sides.values() if sides)
-        self._teacher_paths = _distinct(sides[1] for sides in self._sides.values() if sides)
-        for path in self._student_paths:
-            check_path(student, path, side="student")
-        for path in self._teacher_paths:
-            check_path(teacher, path, side="teacher")
-        _check_disjoint(self, teacher)
+            self._weights.add(TASK, task_weight)
+        self._compared = {name: Compared.of(term) for name, term in terms.items()}
+        self._takes_mask = {name: takes(term.loss, "mask") for name, term in terms.items()}
+        self._takes_mask[TASK] = task_loss is not None and takes(task_loss, "mask")
+        for compared in self._compared.values():
+            for path in paths_of(compared.student):
+                check_path(student, path, side="student")
+            if isinstance(teacher, nn.Module):
+                for path in paths_of(compared.teacher):
+                    check_path(teacher, path, side="teacher")
+        if isinstance(teacher, nn.Module):
+            check_disjoint(self, teacher)
+        for module in self._constants():
+            module.eval().requires_grad_(False)
         # Kept past nn.Module's attribute registration: a submodule would be trained, saved and sent by DDP.
-        self.__dict__["teacher"] = teacher.eval().requires_grad_(False)
+        self.__dict__["teacher"] = teacher
+        self._has_modes = freeze(teacher)
+        # What was found in order before, so that it is looked at again only where it changed.
+        self._known_tensors: list[int] = []
+        self._known_model = 0
+
+    if TYPE_CHECKING:
+
+        @override
+        def __call__(
+            self,
+            inputs: Any,
+            target: Any = None,
+            *,
+            mask: Tensor | Mapping[str, Tensor] | None = None,
+            denominator: float | Tensor | None = None,
+            student: Callable[..., Any] | None = None,
+            teacher_inputs: Any = None,
+            teacher_output: Any = None,
+        ) -> DistillerOutput: ...
 
     @property
     def weights(self) -> MutableMapping[str, float]:
@@ -157,9 +167,10 @@ class Distiller(nn.Module):
     def forward(
         self,
         inputs: Any,
-        target: Tensor | None = None,
+        target: Any = None,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Mapping[str, Tensor] | None = None,
+        denominator: float | Tensor | None = None,
         student: Callable[..., Any] | None = None,
         teacher_inputs: Any = None,
         teacher_output: Any = None,
@@ -169,49 +180,81 @@ class Distiller(nn.Module):
         Args:
             inputs: For the models: a tensor is passed as `model(x)`, a tuple as `model(*x)`, a mapping as
                 `model(**x)`, anything else (a list, a namedtuple) as `model(x)`.
-            target: Labels for the task loss and for the losses that use them.
-            mask: Bool or weights, shaped like the per-sample values, for every term whose loss takes a mask.
+            target: Labels for the task loss and for the losses that use them; or a mapping by the terms' names, the
+                task's being `"task"`.
+            mask: Bool or weights, shaped like the per-sample values, for every term and the task loss; or a mapping by
+                name for those it is meant for.
+            denominator: What stands in place of the number of samples: every mean over samples becomes a sum divided
+                by it, so that the gradients of micro-batches or processes add up to that of the whole batch. Losses of
+                a whole batch (those without a reduction) are not changed.
             student: The student as you have wrapped it (DDP, FSDP, `torch.compile`, a trainer's model), run in place
                 of the bare one.
             teacher_inputs: For the teacher, where it sees something else than the student.
-            teacher_output: What the teacher would return, computed before; it is then not run.
+            teacher_output: What the teacher would return, computed before; it is then not run. With what its taps
+                would see: `TeacherOutput(output, features)`.
 
         Returns:
             The total loss, both models' outputs and the terms.
 
         Raises:
-            ValueError: If an argument is missing or of no use, a tap is not reached or carries no gradient, a model's
-                output has no tensor to compare, or a loss refuses its inputs or gives no scalar.
+            ValueError: If an argument is missing or of no use, a tap is not reached or carries no gradient, the student
+                gets no gradient at all, a model's output has no tensor to compare, or a loss refuses its inputs or
+                gives no scalar.
+            KeyError: If a mapping has a name that is no term.
         """
-        self._check_call(target, mask, teacher_inputs, teacher_output)
-        if teacher_output is None:
-            teacher_result, teacher_seen = self._run_teacher(inputs if teacher_inputs is None else teacher_inputs)
-        else:
-            teacher_result, teacher_seen = teacher_output, {}
+        names = [name for name in self.losses if self._weights[name] != 0]
+        on = [*names, TASK] if self._weights.get(TASK, 0.0) != 0 else names
+        if not on:
+            raise ValueError(f"a term must be on, but all weights are 0: {dict(self._weights)}")
+        targets, masks = (
+            by_name(what, given, on, [*self._weights]) for what, given in (("target", target), ("mask", mask))
+        )
+        self._check_masks(masks)
+        if TASK in on and targets[TASK] is None and self._task_takes_target:
+            raise ValueError("the task loss needs a target, got None; give one, or build with task_loss=None")
         model = self.student if student is None else student
-        student_result, student_seen = _run_with_paths(
-            self.student, self._student_paths, lambda: _call(model, inputs), side="student"
-        )
-        if self.training and torch.is_grad_enabled():
-            _check_gradients(student_seen)
+        trains = self.training and torch.is_grad_enabled()
+        self._check_models(names, model, trains)
 
-        terms: dict[str, Tensor] = {}
-        if self.task_loss is not None and target is not None:
-            terms[_TASK] = _check_scalar(_TASK, self.task_loss(self._tensor(student_result), target))
-        for name, loss in self.losses.items():
-            sides = self._sides[name]
-            ours = _read(student_seen, sides[0]) if sides else self._tensor(student_result)
-            theirs = _read(teacher_seen, sides[1]) if sides else self._tensor(teacher_result).detach()
-            options = {"mask": mask} if mask is not None and self._takes_mask[name] else {}
-            try:
-                value = loss(ours, theirs, target, **options)
-            except ValueError as error:
-                raise ValueError(f"term {name!r}: {error}") from error
-            terms[name] = _check_scalar(name, value)
-        first, *rest = (self._weights[name] * value for name, value in terms.items())
-        return DistillerOutput(
-            sum(rest, first), student_result, teacher_result, {name: value.detach() for name, value in terms.items()}
-        )
+        theirs, theirs_seen = self._run_teacher(names, inputs, teacher_inputs, teacher_output)
+        taps = taps_of((self._compared[name].student, self._compared[name].copy) for name in names)
+        ours, ours_seen = run_with_taps(self.student, taps, lambda: call(model, inputs), side="student")
+        if trains:
+            check_tapped(ours_seen)
+
+        losses: dict[str, Tensor] = {}
+        sides: list[Any] = []  # all that the student is compared by
+        if TASK in on:
+            sides.append(find_tensor(ours, self.output) if self.task_output is None else self.task_output(ours))
+            given = (sides[-1], targets[TASK]) if self._task_takes_target else (sides[-1],)
+            losses[TASK] = task_value(self.task_loss, given, masks[TASK], denominator)
+        for name in names:
+            compared = self._compared[name]
+            sides.append(seen_by(compared.student, ours, ours_seen, self.output, copy=compared.copy))
+            teacher = seen_by(compared.teacher, theirs, theirs_seen, self.output, copy=compared.copy)
+            losses[name] = term_value(
+                name, self.losses[name], compared, sides[-1], teacher, targets[name], masks[name], denominator
+            )
+        first, *rest = (self._weights[name] * value for name, value in losses.items())
+        total = sum(rest, first)
+        if trains:
+            self._check_student(sides, total, model)
+            total = self._with_idle(total, names)
+        return DistillerOutput(total, ours, theirs, {name: value.detach() for name, value in losses.items()}, losses)
+
+    def update_teacher(self, decay: float) -> None:
+        """Move an averaged teacher towards the student: `teacher = decay * teacher + (1 - decay) * student`.
+
+        For a teacher that started as `copy.deepcopy(student)`; call it after the optimizer's step. Buffers are copied.
+        The teacher is not in `state_dict()`: save `distiller.teacher.state_dict()` beside it, and load it there.
+
+        Args:
+            decay: The teacher's share, from 0 to 1; 0.999 or more is usual.
+
+        Raises:
+            ValueError: If the decay is out of range, or the teacher has not the student's parameters and buffers.
+        """
+        update_average(self.teacher, self.student, decay)
 
     @override
     def extra_repr(self) -> str:
@@ -226,190 +269,82 @@ class Distiller(nn.Module):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
-        """Let the teacher follow `.to()`, `.half()`, `.cuda()` and the like."""
+        """Let the teacher and its adapters follow `.to()`, `.half()`, `.cuda()` and the like."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        teacher = [self.teacher] if isinstance(self.teacher, nn.Module) else []
+        for module in (*teacher, *self._constants()):
+            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _check_call(self, target: Any, mask: Any, teacher_inputs: Any, teacher_output: Any) -> None:
-        if self.task_loss is not None and target is None:
-            raise ValueError("the task loss needs a target, got None; give one, or build with task_loss=None")
-        if mask is not None and not any(self._takes_mask.values()):
-            raise ValueError(f"a mask needs a term whose loss takes one, got the terms {list(self.losses)}")
-        if teacher_output is None:
+    def _constants(self) -> list[nn.Module]:
+        """The teacher's adapters."""
+        return [module for compared in self._compared.values() for module in adapter_modules(compared.adapt_teacher)]
+
+    def _check_masks(self, masks: dict[str, Any]) -> None:
+        unable = [name for name, mask in masks.items() if mask is not None and not self._takes_mask[name]]
+        if unable:
+            able = [name for name in masks if self._takes_mask[name]]
+            hint = f"mask={{{able[0]!r}: mask}} gives it to {able[0]!r} alone" if able else "no term takes one"
+            raise ValueError(f"a mask must be of use to every term it is given to, but {unable} take none; {hint}")
+
+    def _check_models(self, names: list[str], model: Any, trains: bool) -> None:
+        """What may have changed in the models since the last call."""
+        if torch.compiler.is_compiling():
             return
-        if teacher_inputs is not None:
+        for name in names:
+            check = getattr(self.losses[name], "check_models", None)
+            if check is not None:
+                check(self.student, self.teacher)
+        if not trains:
+            return
+        if model is not self.student:
+            check_losses_in_step([*self.losses.items(), *self.adapters.items()])
+        if isinstance(self.teacher, nn.Module):
+            now = identities(self, self.teacher)
+            if now != self._known_tensors:
+                check_disjoint(self, self.teacher)
+                self._known_tensors = now
+
+    def _run_teacher(
+        self, names: list[str], inputs: Any, teacher_inputs: Any, teacher_output: Any
+    ) -> tuple[Any, dict[Tap, Any]]:
+        if teacher_output is not None and teacher_inputs is not None:
             raise ValueError("teacher_inputs or teacher_output must be given, got both")
-        if self._teacher_paths:
-            raise ValueError(f"taps need the teacher's forward, got teacher_output and taps at {self._teacher_paths}")
+        taps = taps_of((self._compared[name].teacher, self._compared[name].copy) for name in names)
+        if all(self._compared[name].teacher is None for name in names):
+            return None, {}
+        if teacher_output is None:
+            if self.teacher is None:
+                raise ValueError(
+                    f"the terms {names} must have a teacher to compare with, got teacher=None and no teacher_output"
+                )
+            if self._has_modes and any(module.training for module in self.teacher.modules()):
+                self.teacher.eval()
+            given = inputs if teacher_inputs is None else teacher_inputs
+            with torch.no_grad():
+                if isinstance(self.teacher, nn.Module):
+                    return run_with_taps(self.teacher, taps, lambda: call(self.teacher, given), side="teacher")
+                teacher_output = call(self.teacher, given)
+        return recorded(teacher_output, taps)
 
-    def _run_teacher(self, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
-        if any(module.training for module in self.teacher.modules()):
-            self.teacher.eval()
-        with torch.no_grad():
-            return _run_with_paths(
-                self.teacher, self._teacher_paths, lambda: _call(self.teacher, inputs), side="teacher"
-            )
-
-    def _tensor(self, result: Any) -> Tensor:
-        """The tensor to compare in what a model returned."""
-        tensor: Any
-        if self.output is not None:
-            tensor = self.output(result)
-        else:
-            tensor = result if isinstance(result, Tensor) else getattr(result, "logits", None)
-        if not isinstance(tensor, Tensor):
-            what = "output= must give a tensor" if self.output else "a model's output must be a tensor or have .logits"
-            got = type(tensor if self.output else result).__name__
-            raise ValueError(f"{what}, got {got}; output= takes a function that finds the tensor in it")
-        return tensor
-
-
-class _Weights(MutableMapping[str, float]):
-    """Finite weights under fixed names, so that a misspelt name is an error and not a new entry."""
-
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self._values: dict[str, float] = {}
-        for name, weight in weights.items():
-            self.add(name, weight)
-
-    def add(self, name: str, weight: float) -> None:
-        self._values[name] = _check_weight(f"the weight of {name!r}", weight)
-
-    def __getitem__(self, name: str) -> float:
-        return self._values[name]
-
-    def __setitem__(self, name: str, weight: float) -> None:
-        if name not in self._values:
-            raise KeyError(f"a weight must belong to one of the terms {list(self._values)}, got {name!r}")
-        self.add(name, weight)
-
-    def __delitem__(self, name: str) -> None:
-        raise ValueError(f"the terms of a Distiller are fixed; set the weight of {name!r} to 0 instead")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return repr(self._values)
-
-
-def _check_weight(what: str, weight: float) -> float:
-    if not math.isfinite(weight):
-        raise ValueError(f"{what} must be finite, got {weight!r}")
-    return weight
-
-
-def _check_loss(loss: nn.Module) -> None:
-    if not isinstance(loss, nn.Module):
-        raise ValueError(f"a loss must be an nn.Module, got {loss!r}")
-    signature = inspect.signature(loss.forward)
-    try:
-        signature.bind(None, None, None)
-    except TypeError as error:
-        raise ValueError(
-            f"a loss must be callable as loss(student, teacher, target), got {type(loss).__name__}{signature}"
-        ) from error
-
-
-def _takes_mask(loss: nn.Module) -> bool:
-    parameters = inspect.signature(loss.forward).parameters
-    return "mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _parse_at(at: Any) -> _Sides | None:
-    """The student's and the teacher's side of a term's `at`."""
-    if at is None:
-        return None
-    pair = (at, at) if isinstance(at, str) else at
-    if isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_side, pair)):
-        return pair
-    raise ValueError(f"at must be a path or a pair of paths or of tuples of paths, got {at!r}")
-
-
-def _is_side(side: Any) -> bool:
-    return isinstance(side, str) or (
-        isinstance(side, tuple) and len(side) > 0 and all(isinstance(path, str) for path in side)
-    )
-
-
-def _distinct(sides: Iterable[_Side]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(path for side in sides for path in ((side,) if isinstance(side, str) else side)))
-
-
-def _read(seen: Mapping[str, Tensor], side: _Side) -> Tensor | tuple[Tensor, ...]:
-    return seen[side] if isinstance(side, str) else tuple(seen[path] for path in side)
-
-
-def _named_terms(losses: nn.Module | Term | Mapping[str, nn.Module | Term]) -> dict[str, Term]:
-    if isinstance(losses, (nn.Module, Term)):
-        losses = {_UNNAMED: losses}
-    if not isinstance(losses, Mapping):
-        raise ValueError(f"losses must be a loss, a Term or a dict of them, got {losses!r}")
-    for name in losses:
-        if not isinstance(name, str) or not name or "." in name or name == _TASK or hasattr(nn.ModuleDict(), name):
+    def _check_student(self, sides: list[Any], total: Tensor, model: Any) -> None:
+        """Raise ValueError if the student gets no gradient, whatever learns beside it."""
+        if not any(tensor.requires_grad for value in sides for tensor in tensors_in(value)):
+            check_trains(self.student)
             raise ValueError(
-                f"a term's name must be a string without dots, not {_TASK!r} and no attribute of nn.ModuleDict, "
-                f"got {name!r}"
+                "the student must get a gradient in training, but nothing that is compared carries one: its forward "
+                "ran under no_grad, or detached its output"
             )
-    return {name: loss if isinstance(loss, Term) else Term(loss) for name, loss in losses.items()}
+        if model is not self.student and not torch.compiler.is_compiling() and self._known_model != id(model):
+            check_reached(total, self.student, model)
+            self._known_model = id(model)
 
-
-def _run_with_paths(
-    model: nn.Module, paths: tuple[str, ...], call: Callable[[], Any], *, side: str
-) -> tuple[Any, dict[str, Tensor]]:
-    result, seen = run_with_taps(model, [Tap(path) for path in paths], call, side=side)
-    for tap, value in seen.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the {side}'s tap {tap.path!r} must see a tensor, got {type(value).__name__}")
-    return result, {tap.path: value for tap, value in seen.items()}
-
-
-def _call(model: Callable[..., Any], inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
-        return model(*inputs)
-    return model(inputs)
-
-
-def _check_scalar(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"term {name!r} must be a scalar tensor (reduction='mean' or 'sum'), got {got}")
-    return value
-
-
-def _check_gradients(seen: Mapping[str, Tensor]) -> None:
-    for path, tensor in seen.items():
-        if not tensor.requires_grad:
-            raise ValueError(
-                f"the student's tap {path!r} must carry a gradient in training, but it has none: nothing before it is "
-                "trained, or it lies inside reentrant activation checkpointing (use_reentrant=False keeps it)"
-            )
-
-
-def _check_disjoint(trained: nn.Module, teacher: nn.Module) -> None:
-    ours = {_storage(tensor): name for name, tensor in _tensors(trained)}
-    for name, tensor in _tensors(teacher):
-        shared = ours.get(_storage(tensor))
-        if shared is not None:
-            raise ValueError(
-                "student, losses and teacher must share no parameter or buffer (the teacher would be trained), got "
-                f"the teacher's {name!r} in {shared!r}; give copy.deepcopy(teacher)"
-            )
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def _storage(tensor: Tensor) -> tuple[str, int]:
-    """What tells whether two tensors are the same memory; tensors without memory of their own are told by identity."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
-    pointer = tensor.untyped_storage().data_ptr() if plain else 0
-    return ("storage", pointer) if pointer else ("object", id(tensor))
+    def _with_idle(self, total: Tensor, names: list[str]) -> Tensor:
+        """Keep the learned parts of terms that are off in the graph, with a gradient of 0: DDP waits for each."""
+        for name, loss in self.losses.items():
+            if name not in names:
+                adapter = self.adapters[name].parameters() if name in self.adapters else ()
+                for parameter in (*loss.parameters(), *adapter):
+                    if parameter.requires_grad and type(parameter) is nn.Parameter:
+                        total = total + parameter.flatten()[:0].sum()
+        return total

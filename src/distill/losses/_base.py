@@ -23,7 +23,13 @@ class Loss(nn.Module):
 
         @override
         def __call__(  # what nn.Module declares is Any
-            self, student: Any, teacher: Any, target: Tensor | None = None, *, mask: Tensor | None = None
+            self,
+            student: Any,
+            teacher: Any,
+            target: Tensor | None = None,
+            *,
+            mask: Tensor | None = None,
+            denominator: float | Tensor | None = None,
         ) -> Tensor: ...
 
     @override
@@ -63,7 +69,13 @@ class SampleLoss(Loss):
 
     @override
     def forward(
-        self, student: Any, teacher: Any, target: Tensor | None = None, *, mask: Tensor | None = None
+        self,
+        student: Any,
+        teacher: Any,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        denominator: float | Tensor | None = None,
     ) -> Tensor:
         """Compute the loss.
 
@@ -72,6 +84,7 @@ class SampleLoss(Loss):
             teacher: What the teacher gives, as the loss's function takes it. A constant.
             target: Labels, where the loss uses them.
             mask: Bool or weights, shaped like the per-sample values. What a 0 hides counts nowhere.
+            denominator: A mean becomes the sum divided by this number, such as the samples of all micro-batches.
 
         Returns:
             A scalar, or with `reduction="none"` one value per sample.
@@ -83,7 +96,18 @@ class SampleLoss(Loss):
         if mask is not None:
             check_tensor("mask", mask)
             student, teacher = _hide(student, mask), _hide(teacher, mask)
-        return reduce(self.values(student, teacher, target, mask), self.reduction, mask)
+        reduction = self.reduction_over(denominator)
+        return _over(reduce(self.values(student, teacher, target, mask), reduction, mask), denominator)
+
+    def reduction_over(self, denominator: float | Tensor | None) -> Reduction:
+        """The reduction of a call: a mean with a denominator is a sum, which is then divided by it.
+
+        Raises:
+            ValueError: If there is a denominator but no mean.
+        """
+        if denominator is not None and self.reduction != "mean":
+            raise ValueError(f"denominator must come with reduction='mean', got reduction={self.reduction!r}")
+        return self.reduction if denominator is None else "sum"
 
 
 class RowLoss(SampleLoss):
@@ -97,7 +121,13 @@ class RowLoss(SampleLoss):
 
     @override
     def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        denominator: float | Tensor | None = None,
     ) -> Tensor:
         """Compute the loss.
 
@@ -107,6 +137,7 @@ class RowLoss(SampleLoss):
             target: The class of every sample, `(...)`, integers, where the loss uses labels.
             mask: Bool or weights, `(...)`, shaped like the per-sample values. What a 0 hides counts nowhere, also where
                 it is NaN, infinite or a label that is no class.
+            denominator: A mean becomes the sum divided by this number, such as the tokens of all micro-batches.
 
         Returns:
             A scalar, or with `reduction="none"` one value per sample, `(...)`.
@@ -115,9 +146,11 @@ class RowLoss(SampleLoss):
             TypeError: If what must be a tensor is none.
             ValueError: As the loss's function, and if the mask has another shape than the per-sample values.
         """
-        return self.rows.reduced(
-            student, teacher, target, dim=self.dim, reduction=self.reduction, mask=mask, **self.given()
+        reduction = self.reduction_over(denominator)
+        value = self.rows.reduced(
+            student, teacher, target, dim=self.dim, reduction=reduction, mask=mask, **self.given()
         )
+        return _over(value, denominator)
 
 
 class BatchLoss(Loss):
@@ -158,6 +191,10 @@ class BatchLoss(Loss):
             raise ValueError(f"mask must select samples (bool or integers) for a loss of a batch, got {mask.dtype}")
         kept = ordinary(mask) != 0
         return student[kept], teacher[kept], None if target is None else target[kept]
+
+
+def _over(value: Tensor, denominator: float | Tensor | None) -> Tensor:
+    return value if denominator is None else value / denominator
 
 
 def _hide(side: Any, mask: Tensor) -> Any:

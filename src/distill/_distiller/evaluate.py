@@ -1,0 +1,141 @@
+"""One call: how models are run, what of their results a term compares, and its value."""
+
+import copy as copying
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill._distiller.taps import Tap
+from distill._distiller.terms import (
+    TASK,
+    Compared,
+    TeacherOutput,
+    adapted,
+    detached,
+    takes,
+    tensors_in,
+    whole_output,
+)
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Run a model: a mapping is passed as keywords, a tuple as positions, anything else as it is."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
+        return model(*inputs)
+    return model(inputs)
+
+
+def find_tensor(result: Any, output: Callable[[Any], Any] | None) -> Tensor:
+    """The tensor to compare in what a model returned: what `output` finds, or the logits."""
+    tensor: Any
+    if output is not None:
+        tensor = output(result)
+    elif isinstance(result, Mapping):
+        tensor = result.get("logits")
+    else:
+        tensor = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if not isinstance(tensor, Tensor):
+        what = "output= must give a tensor" if output else "a model's output must be a tensor or have .logits"
+        got = type(tensor if output else result).__name__
+        raise ValueError(f"{what}, got {got}; output= takes a function that finds the tensor in it")
+    return tensor
+
+
+def seen_by(side: Any, result: Any, seen: Mapping[Tap, Any], output: Callable[[Any], Any] | None, *, copy: bool) -> Any:
+    """What one side of a term compares, before its adapter."""
+    if side is None:
+        return None
+    if side is whole_output:
+        return find_tensor(result, output)
+    if isinstance(side, str):
+        return seen[Tap(side, copy)]
+    if isinstance(side, tuple):
+        return tuple(seen[Tap(path, copy)] for path in side)
+    return side(result)
+
+
+def recorded(output: Any, taps: Iterable[Tap]) -> tuple[Any, dict[Tap, Any]]:
+    """What a teacher that was not run, or cannot be tapped, gives: its output and what its taps would see."""
+    if not isinstance(output, TeacherOutput):
+        output = TeacherOutput(output)
+    missing = [tap.path for tap in taps if tap.path not in output.features]
+    if missing:
+        raise ValueError(
+            f"the teacher's taps {missing} must see something, but there is no module to tap in this call: give "
+            f"TeacherOutput(output, features={{path: tensor}}), got features of {list(output.features)}"
+        )
+    return output.output, {tap: output.features[tap.path] for tap in taps}
+
+
+def term_value(
+    name: str,
+    loss: nn.Module,
+    compared: Compared,
+    student: Any,
+    teacher: Any,
+    target: Any,
+    mask: Any,
+    denominator: float | Tensor | None,
+) -> Tensor:
+    """The value of a term; errors name it."""
+    options = {} if mask is None else {"mask": mask}
+    try:
+        student = adapted(student, compared.adapt_student, "what is compared of the student")
+        if compared.teacher is not None:
+            with torch.no_grad():
+                teacher = detached(adapted(teacher, compared.adapt_teacher, "what is compared of the teacher"))
+        if denominator is not None and _has_mean(loss):
+            if not takes(loss, "denominator"):
+                raise ValueError(
+                    f"a loss whose mean becomes a sum must take a keyword denominator, got {type(loss).__name__}"
+                )
+            options["denominator"] = denominator
+        value = loss(student, teacher, target, **options)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"term {name!r}: {error}") from error
+    return _check_scalar(name, value)
+
+
+def task_value(loss: Any, arguments: tuple[Any, ...], mask: Any, denominator: float | Tensor | None) -> Tensor:
+    """The value of the task loss for its arguments: what it compares, and the target if it takes one."""
+    options = {} if mask is None else {"mask": mask}
+    if denominator is None or getattr(loss, "reduction", None) == "sum":
+        return _check_scalar(TASK, loss(*arguments, **options))
+    if takes(loss, "denominator"):
+        return _check_scalar(TASK, loss(*arguments, denominator=denominator, **options))
+    if not isinstance(loss, nn.modules.loss._Loss):
+        raise ValueError(
+            "a task loss whose mean becomes a sum must take a keyword denominator or be a loss of torch.nn, "
+            f"got {loss!r}"
+        )
+    summed = copying.copy(loss)
+    summed.reduction = "sum"
+    return _check_scalar(TASK, summed(*arguments)) / denominator
+
+
+def check_tapped(seen: Mapping[Tap, Any]) -> None:
+    """Raise ValueError if what a tap saw of the student carries no gradient."""
+    for tap, value in seen.items():
+        tensors = tensors_in(value)
+        if tensors and not any(tensor.requires_grad for tensor in tensors):
+            raise ValueError(
+                f"the student's tap {tap.path!r} must carry a gradient in training, but it has none: nothing before it "
+                "is trained, or it lies inside reentrant activation checkpointing (use_reentrant=False keeps it)"
+            )
+
+
+def _has_mean(loss: nn.Module) -> bool:
+    """Whether a loss is a mean over samples; one without a reduction is of the whole batch."""
+    inner = loss.module if isinstance(loss, nn.parallel.DistributedDataParallel) else loss
+    return getattr(inner, "reduction", None) == "mean"
+
+
+def _check_scalar(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"term {name!r} must be a scalar tensor (reduction='mean' or 'sum'), got {got}")
+    return value

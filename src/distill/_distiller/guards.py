@@ -1,0 +1,151 @@
+"""What must hold of the models: nothing shared, the student trained, learned losses equal on every process."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_disjoint(trained: nn.Module, teacher: nn.Module) -> None:
+    """Raise ValueError if a parameter or buffer of the teacher is trained as well."""
+    ours = {_storage(tensor): name for name, tensor in _named_tensors(trained)}
+    for name, tensor in _named_tensors(teacher):
+        shared = ours.get(_storage(tensor))
+        if shared is not None:
+            raise ValueError(
+                "student, losses and teacher must share no parameter or buffer (the teacher would be trained), got "
+                f"the teacher's {name!r} in {shared!r}. Give the teacher weights of its own (copy.deepcopy(teacher)); "
+                "where the teacher is the base of an adapter-tuned student, build with teacher=None and give "
+                "teacher_output=, computed under torch.no_grad() with the adapters off"
+            )
+
+
+def identities(*modules: nn.Module) -> list[int]:
+    """What changes when a parameter or buffer is replaced: cheap enough for every step."""
+    found: list[int] = []
+    stack: list[nn.Module | None] = [*modules]
+    while stack:
+        module = stack.pop()
+        if module is not None:
+            found.extend(map(id, module._parameters.values()))
+            found.extend(map(id, module._buffers.values()))
+            stack.extend(module._modules.values())
+    return found
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _storage(tensor: Tensor) -> tuple[str, int]:
+    """What tells whether two tensors are the same memory; tensors without memory of their own are told by identity."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+    pointer = tensor.untyped_storage().data_ptr() if plain else 0
+    return ("storage", pointer) if pointer else ("object", id(tensor))
+
+
+def check_reached(loss: Tensor, student: nn.Module, model: Any) -> None:
+    """Raise ValueError if the graph of a loss ends in no parameter of the student: another model was run.
+
+    Args:
+        loss: The total.
+        student: The Distiller's student.
+        model: What was run in its place: the student, wrapped.
+    """
+    parameters = list(student.parameters())
+    modules = model.modules() if isinstance(model, nn.Module) else student.modules()
+    hidden = any(type(module).__name__ == "FullyShardedDataParallel" for module in modules)
+    if hidden or any(type(parameter) is not nn.Parameter for parameter in parameters):
+        return  # what the graph ends in are the wrapper's own tensors
+    wanted = {id(parameter) for parameter in parameters}
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in wanted or "Checkpoint" in node.name():
+            return
+        stack.extend(function for function, _ in node.next_functions)
+    raise ValueError(
+        "student= must run the Distiller's own student, wrapped, but no parameter of that student gets a gradient; "
+        "another model was given, or its forward ran under no_grad"
+    )
+
+
+def check_trains(student: nn.Module) -> None:
+    """Raise ValueError if no parameter of the student wants a gradient."""
+    parameters = list(student.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            "the student must have a parameter to train, but none requires a gradient (another Distiller may have "
+            "frozen it or the model that it was copied from): student.requires_grad_(True), or distiller.eval()"
+        )
+
+
+def check_losses_in_step(modules: list[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError if learned losses get no gradients from the other processes.
+
+    Called where the student alone is wrapped: DDP and FSDP then synchronise the student, and nobody the losses.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size() < 2:
+        return
+    for name, loss in modules:
+        if any(parameter.requires_grad and type(parameter) is nn.Parameter for parameter in _own_parameters(loss)):
+            raise ValueError(
+                f"the learned part of term {name!r} must get the gradients of all processes, but only the student is "
+                "wrapped (student=): wrap the whole Distiller (DistributedDataParallel(distiller)), or that loss "
+                "(Term(DistributedDataParallel(loss)), fully_shard(loss))"
+            )
+
+
+def _own_parameters(loss: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that no wrapper synchronises."""
+    if isinstance(loss, nn.parallel.DistributedDataParallel):
+        return
+    yield from loss.parameters(recurse=False)
+    for child in loss.children():
+        yield from _own_parameters(child)
+
+
+def freeze(teacher: Any) -> bool:
+    """Put a teacher in eval mode and freeze it; return whether it has modes at all (an exported program has none)."""
+    if not isinstance(teacher, nn.Module):
+        return False
+    teacher.requires_grad_(False)
+    try:
+        teacher.eval()
+    except NotImplementedError:  # exported programs: what they do was fixed when they were exported
+        return False
+    return True
+
+
+def update_average(teacher: Any, student: nn.Module, decay: float) -> None:
+    """Move the teacher's parameters towards the student's, and copy the buffers."""
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be between 0 and 1, got {decay!r}")
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(f"an averaged teacher must be a module, got {type(teacher).__name__}")
+    with torch.no_grad():
+        for kind, ours, theirs in (
+            ("parameters", dict(student.named_parameters()), dict(teacher.named_parameters())),
+            ("buffers", dict(student.named_buffers()), dict(teacher.named_buffers())),
+        ):
+            wrong = {name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name)}
+            if wrong:
+                raise ValueError(
+                    f"an averaged teacher must have the student's {kind} (copy.deepcopy(student)), got a difference in "
+                    f"{sorted(wrong)[:3]}"
+                )
+        for name, parameter in teacher.named_parameters():
+            parameter.lerp_(student.get_parameter(name).to(parameter.dtype), 1 - decay)
+        for name, buffer in teacher.named_buffers():
+            buffer.copy_(student.get_buffer(name))
+
+
+def _shape(tensors: dict[str, Any], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None

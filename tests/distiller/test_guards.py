@@ -1,0 +1,109 @@
+"""A student that does not train, weights that come to be shared, losses that drift apart."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from distill import Distiller, HintLoss, KLLoss, LogitLoss, Term
+from models import Net, batch
+
+
+def hint(student, **options):
+    return Distiller(student, Net(seed=1), Term(HintLoss(8, 8), at="body"), task_loss=None, **options)
+
+
+def learned(student):
+    """A term whose learned part makes its value require a gradient, whatever the student does."""
+    term = Term(LogitLoss(), at=lambda out: out, student=nn.Linear(5, 5))
+    return Distiller(student, Net(seed=1), term, task_loss=None)
+
+
+def test_a_frozen_student_is_refused_in_training():
+    distiller = learned(Net().requires_grad_(False))
+    with pytest.raises(ValueError, match="the student must have a parameter to train, but none requires a gradient"):
+        distiller(batch()[0])
+    distiller.eval()(batch()[0])
+    with torch.no_grad():
+        distiller.train()(batch()[0])
+    with pytest.raises(ValueError, match="the student's tap 'body' must carry a gradient in training"):
+        hint(Net().requires_grad_(False))(batch()[0])
+
+
+def test_a_copy_of_a_model_that_another_distiller_froze_is_refused():
+    model = Net()
+    Distiller(Net(seed=2), model, LogitLoss())
+    with pytest.raises(ValueError, match="another Distiller may have frozen it or the model that it was copied from"):
+        learned(copy.deepcopy(model))(batch()[0])
+
+
+def test_a_forward_under_no_grad_is_refused():
+    class Careless(Net):
+        def forward(self, x):
+            with torch.no_grad():
+                return super().forward(x)
+
+    with pytest.raises(ValueError, match="the student must get a gradient in training, .* ran under no_grad"):
+        learned(Careless())(batch()[0])
+    distiller = Distiller(Net(), Net(seed=1), LogitLoss())
+    with pytest.raises(ValueError, match="the student must get a gradient in training"):
+        distiller(*batch(), student=lambda x: distiller.student(x).detach())
+
+
+def test_another_model_as_student_is_refused():
+    distiller, other = Distiller(Net(), Net(seed=1), LogitLoss()), Net(seed=3)
+    with pytest.raises(ValueError, match="student= must run the Distiller's own student, wrapped, but no parameter"):
+        distiller(*batch(), student=other)
+    distiller(*batch(), student=torch.compile(distiller.student, backend="eager"))
+    distiller(*batch(), student=lambda x: distiller.student(x))
+
+
+def test_parameters_that_come_to_be_shared_are_found():
+    student, teacher = Net(), Net(seed=1)
+    distiller = Distiller(student, teacher, LogitLoss())
+    distiller(*batch()).loss.backward()
+    student.load_state_dict(teacher.state_dict(), assign=True)
+    student.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"must share no parameter .* got the teacher's 'body.0.weight' in 'student"):
+        distiller(*batch())
+
+
+def test_the_message_about_shared_parameters_names_the_way_for_adapters():
+    model = Net()
+    with pytest.raises(ValueError, match=r"teacher=None and give teacher_output=.* with the adapters off"):
+        Distiller(model, model, LogitLoss())
+
+
+def test_an_adapter_tuned_model_is_taught_by_its_base():
+    class Tuned(Net):
+        """A low-rank change of the classifier, which can be switched off."""
+
+        def __init__(self):
+            super().__init__()
+            self.requires_grad_(False)
+            self.down, self.up, self.on = nn.Linear(8, 2, bias=False), nn.Linear(2, 5, bias=False), True
+
+        def forward(self, x):
+            x = self.body(x)
+            return self.fc(x) + self.up(self.down(x)) if self.on else self.fc(x)
+
+    model = Tuned()
+    distiller = Distiller(model, None, KLLoss(), task_loss=None)
+    model.on = False
+    with torch.no_grad():
+        base = model(batch()[0])
+    model.on = True
+    distiller(batch()[0], teacher_output=base).loss.backward()
+    assert model.up.weight.grad.abs().max() > 0
+
+
+def test_losses_may_ask_for_the_models_at_every_call():
+    class Asks(LogitLoss):
+        asked = 0
+
+        def check_models(self, student, teacher):
+            Asks.asked += isinstance(student, Net) and isinstance(teacher, Net)
+
+    Distiller(Net(), Net(seed=1), Asks())(*batch())
+    assert Asks.asked == 1

@@ -1,0 +1,167 @@
+"""What a term compares: sides that are functions or nothing, adapters, and what is refused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from distill import Distiller, HintLoss, LogitLoss, Term, adapt
+from models import Net, batch
+
+
+def last(out):
+    return out["states"][-1]
+
+
+class Heads(nn.Module):
+    """Returns a mapping: logits of two heads, and the states of two layers."""
+
+    def __init__(self, width=8, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(6, width), nn.Linear(width, width)
+        self.main, self.aux = nn.Linear(width, 5), nn.Linear(width, 3)
+
+    def forward(self, x):
+        a = self.first(x).tanh()
+        b = self.second(a).tanh()
+        return {"logits": self.main(b), "aux": self.aux(a), "states": (a, b)}
+
+
+def test_a_side_may_be_a_function_of_what_the_model_returned():
+    student, teacher = Heads(), Heads(seed=1)
+    terms = {"same": Term(LogitLoss(), at=last), "pair": Term(LogitLoss(), at=(last, lambda out: out["states"][0]))}
+    out = Distiller(student, teacher, terms, task_loss=None)(batch()[0])
+    ours, theirs = out.student["states"], out.teacher["states"]
+    torch.testing.assert_close(out.terms["same"], (ours[1] - theirs[1]).square().mean().detach())
+    torch.testing.assert_close(out.terms["pair"], (ours[1] - theirs[0]).square().mean().detach())
+
+
+def test_logits_in_a_mapping_are_read_like_an_attribute():
+    out = Distiller(Heads(), Heads(seed=1), LogitLoss())(*batch())
+    expected = (out.student["logits"] - out.teacher["logits"]).square().mean()
+    torch.testing.assert_close(out.terms["distillation"], expected.detach())
+
+
+class Sparsity(nn.Module):
+    def forward(self, student, teacher, target=None):
+        assert teacher is None
+        return student.abs().mean()
+
+
+def test_a_loss_of_the_student_alone_needs_no_teacher():
+    out = Distiller(Net(), None, Term(Sparsity(), at=("body", None)))(*batch())
+    torch.testing.assert_close(out.terms["distillation"], Net().body(batch()[0]).abs().mean().detach())
+    assert out.teacher is None
+
+    class NeverRun(Net):
+        def forward(self, x):
+            raise RuntimeError("run")
+
+    Distiller(Net(), NeverRun(), Term(Sparsity(), at=("body", None)))(*batch())
+
+
+def test_students_adapter_learns_trains_and_is_saved():
+    student, teacher = Net(), Net(width=12, seed=1)
+    adapter = nn.Linear(8, 12)
+    distiller = Distiller(student, teacher, {"wide": Term(LogitLoss(), at="body", student=adapter)})
+    names = {name for name, _ in distiller.named_parameters()}
+    assert {"adapters.wide.0.weight", "adapters.wide.0.bias"} <= names
+    assert names == set(distiller.state_dict()) - {name for name, _ in distiller.named_buffers()}
+    out = distiller(*batch())
+    expected = (adapter(student.body(batch()[0])) - teacher.body(batch()[0])).square().mean()
+    torch.testing.assert_close(out.terms["wide"], expected.detach())
+    before = copy.deepcopy(distiller.state_dict())
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    out.loss.backward()
+    optimizer.step()
+    assert not torch.equal(adapter.weight, before["adapters.wide.0.weight"])
+    distiller.load_state_dict(before)
+    assert torch.equal(adapter.weight, before["adapters.wide.0.weight"])
+    assert distiller.double().adapters["wide"][0].weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_copies_have_adapters_of_their_own(clone):
+    terms = {"wide": Term(LogitLoss(), at="body", student=nn.Linear(8, 12), teacher=nn.BatchNorm1d(12, affine=False))}
+    distiller = Distiller(Net(), Net(width=12, seed=1), terms).eval()
+    twin = clone(distiller)
+    assert twin(*batch()).loss == distiller(*batch()).loss
+    with torch.no_grad():
+        twin.adapters["wide"][0].weight.zero_()
+    assert twin(*batch()).terms["wide"] != distiller(*batch()).terms["wide"]
+
+
+def test_teachers_adapter_is_a_constant_that_follows_the_teacher():
+    norm = nn.BatchNorm1d(8, affine=False)
+    distiller = Distiller(Net(), Net(seed=1), Term(LogitLoss(), at="body", teacher=norm))
+    assert not any("norm" in name or "adapters" in name for name in distiller.state_dict())
+    distiller.train()
+    before = norm.running_mean.clone()
+    out = distiller(*batch())
+    assert torch.equal(norm.running_mean, before)  # in eval mode
+    teacher = Net(seed=1).eval()
+    expected = (Net().body(batch()[0]) - norm(teacher.body(batch()[0]))).square().mean()
+    torch.testing.assert_close(out.terms["distillation"], expected.detach())
+    distiller.double()
+    assert norm.running_mean.dtype == torch.float64
+
+
+def test_adapters_take_what_no_loss_takes_apart():
+    class Pair(Net):
+        def forward(self, x):
+            return super().forward(x), x
+
+    terms = {
+        "select": Term(LogitLoss(), at="", student=adapt.Select(0), teacher=adapt.Select(0)),
+        "each": Term(Two(), at=(("body", "fc"), ("body", "fc")), student=(torch.abs, torch.neg)),
+    }
+    distiller = Distiller(Pair(), Pair(seed=1), terms, task_loss=None)
+    out = distiller(batch()[0])
+    torch.testing.assert_close(out.terms["select"], (out.student[0] - out.teacher[0]).square().mean().detach())
+    ours = (out.student[0] + out.teacher[0]).square().mean()
+    torch.testing.assert_close(out.terms["each"], ours.detach())
+
+
+class Two(nn.Module):
+    def forward(self, student, teacher, target=None):
+        assert (student[0] >= 0).all()
+        return (-student[1] + teacher[1]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"weight": torch.tensor(1.0)}, TypeError, "weight must be a number, got Tensor"),
+        ({"weight": nn.Parameter(torch.ones(()))}, TypeError, "weight must be a number, got Parameter"),
+        ({"weight": True}, TypeError, "weight must be a number, got bool"),
+        ({"teacher": nn.Linear(2, 2)}, ValueError, r"teacher's adapter must have nothing to learn, got Linear"),
+        ({"student": 3}, TypeError, "student= must be a module or function of what was tapped, got 3"),
+        ({"at": "body", "student": (abs,)}, ValueError, "a tuple only for a tuple of as many paths, got 1 for 'body'"),
+        ({"at": ("body", None), "teacher": abs}, ValueError, "teacher= must have something to adapt"),
+        ({"copy": True}, ValueError, "copy=True must have a path to copy from, got at=None"),
+        ({"at": (None, "body")}, ValueError, "at must be a path, a function .* got \\(None, 'body'\\)"),
+    ],
+)
+def test_rejects(arguments, error, match):
+    with pytest.raises(error, match=match):
+        Term(LogitLoss(), **arguments)
+
+
+def test_rejects_a_tensor_as_a_weight_set_later():
+    distiller = Distiller(Net(), Net(seed=1), {"a": LogitLoss()})
+    with pytest.raises(TypeError, match="the weight of 'a' must be a number, got Parameter"):
+        distiller.weights["a"] = nn.Parameter(torch.ones(()))
+
+
+def test_rejects_what_is_no_tensor_with_the_way_out():
+    distiller = Distiller(Heads(), Heads(seed=1), {"a": Term(LogitLoss(), at="")}, task_loss=None)
+    with pytest.raises(ValueError, match=r"term 'a': what is compared of the student must be a tensor.*Select"):
+        distiller(batch()[0])
+
+
+def test_a_hint_learns_between_widths_without_an_adapter():
+    distiller = Distiller(Net(), Net(width=12, seed=1), Term(HintLoss(8, 12), at="body"))
+    assert any(name.startswith("losses.distillation.regressor") for name in distiller.state_dict())

@@ -1,0 +1,117 @@
+"""CrossEntropyLoss against the formula, and what it refuses."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from contract import make_pair
+from distill import CrossEntropyLoss
+
+
+def reference(logits, labels, smoothing):
+    """-sum of the goal times log softmax, sample by sample; the goal is the label with a share spread evenly."""
+    values = []
+    for row, label in zip(logits, labels, strict=True):
+        log_q = row - math.log(sum(math.exp(x) for x in row))
+        goal = np.full(len(row), smoothing / len(row))
+        goal[label] += 1 - smoothing
+        values.append(-float((goal * log_q).sum()))
+    return values
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_matches_reference(smoothing):
+    logits, _ = make_pair(6, 5)
+    labels = torch.tensor([0, 4, 2, 2, 1, 3])
+    loss = CrossEntropyLoss(label_smoothing=smoothing, reduction="none")
+    expected = torch.tensor(reference(logits.detach().numpy(), labels, smoothing), dtype=torch.float64)
+    torch.testing.assert_close(loss(logits, labels).detach(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda s: loss(s, labels), logits)
+
+
+def test_finds_the_classes_or_is_told():
+    tokens, labels = torch.randn(2, 7, 11), torch.randint(11, (2, 7))
+    torch.testing.assert_close(CrossEntropyLoss()(tokens, labels), F.cross_entropy(tokens.mT, labels))
+    maps, pixels = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4))
+    torch.testing.assert_close(CrossEntropyLoss()(maps, pixels), F.cross_entropy(maps, pixels))
+    square = torch.randn(2, 5, 5)
+    labels = torch.randint(5, (2, 5))
+    with pytest.raises(ValueError, match=r"can be read in two ways: give CrossEntropyLoss\(dim=1\)"):
+        CrossEntropyLoss()(square, labels)
+    torch.testing.assert_close(CrossEntropyLoss(dim=1)(square, labels), F.cross_entropy(square, labels))
+    torch.testing.assert_close(CrossEntropyLoss(dim=-1)(square, labels), F.cross_entropy(square.mT, labels))
+
+
+def test_mask_and_ignored_labels_count_nowhere():
+    logits = torch.randn(2, 4, 6, dtype=torch.float64)
+    labels = torch.tensor([[1, 2, -100, 5], [0, 999, 3, -100]])
+    mask = torch.tensor([[1.0, 0.5, 1.0, 2.0], [1.0, 0.0, 0.25, 1.0]], dtype=torch.float64)
+    logits[1, 1] = torch.nan
+    logits.requires_grad_()
+    loss = CrossEntropyLoss()(logits, labels, mask=mask)
+    kept = [(0, 0, 1.0), (0, 1, 0.5), (0, 3, 2.0), (1, 0, 1.0), (1, 2, 0.25)]
+    values = [w * F.cross_entropy(logits[i, j], labels[i, j]).item() for i, j, w in kept]
+    assert loss.item() == pytest.approx(sum(values) / sum(w for *_, w in kept), rel=1e-12)
+    loss.backward()
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[1, 1] == 0).all()
+    assert (logits.grad[0, 2] == 0).all()
+    divided = CrossEntropyLoss()(logits, labels, mask=mask, denominator=10)
+    assert divided.item() == pytest.approx(sum(values) / 10, rel=1e-12)
+
+
+def test_all_labels_ignored_give_0_with_a_graph():
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    loss = CrossEntropyLoss()(logits, torch.full((2, 3), -100))
+    assert loss == 0
+    loss.backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_equals_that_of_torch_and_takes_probabilities():
+    logits, labels = torch.randn(8, 5), torch.randint(5, (8,))
+    labels[2] = -100
+    torch.testing.assert_close(CrossEntropyLoss()(logits, labels), nn.CrossEntropyLoss()(logits, labels))
+    mixed = torch.rand(8, 5).softmax(-1)
+    torch.testing.assert_close(CrossEntropyLoss()(logits, mixed), nn.CrossEntropyLoss()(logits, mixed))
+    torch.testing.assert_close(
+        CrossEntropyLoss(reduction="sum")(logits, mixed), nn.CrossEntropyLoss(reduction="sum")(logits, mixed)
+    )
+
+
+def test_half_is_computed_in_float32():
+    logits, labels = torch.randn(8, 5).bfloat16(), torch.randint(5, (8,))
+    loss = CrossEntropyLoss()(logits, labels)
+    assert loss.dtype == torch.float32
+    assert loss == CrossEntropyLoss()(logits.float(), labels)
+
+
+def test_compiles_whole():
+    logits, labels = torch.randn(2, 7, 11), torch.randint(11, (2, 7))
+    compiled = torch.compile(CrossEntropyLoss(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, labels), CrossEntropyLoss()(logits, labels))
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "error", "match"),
+    [
+        (
+            torch.zeros(2, 50, 7),
+            torch.zeros(2, 6, dtype=torch.int64),
+            ValueError,
+            r"labels must be shaped like the",
+        ),
+        (torch.zeros(4, 3), torch.full((4,), 3), ValueError, "target must be classes from 0 to 2, got 3"),
+        (torch.zeros(4, 3), torch.full((4,), -1), ValueError, "target must be classes from 0 to 2, got -1"),
+        (torch.zeros(4, 3), torch.zeros(4), ValueError, "target must be integers .labels., or probabilities"),
+        (torch.zeros(4, 3), [0, 1, 2, 0], TypeError, "target must be a tensor, got list"),
+        (torch.zeros(4, 3).long(), torch.zeros(4).long(), ValueError, "logits must be floating-point and not empty"),
+    ],
+)
+def test_rejects(logits, labels, error, match):
+    with pytest.raises(error, match=match):
+        CrossEntropyLoss()(logits, labels)
