@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from contract import make_pair
-from distill.losses._softened import divergence, expectation, log_mixture
+from distill.losses._softened import divergence, expectation, not_negative
 
 INF = math.inf
 
@@ -86,11 +86,8 @@ def test_expectation_ignores_what_has_no_probability():
     assert of_x.tolist() == [[0.25, 0.75, 0, 0]]
 
 
-def test_log_of_a_mixture_of_nothing_is_0_with_finite_derivatives():
-    a = torch.tensor([0.5, 0.0, 0.0], requires_grad=True)
-    value = log_mixture(a, torch.tensor([0.25, 0.5, 0.0]), 0.25)
-    torch.testing.assert_close(value.exp(), torch.tensor([0.3125, 0.375, 1.0]))
-    (first,) = torch.autograd.grad(value.sum(), a, create_graph=True)
-    torch.testing.assert_close(first, torch.tensor([0.25 / 0.3125, 0.25 / 0.375, 0.0]))
-    (second,) = torch.autograd.grad(first.sum(), a)
-    torch.testing.assert_close(second, -(first.detach() ** 2))
+def test_what_rounding_leaves_below_0_is_0_with_the_derivatives_it_had():
+    x = torch.tensor([-1e-9, 0.0, 0.5, INF, torch.nan], dtype=torch.float64, requires_grad=True)
+    value = not_negative(x)
+    torch.testing.assert_close(value, x.detach().clamp(min=0), equal_nan=True, rtol=0, atol=0)
+    assert torch.autograd.grad(value.sum(), x)[0].tolist() == [1, 1, 1, 1, 1]
