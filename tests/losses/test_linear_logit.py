@@ -355,5 +355,6 @@ def test_plan_rejects_no_samples(samples):
 
 def test_repr_shows_options_and_sizes():
     assert repr(LinearLogitLoss(*heads(), reduction="sum", vocab_size=30)) == (
-        "LinearLogitLoss(reduction='sum', vocab_size=30, method='auto', student_head=(40, 6), teacher_head=(40, 9))"
+        "LinearLogitLoss(method='auto', student_scale=1.0, teacher_scale=1.0, reduction='sum', vocab_size=30, "
+        "student_head=(40, 6), teacher_head=(40, 9))"
     )

@@ -94,13 +94,28 @@ def test_backward_twice_gives_the_same_and_leaves_the_first_alone(small_blocks):
 @pytest.mark.parametrize("which", ["student", "teacher", "weight", "mask"])
 def test_change_in_place_before_backward_is_noticed(small_blocks, which):
     pair, states = heads(), hidden(7)
-    tensors = {"student": states[0] * 1, "teacher": states[1], "weight": pair[1].weight, "mask": torch.ones(7)}
-    loss = LinearLogitLoss(*pair, method="blocks")
-    value = loss(tensors["student"], tensors["teacher"], mask=tensors["mask"])
+    mask = torch.ones(7) if which == "mask" else None
+    tensors = {"student": states[0] * 1, "teacher": states[1], "weight": pair[1].weight, "mask": mask}
+    value = LinearLogitLoss(*pair, method="blocks")(tensors["student"], tensors["teacher"], mask=mask)
     with torch.no_grad():
         tensors[which].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_change_in_place_of_masked_states_changes_no_gradient(small_blocks, which):
+    """A mask takes copies, so that what backward needs is as it was."""
+    pair, states = heads(), hidden(7)
+    given = [states[0] * 1, states[1].clone()]
+    mask = torch.arange(7) > 2
+    value = LinearLogitLoss(*pair, method="blocks")(*given, mask=mask)
+    with torch.no_grad():
+        given[which].mul_(2)
+    expected = LogitLoss()(pair[0](states[0]), pair[1](states[1]), mask=mask)
+    torch.testing.assert_close(
+        torch.autograd.grad(value, wanted(pair, states)), torch.autograd.grad(expected, wanted(pair, states))
+    )
 
 
 def test_weights_that_learn_get_their_gradient(small_blocks):

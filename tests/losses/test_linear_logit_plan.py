@@ -27,7 +27,7 @@ def test_plan_takes_the_cheapest_and_says_why():
         loss.student_head.requires_grad_(True)
         assert set(loss.plan(64).costs) == {"gram", "blocks", "logits"}
         assert "no factor is kept" in loss.plan(64).reason
-    asked = LinearLogitLoss(*loss._heads, method="blocks").plan(4096)
+    asked = LinearLogitLoss(loss.student_head, loss.teacher_head, method="blocks").plan(4096)
     assert asked.method == "blocks"
     assert asked.reason.startswith("as asked for; by cost it would be gram")
 
@@ -59,18 +59,18 @@ def test_plan_is_what_is_done(samples, sizes, trains, large, monkeypatch):
 @given(
     samples=st.integers(1, 5000),
     vocabulary=st.integers(1, 5000),
-    student=st.integers(1, 500),
-    teacher=st.integers(1, 500),
+    columns=st.integers(1, 500),
+    teacher_columns=st.integers(1, 500),
     bias=st.booleans(),
     trains=st.booleans(),
 )
-def test_what_is_tiny_is_cheapest_formed(samples, vocabulary, student, teacher, bias, trains):
+def test_what_is_tiny_is_cheapest_formed(samples, vocabulary, columns, teacher_columns, bias, trains):
     frozen = {"trains": trains, "may_factor": not trains, "keeps_teacher": True, "early": True}
-    size = costs.Size(samples, vocabulary, student + bias, teacher, device=torch.device("cpu"), **frozen)
-    if costs.is_tiny(samples, vocabulary, student, teacher):
+    size = costs.Size(samples, vocabulary, columns + bias, teacher_columns, device=torch.device("cpu"), **frozen)
+    if costs.is_tiny(samples, vocabulary, columns, teacher_columns):
         assert costs.cheapest(size.costs()) == "logits"
     # And what is not, is not always so: the rule says something.
-    assert not costs.is_tiny(samples + 2048, vocabulary + 2048, student, teacher)
+    assert not costs.is_tiny(samples + 2048, vocabulary + 2048, columns, teacher_columns)
 
 
 def test_small_problems_form_their_logits_and_large_ones_never_do():
@@ -93,13 +93,16 @@ def test_differences_that_are_not_kept_count_twice():
     assert blocks(2**10 + 1, early=True) < 1.01 * blocks(2**10, early=True)
 
 
+READS = 32000 * 512 * costs._PER_READ / 1e9
+
+
 def test_float64_costs_more_on_most_gpus(monkeypatch):
-    costs = {}
+    gram = {}
     for capability in ((9, 0), (8, 9)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         size = costs.Size(2048, 32000, 256, 512, torch.device("cuda"), True, False, True, True)
-        costs[capability] = size.costs()["gram"] - 300 * 0.04  # without what a call costs in itself
-    assert costs[8, 9] == pytest.approx(32 * costs[9, 0])
+        gram[capability] = size.costs()["gram"] - 300 * 0.04 - READS  # without what does not multiply
+    assert gram[8, 9] == pytest.approx(32 * gram[9, 0])
 
 
 def test_devices_without_float64_take_blocks(monkeypatch):

@@ -1,24 +1,32 @@
 """Logit matching of linear heads without their logits: Vincent, de Brebisson and Bouthillier (NIPS 2015)."""
 
-import weakref
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._checks import is_integer
 from distill._engine.squared.gram import factorise, teacher_gram
-from distill._engine.squared.heads import Problem, check_heads, check_vocabulary
+from distill._engine.squared.heads import FEWER, Problem, check_heads, check_vocabulary
+from distill._engine.squared.kept import Kept, may_keep
 from distill._engine.squared.plan import Plan, Size, cheapest
-from distill._reduction import Reduction, check_reduction
+from distill._reduction import Reduction
 from distill._registry import register_loss
+from distill.losses._base import SampleLoss
+from distill.losses._heads import HeadPair, check_scale
 from distill.losses.logit import _ROWS
 
 FAMILY = "logits"
 
 Method: TypeAlias = Literal["auto", "factor", "gram", "blocks", "logits"]
 _METHODS = ("auto", "factor", "gram", "blocks", "logits")
+
+
+def _check_method(name: str, value: Any) -> Any:
+    if value not in _METHODS:
+        raise ValueError(f"{name} must be 'auto', 'factor', 'gram', 'blocks' or 'logits', got {value!r}")
+    return value
 
 
 def linear_logit_loss(
@@ -30,13 +38,15 @@ def linear_logit_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     vocab_size: int | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
     method: Method = "auto",
 ) -> Tensor:
     """`logit_loss` of two linear heads' logits, which are not formed unless that is cheapest, one value per sample.
 
-        s = W_s h_s + b_s,  t = W_t h_t + b_t
+        s = a_s (W_s h_s + b_s),  t = a_t (W_t h_t + b_t)
         loss = 1/V * sum_v (s_v - t_v)^2
-             = 1/V * (h_s G_ss h_s - 2 h_t G_ts h_s + h_t G_tt h_t),  G_xy = W_x^T W_y  (without biases)
+             = 1/V * (h_s G_ss h_s - 2 h_t G_ts h_s + h_t G_tt h_t),  G_xy = W_x^T W_y  (no biases, a = 1)
 
     Exact, not an approximation: what `logit_loss(s, t)` gives, with gradients for the student's hidden states, weight
     and bias. The published weights are those of `logit_loss`.
@@ -72,15 +82,19 @@ def linear_logit_loss(
         teacher_bias: `(V,)`, or None for none.
         vocab_size: Compare the first so many rows of both heads only, which must mean the same tokens: for vocabularies
             of which one continues the other, or weights padded to a multiple of 64. The mean is over these rows.
+        student_scale: `a_s`, what the student's model multiplies its logits by after the head.
+        teacher_scale: `a_t`, the same of the teacher.
         method: `"auto"`, `"factor"`, `"gram"`, `"blocks"` or `"logits"`.
 
     Returns:
         One value per sample, shape `(...)`, in squared units of the logits; float32, or float64 if an input is.
 
     Raises:
-        ValueError: If shapes, vocabularies or devices differ, an input is empty or not floating-point, `vocab_size` is
-            not positive or larger than a head, the method is unknown, `"factor"` is asked for while the student's head
-            needs a gradient, or `"factor"` or `"gram"` on a device without float64.
+        TypeError: If what must be a tensor is none.
+        ValueError: If shapes, vocabularies or devices differ, an input is empty or not floating-point, a weight is
+            sharded or quantised, `vocab_size` is not positive or larger than a head, a scale is not positive and
+            finite, the method is unknown, `"factor"` is asked for while the student's head needs a gradient, or
+            `"factor"` or `"gram"` on a device without float64.
 
     Examples:
         >>> import torch
@@ -98,9 +112,17 @@ def linear_logit_loss(
         the loss of Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014 and arXiv
         1312.6184, section 2.2.
     """
-    _check_method(method)
+    _check_method("method", method)
     problem = check_heads(
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, vocab_size
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        vocab_size=vocab_size,
+        scale=check_scale("student_scale", student_scale),
+        teacher_scale=check_scale("teacher_scale", teacher_scale),
     )
     chosen: str = method
     if chosen == "auto":
@@ -110,23 +132,29 @@ def linear_logit_loss(
 
 
 @register_loss("linear_logit")
-class LinearLogitLoss(nn.Module):
+class LinearLogitLoss(SampleLoss):
     """`LogitLoss` of two linear heads, without large logits; see `linear_logit_loss` for the formula.
 
-    It compares what the heads see: as a `Term` at the heads' inputs (`at="lm_head:input"`), or at the module before
-    them in models that then need not run their heads at all.
+    It compares what the heads see: as a `Term` at the module before them (`at="model.norm"`), also in models that need
+    not run their heads at all, or at the heads' inputs (`at="lm_head:input"`). Where a model runs its head at some
+    positions only (`logits_to_keep=1`), the head's input has those alone: listen at the module before it.
 
-    The heads are `nn.Linear`, `nn.Embedding` (tied or not), or another module with a matrix `weight` of V rows and
-    possibly a `bias`, used as they are at each call. They are referred to, not owned: they are in no `parameters()` and
-    no `state_dict()` of the loss, and moving the loss does not move them. So put the student's own head in, which the
-    student trains, saves and moves. A copy or pickle of a Distiller refers to the head of the copied student; a copy of
-    the loss alone has copies of the heads.
+    The heads are `nn.Linear`, `nn.Embedding` (tied or not), or another module that computes `W h + b` with a `weight`
+    of V rows and possibly a `bias`, both used as they are at each call. They are referred to, not owned: they are in no
+    `parameters()` and no `state_dict()` of the loss, and moving the loss does not move them. So put the student's own
+    head in, which the student trains, saves and moves. A copy or pickle of a Distiller refers to the head of the copied
+    student; a copy of the loss alone has copies of the heads.
+
+    A head that does more than `W h + b` is refused where the loss is built: an adapter, a soft cap, a quantised weight.
+    What a *model* does to its logits after the head cannot be seen from the head. Give a constant factor (a
+    `logit_scale`, or one over `logits_scaling`) as `student_scale` or `teacher_scale`; where a model caps its logits,
+    compare formed ones with `LogitLoss`. A head that a model gets later (`resize_token_embeddings`, `model.lm_head =
+    ...`) is another module: build the loss anew with it. `check_models` notices.
 
     While nothing in the student's head needs a gradient, the factor of both heads is kept between calls; with a head
-    that trains, the teacher's own Gram matrix. Either is computed again when a weight has changed: replaced, moved,
-    cast, or written by an optimizer, `copy_` or `load_state_dict`, which PyTorch counts. Writes that it does not count
-    (through a `.data`, a NumPy view or another process) cannot be seen: call `forget()` after them. Nothing is kept
-    inside `torch.compile`, nor for weights that are no `nn.Parameter` or are inference tensors.
+    that trains, the teacher's own Gram matrix. Each call reads the weights to see whether they still hold the numbers
+    from which it was computed, whoever wrote them since, and computes it again if not. On a GPU that waits for the
+    device. Nothing is kept inside `torch.compile`, `torch.func` and CUDA graphs; `forget()` frees what is.
 
     With `"blocks"` a mean or sum forms the gradients already in the forward, as in `LogitLoss`, and keeps no
     differences: evaluate under `torch.no_grad()`.
@@ -137,10 +165,13 @@ class LinearLogitLoss(nn.Module):
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
         vocab_size: Compare the first so many rows of both heads only; None compares all, of which there must be
             equally many.
+        student_scale: What the student's model multiplies its logits by after the head.
+        teacher_scale: What the teacher's model multiplies its logits by after the head.
         method: `"auto"`, or the form to take whatever it costs: `"factor"`, `"gram"`, `"blocks"` or `"logits"`.
 
     Raises:
-        ValueError: If a head has no matrix as `weight`, the vocabularies differ, or an option is unknown.
+        ValueError: If a head has no matrix as `weight`, does not compute `W h + b`, or is sharded or quantised, the
+            vocabularies differ, or an option is unknown or out of range.
 
     Examples:
         >>> import torch
@@ -155,6 +186,12 @@ class LinearLogitLoss(nn.Module):
         ['logits', 'gram']
     """
 
+    options = {  # noqa: RUF012 - declared in the base
+        "method": _check_method,
+        "student_scale": check_scale,
+        "teacher_scale": check_scale,
+    }
+
     def __init__(
         self,
         student_head: nn.Module,
@@ -162,29 +199,30 @@ class LinearLogitLoss(nn.Module):
         *,
         reduction: Reduction = "mean",
         vocab_size: int | None = None,
+        student_scale: float = 1.0,
+        teacher_scale: float = 1.0,
         method: Method = "auto",
     ) -> None:
-        super().__init__()
-        self.reduction = check_reduction(reduction)
+        super().__init__(reduction=reduction)
+        self.method = method
+        self.student_scale = student_scale
+        self.teacher_scale = teacher_scale
         self.vocab_size = vocab_size
-        self.method = _check_method(method)
-        for name, head in (("student_head", student_head), ("teacher_head", teacher_head)):
-            _check_head(name, head)
-        # In a tuple, where nn.Module does not look for submodules: the models own their heads.
-        self._heads = (student_head, teacher_head)
-        student_weight, _, teacher_weight, _ = self._tensors()
-        check_vocabulary(len(student_weight), len(teacher_weight), vocab_size)
-        self._kept: dict[str, tuple[list[Callable[[], Any]], Any, Any]] = {}
+        self._heads = HeadPair(student_head, teacher_head)
+        self._heads.check(student_scale, teacher_scale)
+        weight, _, teacher_weight, _ = self._heads.tensors()
+        check_vocabulary(len(weight), len(teacher_weight), vocab_size)
+        self._kept = Kept()
 
     @property
     def student_head(self) -> nn.Module:
         """The student's head, not a submodule."""
-        return self._heads[0]
+        return self._heads.student
 
     @property
     def teacher_head(self) -> nn.Module:
         """The teacher's head, not a submodule."""
-        return self._heads[1]
+        return self._heads.teacher
 
     @override
     def forward(
@@ -194,29 +232,40 @@ class LinearLogitLoss(nn.Module):
 
         Args:
             student: What the student's head sees, `(..., d_s)`.
-            teacher: What the teacher's head sees, `(..., d_t)`.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(...)`, shaped like the per-sample values.
+            teacher: What the teacher's head sees, `(..., d_t)`. A constant.
+            target: Not used. Labels of another number of positions are refused: the heads then saw not all of them.
+            mask: Bool or weights, `(...)`, shaped like the per-sample values. What a 0 hides counts nowhere, also where
+                it is NaN or infinite.
 
         Returns:
             A scalar, or with `reduction="none"` one value per sample, `(...)`.
 
         Raises:
-            ValueError: As `linear_logit_loss`, and if the mask has another shape than the per-sample values.
+            TypeError: If what must be a tensor is none.
+            ValueError: As `linear_logit_loss`, and if mask or labels have another shape than the per-sample values, or
+                a head has come to do more than `W h + b`.
         """
-        problem = self._problem(student, teacher)
+        if not torch.compiler.is_compiling():
+            self._heads.check(self.student_scale, self.teacher_scale)
+        tensors = self._heads.tensors()
+        problem = self._problem(student, teacher, tensors)
+        _check_positions(target, student.shape[:-1])
+        if mask is not None:
+            problem = problem.without_hidden(mask)
         chosen: str = self.method
         if chosen == "auto":
-            chosen = "logits" if problem.is_tiny() else cheapest(self._size(problem).costs())
+            chosen = "logits" if problem.is_tiny() else cheapest(self._size(problem, tensors).costs())
         problem.check_possible(chosen)
-        factor = own = None
         if chosen == "logits":
             return _ROWS.reduced(*problem.logits(), dim=-1, reduction=self.reduction, mask=mask)
+        factor = theirs = None
         if chosen == "factor":
-            factor = self._keep("factor", self._tensors(), lambda: factorise(problem.heads()))
+            weights = problem.weight, problem.bias, problem.teacher_weight, problem.teacher_bias
+            scales = self.student_scale, self.teacher_scale
+            factor = self._kept.get("factor", weights, lambda: factorise(problem.heads()), *scales)
         elif chosen == "gram":
-            own = self._keep("teacher", self._tensors()[2:3], lambda: teacher_gram(problem.teacher_weight))
-        return problem.loss(chosen, self.reduction, mask, factor=factor, own=own)
+            theirs = self._kept.get("gram", [problem.teacher_weight], lambda: teacher_gram(problem.teacher_weight))
+        return problem.loss(chosen, self.reduction, mask, factor=factor, theirs=theirs)
 
     def plan(self, samples: int) -> Plan:
         """Tell which form a call takes in the present state of the heads and of grad mode, and why.
@@ -233,89 +282,72 @@ class LinearLogitLoss(nn.Module):
         """
         if samples < 1:
             raise ValueError(f"samples must be positive, got {samples!r}")
-        weight, _, teacher_weight, _ = self._tensors()
-        nothing = weight.new_empty(1)
-        states = (nothing.expand(samples, matrix.shape[1]) for matrix in (weight, teacher_weight))
-        problem = self._problem(*states)
-        plan = self._size(problem).explain()
+        tensors = self._heads.tensors()
+        nothing = tensors[0].new_empty(1)
+        hidden, teacher_hidden = (nothing.expand(samples, weight.shape[1]) for weight in tensors[::2])
+        problem = self._problem(hidden, teacher_hidden, tensors)
+        plan = self._size(problem, tensors).explain()
         if self.method != "auto":
             problem.check_possible(self.method)
             return Plan(self.method, plan.costs, f"as asked for; by cost it would be {plan.reason}")
         return plan
 
+    def check_models(self, student: Any, teacher: Any) -> None:
+        """Check that the heads are still those of the models; a Distiller calls it before each forward.
+
+        The first call with a model notes where it has its head; from then on that place must hold the same module. A
+        model without the head passes, since the head may lie outside the part that runs, and so does what is no module.
+
+        Args:
+            student: The student.
+            teacher: The teacher.
+
+        Raises:
+            ValueError: If a model has another module where it had its head.
+        """
+        if not torch.compiler.is_compiling():
+            self._heads.check_models(student, teacher)
+
     def forget(self) -> None:
-        """Drop what is kept between calls, after a write to a weight that PyTorch does not count."""
+        """Free what is kept between calls; the next call computes it again."""
         self._kept.clear()
 
     @override
     def extra_repr(self) -> str:
         """Show the options and the heads' sizes in `repr`."""
-        student, _, teacher, _ = self._tensors()
+        weight, _, teacher_weight, _ = self._heads.tensors()
         return (
-            f"reduction={self.reduction!r}, vocab_size={self.vocab_size}, method={self.method!r}, "
-            f"student_head={tuple(student.shape)}, teacher_head={tuple(teacher.shape)}"
+            f"{super().extra_repr()}, vocab_size={self.vocab_size}, "
+            f"student_head={tuple(weight.shape)}, teacher_head={tuple(teacher_weight.shape)}"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}  # a copy refers to other heads
+    def _problem(self, hidden: Tensor, teacher_hidden: Tensor, tensors: tuple[Any, ...]) -> Problem:
+        weight, bias, teacher_weight, teacher_bias = tensors
+        return check_heads(
+            hidden,
+            weight,
+            bias,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            vocab_size=self.vocab_size,
+            scale=self.student_scale,
+            teacher_scale=self.teacher_scale,
+        )
 
-    def _tensors(self) -> list[Any]:
-        return [getattr(head, name, None) for head in self._heads for name in ("weight", "bias")]
-
-    def _problem(self, student: Tensor, teacher: Tensor) -> Problem:
-        weight, bias, teacher_weight, teacher_bias = self._tensors()
-        return check_heads(student, weight, bias, teacher, teacher_weight, teacher_bias, self.vocab_size)
-
-    def _size(self, problem: Problem) -> Size:
-        weight, bias, teacher_weight, teacher_bias = self._tensors()
+    def _size(self, problem: Problem, tensors: tuple[Any, ...]) -> Size:
+        weight, bias, teacher_weight, teacher_bias = tensors
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-        keeps_teacher = _can_keep([teacher_weight])
-        may_factor = frozen and keeps_teacher and _can_keep([weight, bias, teacher_bias])
+        keeps_teacher = may_keep([teacher_weight])
+        may_factor = frozen and keeps_teacher and may_keep([weight, bias, teacher_bias])
         return problem.size(reduction=self.reduction, may_factor=may_factor, keeps_teacher=keeps_teacher)
 
-    def _keep(self, name: str, tensors: list[Any], compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, from the last call if the tensors are what they were then."""
-        if not _can_keep(tensors):
-            return compute()
-        state = [self.vocab_size, *map(_state, tensors)]
-        references, last, value = self._kept.get(name, ([], None, None))
-        if last != state or any(ref() is not tensor for ref, tensor in zip(references, tensors, strict=True)):
-            with torch.inference_mode(False), torch.no_grad():
-                value = compute()
-            self._kept[name] = (
-                [weakref.ref(tensor) if tensor is not None else _nothing for tensor in tensors],
-                state,
-                value,
-            )
-        return value
 
-
-def _check_method(method: Method) -> Method:
-    if method not in _METHODS:
-        raise ValueError(f"method must be 'auto', 'factor', 'gram', 'blocks' or 'logits', got {method!r}")
-    return method
-
-
-def _check_head(name: str, head: nn.Module) -> None:
-    weight, bias = (getattr(head, attribute, None) for attribute in ("weight", "bias"))
-    if not (isinstance(head, nn.Module) and isinstance(weight, Tensor) and weight.ndim == 2):
+def _check_positions(target: Any, samples: torch.Size) -> None:
+    """Raise ValueError for labels of other positions than the hidden states have."""
+    if not isinstance(target, Tensor) or not is_integer(target) or target.ndim != len(samples):
+        return
+    if target.shape != samples:
         raise ValueError(
-            f"{name} must be a module with a matrix as weight, as nn.Linear and nn.Embedding, got {head!r}"
+            f"labels must be shaped like the per-sample values, {tuple(samples)}, got {tuple(target.shape)}{FEWER}"
         )
-    if bias is not None and not isinstance(bias, Tensor):
-        raise ValueError(f"{name} must have a tensor or None as bias, got {type(bias).__name__}")
-
-
-def _can_keep(tensors: list[Any]) -> bool:
-    """Whether a later change of the tensors can be noticed."""
-    return not torch.compiler.is_compiling() and all(
-        tensor is None or (isinstance(tensor, nn.Parameter) and not tensor.is_inference()) for tensor in tensors
-    )
-
-
-def _state(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    return None if tensor is None else (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape)
-
-
-def _nothing() -> None:
-    """Stands in for the reference to a bias that is not there."""

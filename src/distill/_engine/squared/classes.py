@@ -18,21 +18,22 @@ _LOGITS = 2**20
 _LOGITS_ON_GPU = 2**25
 
 
-def by_blocks(student: Tensor, teacher: Tensor, heads: Heads) -> Tensor:
+def by_blocks(hidden: Tensor, teacher_hidden: Tensor, heads: Heads) -> Tensor:
     """Means over the vocabulary of the squared differences, (N,).
 
     Args:
-        student: `h_s`, (N, d_s), in the dtype to compute in.
-        teacher: `h_t`, (N, d_t), in that dtype.
+        hidden: `h_s`, (N, d_s), in the dtype to compute in.
+        teacher_hidden: `h_t`, (N, d_t), in that dtype.
         heads: The heads.
     """
-    wants_gradient = torch.is_grad_enabled() and student.requires_grad
+    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
     keeps = (
-        heads.trains() and not torch._C._are_functorch_transforms_active() and len(student) * len(heads.student) <= KEPT
+        heads.trains() and not torch._C._are_functorch_transforms_active() and len(hidden) * len(heads.weight) <= KEPT
     )
-    function = function_of(_Blocks, heads, student)
-    outputs = function(student, heads.student, heads.column, teacher, heads.teacher, wants_gradient, keeps)
-    values: Tensor = outputs[0] / len(heads.student)
+    function = function_of(_Blocks, heads, hidden)
+    weights = heads.weight, heads.teacher_weight, heads.column
+    outputs = function(hidden, teacher_hidden, *weights, wants_gradient, keeps)
+    values: Tensor = outputs[0] / len(heads.weight)
     return values
 
 
@@ -50,18 +51,19 @@ def forms_early(weight: Tensor, reduction: Reduction, mask: Tensor | None) -> bo
 
 
 def reduce_by_blocks(
-    student: Tensor, teacher: Tensor, heads: Heads, reduction: Reduction, mask: Tensor | None
+    hidden: Tensor, teacher_hidden: Tensor, heads: Heads, reduction: Reduction, mask: Tensor | None
 ) -> Tensor:
     """What `reduce(by_blocks(...), reduction, mask)` gives, where `forms_early` says so.
 
     Args:
-        student: As in `by_blocks`.
-        teacher: As in `by_blocks`.
+        hidden: As in `by_blocks`; what the mask hides is 0.
+        teacher_hidden: As in `by_blocks`; what the mask hides is 0.
         heads: The heads.
         reduction: As in `reduce`, and not `"none"`.
         mask: As in `reduce`, (N,).
     """
-    value: Tensor = _Reduced.apply(student, heads.student, heads.column, teacher, heads.teacher, mask, reduction)  # type: ignore[no-untyped-call]
+    weights = heads.weight, heads.teacher_weight, heads.column
+    value: Tensor = _Reduced.apply(hidden, teacher_hidden, *weights, mask, reduction)  # type: ignore[no-untyped-call]
     return value
 
 
@@ -73,63 +75,68 @@ class _Reduced(Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        student: Tensor,
+        teacher_hidden: Tensor,
+        weight: Tensor,
+        teacher_weight: Tensor,
         column: Tensor | None,
-        theirs: Tensor,
-        teacher: Tensor,
         mask: Tensor | None,
         reduction: Reduction,
     ) -> Tensor:
-        heads = Heads(student, teacher, column)
-        values, ctx.gradients = _run(hidden, theirs, heads, reduction, mask, ctx.needs_input_grad)
+        heads = Heads(weight, teacher_weight, column)
+        values, ctx.gradients = _run(hidden, teacher_hidden, heads, reduction, mask, _needs(ctx))
         ctx.reduction = reduction
-        ctx.save_for_backward(hidden, student, column, theirs, teacher, mask)
+        ctx.save_for_backward(hidden, teacher_hidden, weight, teacher_weight, column, mask)
         return reduce(values, reduction, mask)
 
     @staticmethod
     @override
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, student, column, theirs, teacher, mask = ctx.saved_tensors  # raises if one was changed in place
-        heads = Heads(student, teacher, column)
+        # Raises if one was changed in place.
+        hidden, teacher_hidden, weight, teacher_weight, column, mask = ctx.saved_tensors
+        heads, needs = Heads(weight, teacher_weight, column), _needs(ctx)
         gradients, ctx.gradients = ctx.gradients, None  # given away once: the receivers may write into them
-        nothing = None, None, None, None
         with without_autocast(hidden):
             if torch.is_grad_enabled():  # the gradients are to be differentiated again
-                value = reduce(by_blocks(hidden, theirs, heads), ctx.reduction, mask)
-                inputs = hidden, student, column
-                wanted = [
-                    x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and x is not None
-                ]
+                value = reduce(by_blocks(hidden, teacher_hidden, heads), ctx.reduction, mask)
+                inputs = hidden, weight, column
+                wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
                 found = iter(torch.autograd.grad(value, wanted, upstream, create_graph=True))
-                return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), *nothing
-            if gradients is None:
-                gradients = _run(hidden, theirs, heads, ctx.reduction, mask, ctx.needs_input_grad)[1]
-            for gradient in gradients:
-                if gradient is not None:
-                    scale(gradient, upstream[0])
-        return *gradients, *nothing
+                gradients = [next(found) if needed else None for needed in needs]
+            else:
+                if gradients is None:
+                    gradients = _run(hidden, teacher_hidden, heads, ctx.reduction, mask, needs)[1]
+                for gradient in gradients:
+                    if gradient is not None:
+                        scale(gradient, upstream[0])
+        ours, weights, biases = gradients
+        return ours, None, weights, None, biases, None, None
+
+
+def _needs(ctx: Any) -> tuple[bool, bool, bool]:
+    """Whether hidden states, weight and column need a gradient."""
+    return ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[4]
 
 
 def _run(
     hidden: Tensor,
-    theirs: Tensor,
+    teacher_hidden: Tensor,
     heads: Heads,
     reduction: Reduction,
     mask: Tensor | None,
-    needs: tuple[bool, ...],
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Per-sample values, and the gradients of their reduction that are needed: for hidden, head and column."""
-    size = len(heads.student)
+    """Per-sample values, and the gradients of their reduction that are needed: for hidden states, weight and column."""
+    size = len(heads.weight)
     values = hidden.new_zeros(len(hidden))
     factors = row_weights(values, reduction, mask).unsqueeze(-1) * (2 / size)
     scaled = factors * hidden if needs[1] else hidden
     gradients = [
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else None
-        for x, needed in zip((hidden, heads.student, heads.column), needs, strict=False)
+        for x, needed in zip((hidden, heads.weight, heads.column), needs, strict=True)
     ]
     ours, weights, biases = gradients
     for start, stop in _classes(heads, len(hidden)):
-        difference, weight = _difference(hidden, theirs, heads, start, stop)
+        difference, weight = _difference(hidden, teacher_hidden, heads, start, stop)
         values += difference.square().sum(-1)
         if ours is not None:
             ours.addmm_(difference, weight, beta=1 if start else 0)
@@ -154,21 +161,21 @@ class _Blocks(Function):
     @override
     def forward(
         hidden: Tensor,
-        student: Tensor,
+        teacher_hidden: Tensor,
+        weight: Tensor,
+        teacher_weight: Tensor,
         column: Tensor | None,
-        theirs: Tensor,
-        teacher: Tensor,
         wants_gradient: bool,
         keeps_differences: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        heads = Heads(student, teacher, column)
+        heads = Heads(weight, teacher_weight, column)
         values, gradient = hidden.new_zeros(len(hidden)), hidden.new_zeros(0)
-        kept = hidden.new_empty(len(hidden), len(student) if keeps_differences else 0)
+        kept = hidden.new_empty(len(hidden), len(weight) if keeps_differences else 0)
         for start, stop in _classes(heads, len(hidden)):
-            difference, weight = _difference(hidden, theirs, heads, start, stop)
+            difference, rows = _difference(hidden, teacher_hidden, heads, start, stop)
             values = values + difference.square().sum(-1)
             if wants_gradient:
-                gradient = torch.addmm(gradient, difference, weight) if start else difference @ weight
+                gradient = torch.addmm(gradient, difference, rows) if start else difference @ rows
             if keeps_differences:
                 kept[:, start:stop] = difference
         return values, gradient, kept
@@ -185,42 +192,43 @@ class _Blocks(Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:  # which PyTorch passes where nothing reached the values
             return (None,) * 7
-        hidden, student, column, theirs, teacher, gradient, kept = ctx.saved_tensors
-        heads = Heads(student, teacher, column)
+        hidden, teacher_hidden, weight, teacher_weight, column, gradient, kept = ctx.saved_tensors
+        heads = Heads(weight, teacher_weight, column)
         scale = 2 * grad.unsqueeze(-1)
-        nothing = None, None, None, None
+        ours = weights = biases = None
         with without_autocast(hidden):
             scaled = scale * hidden
             if must_stay_differentiable():
-                difference, weight = _difference(hidden, theirs, heads, 0, len(student))
-                ours = (difference.T @ scaled).to(student.dtype)
+                difference, rows = _difference(hidden, teacher_hidden, heads, 0, len(weight))
+                ours, weights = scale * (difference @ rows), (difference.T @ scaled).to(weight.dtype)
                 biases = None if column is None else (difference.T @ scale).to(column.dtype)
-                return scale * (difference @ weight), ours, biases, *nothing
-            ours = biases = None
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                ours, biases = torch.empty_like(student), None if column is None else torch.empty_like(column)
+                return ours, None, weights, None, biases, None, None
+            if ctx.needs_input_grad[0]:
+                ours = scale * gradient
+            if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
+                weights, biases = torch.empty_like(weight), None if column is None else torch.empty_like(column)
                 for start, stop in _classes(heads, len(hidden)):
                     if kept.numel():
                         difference = kept[:, start:stop]
                     else:
-                        difference = _difference(hidden, theirs, heads, start, stop)[0]
-                    ours[start:stop] = difference.T @ scaled
+                        difference = _difference(hidden, teacher_hidden, heads, start, stop)[0]
+                    weights[start:stop] = difference.T @ scaled
                     if biases is not None:
                         biases[start:stop] = difference.T @ scale
-            return scale * gradient if ctx.needs_input_grad[0] else None, ours, biases, *nothing
+            return ours, None, weights, None, biases, None, None
 
 
 def _classes(heads: Heads, samples: int) -> list[tuple[int, int]]:
     """The classes of each block."""
-    vocabulary = len(heads.student)
-    step = max((_LOGITS_ON_GPU if heads.student.is_cuda else _LOGITS) // samples, 16)
+    vocabulary = len(heads.weight)
+    step = max((_LOGITS_ON_GPU if heads.weight.is_cuda else _LOGITS) // samples, 16)
     return [(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step)]
 
 
-def _difference(hidden: Tensor, theirs: Tensor, heads: Heads, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _difference(hidden: Tensor, teacher_hidden: Tensor, heads: Heads, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """The difference of the logits of some classes, (N, classes), and the student's rows for them."""
-    weight, teacher = heads.student[start:stop].to(hidden.dtype), heads.teacher[start:stop].to(hidden.dtype)
-    ours = hidden @ weight.T
+    rows, theirs = (weight[start:stop].to(hidden.dtype) for weight in (heads.weight, heads.teacher_weight))
+    ours = hidden @ rows.T
     if heads.column is not None:
         ours = ours + heads.column[start:stop, 0].to(hidden.dtype)
-    return torch.addmm(ours, theirs, teacher.T, alpha=-1), weight
+    return torch.addmm(ours, teacher_hidden, theirs.T, alpha=-1), rows

@@ -19,15 +19,15 @@ _SMALLEST_BY_FACTOR = 1e-5
 
 
 class Heads(NamedTuple):
-    """Two heads: `student @ h_s + column` and `teacher @ h_t` give the logits to compare."""
+    """Two heads: `weight @ hidden + column` and `teacher_weight @ teacher_hidden` give the logits to compare."""
 
-    student: Tensor  # (V, d_s)
-    teacher: Tensor  # (V, d_t)
+    weight: Tensor  # (V, d_s)
+    teacher_weight: Tensor  # (V, d_t)
     column: Tensor | None  # (V, 1), the difference of the biases
 
     def left(self) -> list[Tensor]:
-        """The student's matrix with the column of biases, in parts side by side: (V, a)."""
-        return [self.student] if self.column is None else [self.student, self.column]
+        """The student's weight with the column of biases, in parts side by side: (V, a)."""
+        return [self.weight] if self.column is None else [self.weight, self.column]
 
     def trains(self) -> bool:
         """Whether the student's head gets a gradient."""
@@ -35,29 +35,32 @@ class Heads(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """What is left of two heads by a QR factorisation: |student z + teacher h_t|^2 + |rest h_t|^2."""
+    """R of `[W_s, c, -W_t] = Q R`, as what takes the hidden states `z = [h_s, 1]` and `h_t`.
 
-    student: Tensor  # (k, a), k at most a
-    teacher: Tensor  # (k, d_t)
+    The sum of squared differences is `|left z + right h_t|^2 + |rest h_t|^2`.
+    """
+
+    left: Tensor  # (k, a), k at most a
+    right: Tensor  # (k, d_t)
     rest: list[Tensor]  # what no student's hidden state can reach: a triangle, in slabs without their leading zeros
 
 
-def teacher_gram(teacher: Tensor) -> Tensor:
+def teacher_gram(teacher_weight: Tensor) -> Tensor:
     """`W_t^T W_t` in float64, (d_t, d_t)."""
-    return _left_gram([teacher], 1, torch.float64)
+    return _left_gram([teacher_weight], 1, torch.float64)
 
 
 def factorise(heads: Heads) -> Factor:
     """Factorise `[W_s, c, -W_t]` by QR in float64, some rows at a time.
 
-    With the student first, R is `[[student, teacher], [0, rest]]`: only the first rows know the student.
+    With the student's columns first, R is `[[left, right], [0, rest]]`: only the first rows know the student.
     """
-    parts = [*heads.left(), heads.teacher]
+    parts = [*heads.left(), heads.teacher_weight]
     width = sum(part.shape[1] for part in parts)
-    columns = width - heads.teacher.shape[1]
+    columns = width - heads.teacher_weight.shape[1]
     rows = max(4 * width, _ROWS[torch.float64])
-    r = heads.student.new_empty(0, width, dtype=torch.float64)
-    for start in range(0, len(heads.student), rows):
+    r = heads.weight.new_empty(0, width, dtype=torch.float64)
+    for start in range(0, len(heads.weight), rows):
         r = torch.linalg.qr(torch.cat([r, _stack(parts, start, rows, torch.float64)]), mode="r").R
     # Copies, so that the kept factor holds no memory that nobody reads.
     return Factor(
@@ -67,52 +70,52 @@ def factorise(heads: Heads) -> Factor:
     )
 
 
-def by_factor(student: Tensor, teacher: Tensor, factor: Factor) -> Tensor:
+def by_factor(hidden: Tensor, teacher_hidden: Tensor, factor: Factor) -> Tensor:
     """Sums over the vocabulary of the squared differences, (N,), from a factor: never negative.
 
     Args:
-        student: `[h_s, 1]`, or `h_s` where there are no biases, (N, a), in float32 or float64.
-        teacher: `h_t`, (N, d_t), in that dtype.
+        hidden: `[h_s, 1]`, or `h_s` where there are no biases, (N, a), in float32 or float64.
+        teacher_hidden: `h_t`, (N, d_t), in that dtype.
         factor: What `factorise` gives.
     """
 
     def compute(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        h_s, h_t = student.to(dtype), teacher.to(dtype)
-        s, t = h_s @ factor.student.to(dtype).T, h_t @ factor.teacher.to(dtype).T
+        h_s, h_t = hidden.to(dtype), teacher_hidden.to(dtype)
+        s, t = h_s @ factor.left.to(dtype).T, h_t @ factor.right.to(dtype).T
         rest = h_t.new_zeros(len(h_t))
         for slab in factor.rest:
             rest = rest + (h_t[:, -slab.shape[1] :] @ slab.to(dtype).T).square().sum(-1)
         return (s + t).square().sum(-1) + rest, s.detach().square().sum(-1) + t.square().sum(-1) + rest
 
-    return _precisely(compute, student, _SMALLEST_BY_FACTOR)[0]
+    return _precisely(compute, hidden, _SMALLEST_BY_FACTOR)[0]
 
 
-def by_gram(student: Tensor, teacher: Tensor, heads: Heads, own: Tensor) -> Tensor:
+def by_gram(hidden: Tensor, teacher_hidden: Tensor, heads: Heads, theirs: Tensor) -> Tensor:
     """Sums over the vocabulary of the squared differences, (N,), from Gram matrices.
 
     Args:
-        student: As in `by_factor`.
-        teacher: As in `by_factor`.
+        hidden: As in `by_factor`.
+        teacher_hidden: As in `by_factor`.
         heads: The heads.
-        own: What `teacher_gram` gives.
+        theirs: What `teacher_gram` gives.
     """
 
     def compute(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        h_s, h_t = student.to(dtype), teacher.to(dtype)
-        gram: Tensor = function_of(_Gram, heads)(heads.student, heads.column, heads.teacher, dtype)
+        h_s, h_t = hidden.to(dtype), teacher_hidden.to(dtype)
+        gram: Tensor = function_of(_Gram, heads)(heads.weight, heads.column, heads.teacher_weight, dtype)
         columns = h_s.shape[-1]
         s, t = h_s @ gram[:, :columns], h_t @ gram[:, columns:].T
         rest = h_t.new_zeros(len(h_t))
-        for rows, slab in _slabs(own.to(dtype)):  # symmetric: once its diagonal blocks, twice what is right of them
+        for rows, slab in _slabs(theirs.to(dtype)):  # symmetric: its diagonal blocks, and twice what is right of them
             doubled = torch.cat([slab[:, : len(slab)], 2 * slab[:, len(slab) :]], 1)
             rest = rest + ((h_t[:, -slab.shape[1] :] @ doubled.T) * h_t[:, rows]).sum(-1)
         return ((s - 2 * t) * h_s).sum(-1) + rest, (s.detach() * h_s.detach()).sum(-1) + rest
 
-    values, sizes = _precisely(compute, student, _SMALLEST_BY_GRAM[torch.float32])
+    values, sizes = _precisely(compute, hidden, _SMALLEST_BY_GRAM[torch.float32])
     # Values that float64 does not save come from the factor. The gradient, which errs by eps / r only, stays.
     with torch.no_grad():
-        if may_look(student) and (values < _SMALLEST_BY_GRAM[torch.float64] * sizes).any():
-            better = by_factor(student, teacher, factorise(heads))
+        if may_look(hidden) and (values < _SMALLEST_BY_GRAM[torch.float64] * sizes).any():
+            better = by_factor(hidden, teacher_hidden, factorise(heads))
         else:
             better = values.clamp(min=0)
     return values + (better - values).detach()
@@ -125,9 +128,9 @@ class _Gram(Function):
 
     @staticmethod
     @override
-    def forward(student: Tensor, column: Tensor | None, teacher: Tensor, dtype: torch.dtype) -> Tensor:
-        left = Heads(student, teacher, column).left()
-        return _left_gram([*left, teacher], len(left), dtype)
+    def forward(weight: Tensor, column: Tensor | None, teacher_weight: Tensor, dtype: torch.dtype) -> Tensor:
+        left = Heads(weight, teacher_weight, column).left()
+        return _left_gram([*left, teacher_weight], len(left), dtype)
 
     @staticmethod
     @override
@@ -137,16 +140,16 @@ class _Gram(Function):
     @staticmethod
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        student, column, teacher = ctx.saved_tensors
-        parts = [*Heads(student, teacher, column).left(), teacher]
-        a, width = len(grad), student.shape[1]
+        weight, column, teacher_weight = ctx.saved_tensors
+        parts = [*Heads(weight, teacher_weight, column).left(), teacher_weight]
+        a, width = len(grad), weight.shape[1]
         right = torch.cat([grad[:, :a] + grad[:, :a].T, grad[:, a:].T])
         with torch.autocast(grad.device.type, enabled=False):
             if must_stay_differentiable():
-                both = _stack(parts, 0, len(student), right.dtype) @ right
+                both = _stack(parts, 0, len(weight), right.dtype) @ right
                 biases = None if column is None else both[:, width:].to(column.dtype)
-                return both[:, :width].to(student.dtype), biases, None, None
-            return *_combine(parts, right, student, column), None, None
+                return both[:, :width].to(weight.dtype), biases, None, None
+            return *_combine(parts, right, weight, column), None, None
 
 
 def function_of(function: type[Function], heads: Heads, *more: Tensor) -> Callable[..., Any]:
@@ -201,19 +204,17 @@ def _left_gram(parts: list[Tensor], left: int, dtype: torch.dtype) -> Tensor:
     return sums[0][1]
 
 
-def _combine(
-    parts: list[Tensor], right: Tensor, student: Tensor, column: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """`X right` for matrices X side by side, in the dtype of `right`: what the student's matrix and the biases get."""
+def _combine(parts: list[Tensor], right: Tensor, weight: Tensor, column: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`X right` for matrices X side by side, in the dtype of `right`: what the student's weight and the biases get."""
     factors = right.split([part.shape[1] for part in parts])  # type: ignore[no-untyped-call]
-    ours, biases = torch.empty_like(student), None if column is None else torch.empty_like(column)
+    ours, biases = torch.empty_like(weight), None if column is None else torch.empty_like(column)
     step = _ROWS[right.dtype]
-    for start in range(0, len(student), step):
+    for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         both = parts[0][rows].to(right.dtype) @ factors[0]
         for part, factor in zip(parts[1:], factors[1:], strict=True):
             both.addmm_(part[rows].to(right.dtype), factor)
-        ours[rows] = both[:, : student.shape[1]]
+        ours[rows] = both[:, : weight.shape[1]]
         if biases is not None:
-            biases[rows] = both[:, student.shape[1] :]
+            biases[rows] = both[:, weight.shape[1] :]
     return ours, biases

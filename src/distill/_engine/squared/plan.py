@@ -13,6 +13,8 @@ _GPUS_WITH_FULL_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 _FLOAT64_COST = {True: 2.0, False: 64.0}
 # What it costs to write, subtract and square one logit, in multiply-adds; measured on a CPU.
 _PER_LOGIT = 100.0
+# What it costs to read one number of a kept weight, to see whether it has changed; measured on a CPU.
+_PER_READ = 10.0
 # What a call costs however small it is, in multiply-adds; measured on a CPU.
 _PER_CALL = {"logits": 0.0, "blocks": 1e7, "gram": 4e7, "factor": 1e7}
 # And on a GPU, which multiplies some hundred times as fast while its calls take as long; not measured.
@@ -42,8 +44,8 @@ class Size(NamedTuple):
     Attributes:
         samples: N, how many hidden states there are.
         vocabulary: V, the rows of both heads.
-        student: Columns of the student's head, one more with a bias.
-        teacher: Columns of the teacher's head.
+        columns: Columns of the student's head, one more with a bias.
+        teacher_columns: Columns of the teacher's head.
         device: Where it will run.
         trains: Whether the student's head gets a gradient.
         may_factor: Whether a factor may be taken: nothing in the heads is trained, and it can be kept between calls.
@@ -53,8 +55,8 @@ class Size(NamedTuple):
 
     samples: int
     vocabulary: int
-    student: int
-    teacher: int
+    columns: int
+    teacher_columns: int
     device: torch.device
     trains: bool
     may_factor: bool
@@ -63,7 +65,7 @@ class Size(NamedTuple):
 
     def costs(self) -> dict[str, float]:
         """Estimate forward and backward of every form that can be taken, in 10^9 float32 multiply-adds."""
-        n, v, a, t = self.samples, self.vocabulary, self.student, self.teacher
+        n, v, a, t = self.samples, self.vocabulary, self.columns, self.teacher_columns
         logits = n * v * (a + t + _PER_LOGIT)
         backward = n * v * a * (2 if self.trains else 1)
         again = logits if self.trains and not self.early and n * v > KEPT else 0
@@ -76,8 +78,10 @@ class Size(NamedTuple):
             small = n * (a * (a + t) + t * t) + n * a * a
             gram = v * a * (a + t) + (0 if self.keeps_teacher else v * t * t)
             costs["gram"] = wide * (small + gram + ((v + n) * a * (a + t) if self.trains else 0))
+            if self.keeps_teacher:
+                costs["gram"] += v * t * _PER_READ
             if self.may_factor:
-                costs["factor"] = wide * (small + 4 * v * (a + t) ** 2 / _CALLS)
+                costs["factor"] = wide * (small + 4 * v * (a + t) ** 2 / _CALLS) + v * (a + t) * _PER_READ
         calls = _CALLS_ON_GPU if self.device.type == "cuda" else 1
         return {name: (cost + calls * _PER_CALL[name]) / 1e9 for name, cost in costs.items()}
 
@@ -93,23 +97,23 @@ class Size(NamedTuple):
             else "no factor is kept"
         )
         reason = (
-            f"{method}: N={self.samples}, V={self.vocabulary}, {self.student} and {self.teacher} columns on "
+            f"{method}: N={self.samples}, V={self.vocabulary}, {self.columns} and {self.teacher_columns} columns on "
             f"{self.device.type}, {heads}; in 10^9 float32 multiply-adds: "
             + ", ".join(f"{name} {cost:.3g}" for name, cost in costs.items())
         )
         return Plan(method, costs, reason)
 
 
-def is_tiny(samples: int, vocabulary: int, student: int, teacher: int) -> bool:
+def is_tiny(samples: int, vocabulary: int, columns: int, teacher_columns: int) -> bool:
     """Whether any other form costs more in itself than forming the logits, so that comparing would only take time.
 
     Args:
         samples: N.
         vocabulary: V.
-        student: Columns of the student's head, without the bias.
-        teacher: Columns of the teacher's head.
+        columns: Columns of the student's head, without the bias.
+        teacher_columns: Columns of the teacher's head.
     """
-    return samples * vocabulary * (3 * student + 3 + teacher + _PER_LOGIT) < _LEAST_OF_OTHERS
+    return samples * vocabulary * (3 * columns + 3 + teacher_columns + _PER_LOGIT) < _LEAST_OF_OTHERS
 
 
 def cheapest(costs: dict[str, float]) -> str:

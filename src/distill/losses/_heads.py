@@ -1,0 +1,204 @@
+"""What losses of linear heads ask of the heads: that they compute `W h + b`, and that the models still have them."""
+
+import math
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill._engine.squared.heads import check_whole
+
+# The size of the larger logits of the probe: caps far beyond it do not show. And what a vector may be multiplied by for
+# that: half goes no further.
+_LARGE = 1000.0
+_LARGEST_FACTOR = 1e4
+_WAYS_OUT = (
+    "merge an adapter or give its base layer, dequantise the weight, give {side}_scale= for a constant factor, or "
+    "compare formed logits with LogitLoss"
+)
+
+
+class HeadPair:
+    """The heads of student and teacher: referred to, not owned, and used as they are at each call."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.student, self.teacher = student, teacher
+        self._checked: tuple[Any, ...] = ()
+        self._places = _Places(), _Places()
+
+    def check(self, student_scale: float, teacher_scale: float) -> None:
+        """Raise ValueError as `check_head`; heads whose forward is the one that was checked before pass at once.
+
+        Args:
+            student_scale: What the loss multiplies the student's logits by.
+            teacher_scale: What the loss multiplies the teacher's logits by.
+        """
+        student, teacher = self.student, self.teacher
+        if not self._checked or (_kind(student), _kind(teacher), student_scale, teacher_scale) != self._checked:
+            check_head("student_head", student, student_scale)
+            check_head("teacher_head", teacher, teacher_scale)
+            self._checked = _kind(student), _kind(teacher), student_scale, teacher_scale
+
+    def tensors(self) -> tuple[Any, Any, Any, Any]:
+        """The student's weight and bias, the teacher's weight and bias; None for no bias."""
+        student, teacher = self.student, self.teacher
+        return student.weight, getattr(student, "bias", None), teacher.weight, getattr(teacher, "bias", None)
+
+    def check_models(self, student: object, teacher: object) -> None:
+        """Raise ValueError if a model had its head at its first check and has another module there now."""
+        self._places[0].check("student_head", self.student, student)
+        self._places[1].check("teacher_head", self.teacher, teacher)
+
+
+def check_scale(name: str, value: Any) -> Any:
+    """Return a factor of logits if it is a positive and finite number, else raise ValueError that names the option."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive and finite number, got {value!r}")
+    return value
+
+
+def check_head(name: str, head: nn.Module, scale: float) -> None:
+    """Raise ValueError if a head is not known to compute `W h + b`, or `scale` times that.
+
+    A head whose class computes as `nn.Linear` or looks up as `nn.Embedding` is told by its class; any other one is
+    asked for the logits of two vectors.
+
+    Args:
+        name: `"student_head"` or `"teacher_head"`.
+        head: The head.
+        scale: What the loss multiplies its logits by.
+    """
+    weight, bias = (getattr(head, attribute, None) for attribute in ("weight", "bias"))
+    if not (isinstance(head, nn.Module) and isinstance(weight, Tensor)):
+        raise ValueError(
+            f"{name} must be a module with a matrix as weight, as nn.Linear and nn.Embedding, got {head!r}"
+        )
+    check_whole(f"the weight of {name}", weight)
+    if weight.ndim != 2:
+        raise ValueError(
+            f"{name} must be a module with a matrix as weight, as nn.Linear and nn.Embedding, got {head!r}"
+        )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise ValueError(f"{name} must have a tensor or None as bias, got {type(bias).__name__}")
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{name} must have a floating-point weight, got {weight.dtype} in {type(head).__name__}: dequantise it"
+        )
+    if "weight" in vars(head) and head._forward_pre_hooks:
+        raise ValueError(
+            f"{name} must have a weight of its own, got one that is made anew before each forward (weight_norm, "
+            "spectral_norm or prune of torch.nn.utils): make it permanent, or use torch.nn.utils.parametrizations"
+        )
+    if not _computes_as_linear(head):
+        _probe(name, head, weight, bias, scale)
+
+
+def _kind(head: nn.Module) -> tuple[type, bool]:
+    """What tells cheaply that another module's forward has been put into a head's place."""
+    return type(head), "forward" in vars(head)
+
+
+def _computes_as_linear(head: nn.Module) -> bool:
+    if isinstance(head, nn.Embedding):  # looks up tokens: what a model does there says nothing of its logits
+        return True
+    forward = type(head).forward
+    has_none = forward is nn.Module.forward  # a module that only holds a weight
+    return has_none or (
+        forward is nn.Linear.forward
+        and "forward" not in vars(head)
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
+    )
+
+
+def _probe(name: str, head: nn.Module, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+    side, kind = name.removesuffix("_head"), type(head).__name__
+    ways = _WAYS_OUT.format(side=side)
+    more = [path for path, tensor in head.named_parameters() if tensor is not weight and tensor is not bias]
+    if more:
+        raise ValueError(
+            f"{name} must compute W h + b with its weight and bias alone, got {kind} with {', '.join(more[:3])} beside "
+            f"them: {ways}"
+        )
+    if weight.is_meta:
+        return
+    try:
+        got, expected = _outputs(head, weight, bias)
+    except Exception as error:
+        raise ValueError(
+            f"{name} must be callable as nn.Linear is, got {kind}, which raised {type(error).__name__}: {error}; put "
+            "its weight into an nn.Linear and give that"
+        ) from error
+    if not isinstance(got, Tensor) or got.shape != expected.shape:
+        shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+        raise ValueError(f"{name} must give logits {tuple(expected.shape)}, got {shape} from {kind}: {ways}")
+    tolerance = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
+    if _close(got, expected, tolerance) or _close(got, scale * expected, tolerance):
+        return
+    factor = ((got * expected).sum() / expected.square().sum()).item()
+    hint = f", {factor:.6g} times that" if _close(got, factor * expected, tolerance) else ""
+    raise ValueError(f"{name} must compute W h + b, got {kind}, which gives other numbers{hint}: {ways}")
+
+
+def _outputs(head: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the head gives for a vector and for one with large logits, and what `W h + b` is."""
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):  # a head with dropout draws numbers
+        vectors = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+        size = F.linear(vectors[1:], weight).abs().max().float()
+        if size > 0:
+            vectors[1] *= (_LARGE / size).clamp(max=_LARGEST_FACTOR)
+        got = head(vectors)
+        expected = F.linear(vectors, weight, bias).double()
+    return got.double() if isinstance(got, Tensor) else got, expected
+
+
+def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two pairs of outputs agree, each within a part of its size."""
+    return bool(((got - expected).abs().amax(-1) <= tolerance * expected.abs().amax(-1)).all())
+
+
+class _Places:
+    """Where models had a head when they were first seen, so that a head that was replaced is noticed."""
+
+    def __init__(self) -> None:
+        self._paths: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
+
+    def check(self, name: str, head: nn.Module, model: object) -> None:
+        """Raise ValueError if a model had the head and has another module there now.
+
+        A model that never had it passes: heads may lie outside the part that runs.
+
+        Args:
+            name: `"student_head"` or `"teacher_head"`.
+            head: The head.
+            model: The model; what is no module passes.
+        """
+        if not isinstance(model, nn.Module):
+            return
+        paths = self._paths.get(model)
+        if paths is None:
+            modules = model.named_modules(remove_duplicate=False)
+            self._paths[model] = [path for path, module in modules if module is head]
+            return
+        for path in paths:
+            if _at(model, path) is not head:
+                raise ValueError(
+                    f"{name} must be the head that the model has, but {type(model).__name__} has another module at "
+                    f"{path!r} now: build the loss anew with that one"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copy is of another head in other models
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
