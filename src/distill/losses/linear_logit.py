@@ -322,18 +322,9 @@ class LinearLogitLoss(SampleLoss):
         )
 
     def _problem(self, hidden: Tensor, teacher_hidden: Tensor, tensors: tuple[Any, ...]) -> Problem:
-        weight, bias, teacher_weight, teacher_bias = tensors
-        return check_heads(
-            hidden,
-            weight,
-            bias,
-            teacher_hidden,
-            teacher_weight,
-            teacher_bias,
-            vocab_size=self.vocab_size,
-            scale=self.student_scale,
-            teacher_scale=self.teacher_scale,
-        )
+        ours, theirs = (hidden, *tensors[:2]), (teacher_hidden, *tensors[2:])
+        scale, teacher_scale = self.student_scale, self.teacher_scale
+        return check_heads(*ours, *theirs, vocab_size=self.vocab_size, scale=scale, teacher_scale=teacher_scale)
 
     def _size(self, problem: Problem, tensors: tuple[Any, ...]) -> Size:
         weight, bias, teacher_weight, teacher_bias = tensors
