@@ -1,5 +1,6 @@
 """Knowledge distillation losses for PyTorch, and one wrapper that runs teacher and student."""
 
+from distill import adapt
 from distill._distiller.distiller import Distiller
 from distill._distiller.terms import DistillerOutput, TeacherOutput, Term
 from distill._reduction import Reduction
@@ -78,6 +79,7 @@ __all__ = [
     "Term",
     "VIDLoss",
     "WSLDLoss",
+    "adapt",
     "alpha_beta_loss",
     "at_loss",
     "cc_loss",
