@@ -1,5 +1,6 @@
 """What the losses with labels promise alike: labels that are no class, every kind of label, who may look at them."""
 
+import itertools
 import math
 
 import pytest
@@ -84,6 +85,64 @@ def test_a_label_that_is_no_class_and_is_not_hidden_is_refused(name, label):
     for mask in (None, torch.arange(6) != 2):
         with pytest.raises(ValueError, match=match):
             build(name)(student, teacher, target, mask=mask)
+
+
+def without_others(logits):
+    return all(x == -math.inf for x in logits[1:])
+
+
+@each_loss
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_classes_without_a_probability_give_what_the_limit_gives(name, classes, temperature):
+    """Every pair of logits out of three values, one of them -inf, against the same with a very small number for it."""
+    rows = [row for row in itertools.product((0.5, -1.0, -math.inf), repeat=classes) if max(row) > -math.inf]
+    pairs = list(itertools.product(rows, repeat=2))
+    # Two cases have no limit, since it depends on how one gets there. With no class left beside the label, the other
+    # classes cannot be compared; and a weight of 0 (wsld, label impossible for the teacher) can meet an infinite value.
+    if name == "wsld":
+        pairs = [(s, t) for s, t in pairs if t[0] > -math.inf or s[0] == -math.inf]
+    elif classes > 2:
+        pairs = [(s, t) for s, t in pairs if not (without_others(s) or without_others(t))]
+    student, teacher = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+    loss = build(name, reduction="none")
+    loss.temperature = temperature
+    target = torch.zeros(len(pairs), dtype=torch.long)
+    values, gradient = value_and_gradient(loss, student, teacher, target)
+    near = [side.clamp(min=-1e9) for side in (student, teacher)]
+    limits, gradient_limit = value_and_gradient(loss, *near, target)
+    assert gradient.isfinite().all()
+    finite = limits < 1e6
+    assert 0 < finite.sum() < len(pairs)
+    torch.testing.assert_close(values[finite], limits[finite], rtol=1e-6, atol=1e-8)
+    assert (values[~finite] == math.inf).all()
+    torch.testing.assert_close(gradient[finite], gradient_limit[finite], rtol=1e-6, atol=1e-8)
+
+
+@each_loss
+def test_no_pair_of_distributions_gives_nan(name):
+    rows = [row for row in itertools.product((0.5, -1.0, -math.inf), repeat=3) if max(row) > -math.inf]
+    pairs = itertools.product(rows, repeat=2)
+    student, teacher = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+    target = torch.zeros(len(student), dtype=torch.long)
+    values, gradient = value_and_gradient(build(name, reduction="none"), student, teacher, target)
+    assert not values.isnan().any()
+    assert gradient.isfinite().all()
+
+
+@each_loss
+def test_a_weight_of_0_takes_away_what_is_infinite(name):
+    if name == "wsld":
+        pytest.skip("it has no weight")
+    student = torch.tensor([[0.5, -1.0, -math.inf]], dtype=torch.float64)
+    teacher = torch.tensor([[0.5, -1.0, 0.0]], dtype=torch.float64)
+    loss = build(name)
+    assert loss(student, teacher, torch.tensor([0])) == math.inf
+    setattr(loss, "gamma" if name == "nkd" else "beta", 0.0)
+    value, gradient = value_and_gradient(loss, student, teacher, torch.tensor([0]))
+    assert value > 0
+    assert value.isfinite()
+    assert gradient.isfinite().all()
 
 
 @each_loss

@@ -19,8 +19,8 @@ def set_apart(logits: Tensor, labels: Tensor, *, dim: int, temperature: float) -
         temperature: What the logits are divided by.
 
     Returns:
-        The target's log-odds, `log p_y / (1 - p_y)`, with a dimension of size 1 at `dim`; and the logarithms of
-        `p_c / (1 - p_y)`, which are -inf at the target, and everywhere where no other class has a probability.
+        The target's log-odds, `log(p_y / (1 - p_y))`, with a dimension of size 1 at `dim`; and the logarithms of
+        `p_c / (1 - p_y)`, which are -inf at the target, and at all classes where no other has a probability.
     """
     others = logits.scatter(dim, labels, -math.inf)
     largest = others.detach().amax(dim, keepdim=True)  # a constant that the result does not depend on
@@ -30,7 +30,10 @@ def set_apart(logits: Tensor, labels: Tensor, *, dim: int, temperature: float) -
     mass = others.exp().sum(dim, keepdim=True)
     nothing = mass == 0
     log_mass = (mass + nothing).log()
-    return target - log_mass.masked_fill(nothing, -math.inf), others - log_mass
+    odds = target - log_mass.masked_fill(nothing, -math.inf)
+    if logits.shape[dim] == 2:  # the other one alone has all of what is not the target's, also where that is 0
+        return odds, others.new_zeros(others.shape).scatter(dim, labels, -math.inf)
+    return odds, others - log_mass
 
 
 def weigh(values: Tensor, weight: float) -> Tensor:

@@ -89,23 +89,27 @@ def dkd_loss(
     Doubt: none known.
 
     Args:
-        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
-            float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
-        target: The class of every sample, integers from 0 to `C - 1`, `(...)`.
+        student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
+            computed in float32.
+        teacher: The teacher's logits, same shape. A constant: no gradient reaches it.
+        target: The class of every sample, integers from 0 to `C - 1`, `(...)`. The loss class takes any other label
+            where its mask is 0.
         alpha: Weight of the target-class part, zero or positive.
         beta: Weight of the part of the other classes, zero or positive.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
-        One value per sample, shape `(...)`, in nats times the squared temperature, not negative but for rounding;
-        float32, or float64 if an input is.
+        One value per sample, shape `(...)`, in nats times the squared temperature, not negative; float32, or float64 if
+        an input is. It is infinite where the student gives no probability and the teacher does. The others' part is 0
+        where the teacher gives no class but the target a probability.
 
     Raises:
+        TypeError: If student, teacher or target is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, there are fewer than two
-            classes, the target is missing or no integer per sample, a weight is negative or not finite, the
-            temperature is not positive and finite, or `dim` is out of range.
+            classes, the target is missing, no integer per sample or no class, a weight is negative or not finite, the
+            temperature is not positive and finite, or `dim` is out of range or not given where there are four
+            dimensions or more.
 
     Examples:
         >>> import torch

@@ -84,6 +84,10 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
     The student need not match the range of the teacher's logits, only how they compare: shifting or stretching either
     side's logits changes nothing.
 
+    A class at -inf has probability 0 and is none of those that are standardised: mean and standard deviation are those
+    of the finite logits. (A large negative number is a logit like any other. It counts in both, and next to it all
+    other logits are the same: mask classes with -inf.)
+
     Published with weight 9 at temperature 2 on CIFAR-100, at temperature 3 for some pairs of networks.
 
     Scale: `mdistiller/distillers/KD.py` of the authors' code (`sunshangquan/logit-standardization-KD`), which also
@@ -93,19 +97,21 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
     and 0.1 in a later one (quoted in their issue 25).
 
     Args:
-        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
-            float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
+            computed in float32.
+        teacher: The teacher's logits, same shape. A constant: no gradient reaches it.
         temperature: What the standardised logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
-        One value per sample, shape `(...)`, in nats times the squared temperature, not negative but for rounding;
-        float32, or float64 if an input is.
+        One value per sample, shape `(...)`, in nats times the squared temperature, not negative; float32, or float64 if
+        an input is. It is infinite where the student gives no probability and the teacher does.
 
     Raises:
+        TypeError: If student or teacher is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, there are fewer than two
-            classes, the temperature is not positive and finite, or `dim` is out of range.
+            classes, the temperature is not positive and finite, or `dim` is out of range or not given where there are
+            four dimensions or more.
 
     Examples:
         >>> import torch
@@ -134,8 +140,7 @@ class LogitStdLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
-        ValueError: If the temperature is not positive and finite, or the
-            reduction is unknown.
+        ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:
         >>> import torch

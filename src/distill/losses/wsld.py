@@ -81,6 +81,8 @@ def wsld_loss(
 
     The weight is a constant: no gradient flows through it. It is near 0 where the student already does much better
     on the label than the teacher, and near 1 where it does much worse. Its logits are not divided by the temperature.
+    Where the teacher gives the label no probability it is 0, and where the student does not either, 1 - 1/e: both
+    cross-entropies are infinite then, and their ratio tends to 1.
 
     Published with weight 2.5 at temperature 2 on ImageNet (the authors' code), and with weight 2.25 at temperature 4 on
     CIFAR-100 (their answer in issue 2 of their repository), beside the cross-entropy with weight 1.
@@ -92,20 +94,24 @@ def wsld_loss(
     Doubt: none known about the value. In that code the teacher runs in training mode, on the statistics of the batch.
 
     Args:
-        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
-            float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
-        target: The class of every sample, integers from 0 to `C - 1`, `(...)`.
+        student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
+            computed in float32.
+        teacher: The teacher's logits, same shape. A constant: no gradient reaches it.
+        target: The class of every sample, integers from 0 to `C - 1`, `(...)`. The loss class takes any other label
+            where its mask is 0.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
         One value per sample, shape `(...)`, in nats times the squared temperature, not negative; float32, or float64
-        if an input is.
+        if an input is. It is infinite where the student gives no probability and the teacher does, unless the weight
+        is 0: then it is 0.
 
     Raises:
-        ValueError: If shapes or devices differ, an input is empty or not floating-point, the target is missing or no
-            integer per sample, the temperature is not positive and finite, or `dim` is out of range.
+        TypeError: If student, teacher or target is no tensor.
+        ValueError: If shapes or devices differ, an input is empty or not floating-point, there are fewer than two
+            classes, the target is missing, no integer per sample or no class, the temperature is not positive and
+            finite, or `dim` is out of range or not given where there are four dimensions or more.
 
     Examples:
         >>> import torch
@@ -132,8 +138,7 @@ class WSLDLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
-        ValueError: If the temperature is not positive and finite, or the
-            reduction is unknown.
+        ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:
         >>> import torch
