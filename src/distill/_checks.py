@@ -150,9 +150,9 @@ def check_labels(target: Tensor | None, logits: Tensor, *, dim: int, mask: Tenso
     """Check class labels, and make them an index for `gather` and `scatter` along `dim`.
 
     Args:
-        target: One class per sample: shaped like the logits without `dim`, integers from 0 to C - 1. On a GPU, and where
-            the loss is compiled or under `torch.func`, their range is left to `gather`: to look at it would wait for
-            the device, or cannot be traced.
+        target: One class per sample: shaped like the logits without `dim`, integers from 0 to C - 1. On a GPU, compiled
+            or under `torch.func` their range is left to `gather`: to look at it would wait for the device, or cannot
+            be traced.
         logits: The logits that the labels belong to.
         dim: The dimension of the C classes.
         mask: Bool or weights, shaped like the target: a label where it is 0 may be anything, and becomes 0.
