@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contract import gradient, make_pair
-from distill import KLLoss, LogitLoss, kl_loss, logit_loss
+from distill import KLLoss, LogitLoss, ReverseKLLoss, kl_loss, logit_loss
 from distill._engine import fused as engine
 from distill._engine.rows import Rows
 from distill._reduction import REDUCTIONS, reduce, row_weights
@@ -129,7 +129,7 @@ def test_row_weights_are_the_derivative_of_reduce(reduction):
 
 
 def test_small_inputs_are_plain_and_large_ones_are_not():
-    for rows, logits, divergence in [(1, False, False), (2047, False, False), (2048, False, True), (6144, True, True)]:
+    for rows, logits, divergence in [(1, False, False), (127, False, False), (128, False, True), (6144, True, True)]:
         student, teacher = make_pair(rows, 512, dtype=torch.float32)
         for loss in (LogitLoss(), KLLoss(), LogitLoss(reduction="sum"), logit_loss, kl_loss):
             value = loss(student, teacher)
@@ -223,13 +223,14 @@ def test_shifted_logits_of_a_language_model(fused):
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody
-@pytest.mark.parametrize("loss", [LogitLoss(), KLLoss()])
+@pytest.mark.parametrize("loss", [LogitLoss(), KLLoss(), ReverseKLLoss()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_takes_no_memory_but_the_gradient_and_a_few_blocks(loss, dtype):
     student, teacher = make_pair(256, 2**15, dtype=dtype)
     size = student.numel() * student.element_size()
-    buffers = 4 * 4 * engine._block_elements(student.device)
-    assert buffers <= 32 * 2**20
+    # Two of the block, one that the divergences take for themselves, and one a side where it is to be widened.
+    buffers = (3 if dtype == torch.float32 else 5) * 4 * engine._block_elements(student.device)
+    assert buffers <= 40 * 2**20
 
     def step():
         (0.5 * loss(student, teacher)).backward()

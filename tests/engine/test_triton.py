@@ -12,6 +12,8 @@ import torch
 from contract import gradient, make_pair
 from distill import KLLoss
 from distill._engine import fused as engine
+from distill._engine.rows import Rows
+from distill.losses import kl
 
 WORKER = Path(__file__).parents[1] / "support/triton_worker.py"
 
@@ -63,7 +65,7 @@ def test_without_a_gpu_triton_is_not_even_imported(tmp_path):
     code = """
 import sys, torch, distill
 student, teacher = torch.randn(4096, 1024, requires_grad=True), torch.randn(4096, 1024)
-for loss in (distill.LogitLoss(), distill.KLLoss()):
+for loss in (distill.LogitLoss(), distill.KLLoss(), distill.ReverseKLLoss()):
     value = loss(student, teacher)
     assert "Fused" in type(value.grad_fn).__name__
     (0.5 * value).backward()
@@ -87,8 +89,8 @@ def test_kernels_may_decline_and_scale_where_they_are(fused, monkeypatch):
         scaled = 0
 
         @staticmethod
-        def run(name, *tensors, temperature):
-            assert (name, temperature) == ("kl", 4.0)
+        def run(kernel, *tensors, temperature):
+            assert (kernel, temperature) == (KLLoss, 4.0)
             return False
 
         @classmethod
@@ -99,5 +101,6 @@ def test_kernels_may_decline_and_scale_where_they_are(fused, monkeypatch):
     student, teacher = make_pair(6, 10)
     expected = gradient(lambda s: 2 * KLLoss()(s, teacher), student)
     monkeypatch.setattr(engine, "_kernels", lambda x, dtype: Kernels)
+    monkeypatch.setattr(KLLoss, "rows", Rows(kl._formula, block=kl._block, kernel=lambda: KLLoss))
     torch.testing.assert_close(gradient(lambda s: 2 * KLLoss()(s, teacher), student), expected)
     assert Kernels.scaled == 1

@@ -9,6 +9,8 @@ import torch
 from contract import assert_loss_contract, make_pair
 from distill import KLLoss, ReverseKLLoss, kl_loss, reverse_kl_loss
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def reference(student, teacher, temperature, axis=-1):
     """T^2 times the sum of q log(q / p), both written out as softmaxes, sample by sample."""
@@ -109,4 +111,4 @@ def test_rejects_bad_temperatures(temperature):
 
 
 def test_repr_shows_options():
-    assert repr(ReverseKLLoss(2.0, reduction="none")) == "ReverseKLLoss(temperature=2.0, reduction='none', dim=-1)"
+    assert repr(ReverseKLLoss(2.0, reduction="none")) == "ReverseKLLoss(temperature=2.0, reduction='none', dim=None)"

@@ -9,14 +9,18 @@ import itertools
 import torch
 
 from contract import gradient, make_pair
-from distill import KLLoss, LogitLoss
+from distill import KLLoss, LogitLoss, ReverseKLLoss
 from distill._engine import fused as engine
 from distill._engine import triton as kernels
 from distill._engine.rows import Rows
 from distill._reduction import reduce
-from distill.losses import kl, logit
+from distill.losses import kl, logit, reverse_kl
 
-LOSSES = [("logit", logit._ROWS, LogitLoss(), {}), ("kl", kl._ROWS, KLLoss(2.5), {"temperature": 2.5})]
+LOSSES = [
+    (logit._ROWS, LogitLoss(), {}),
+    (kl._ROWS, KLLoss(2.5), {"temperature": 2.5}),
+    (reverse_kl._ROWS, ReverseKLLoss(2.5), {"temperature": 2.5}),
+]
 # As if these tensors were on a GPU.
 engine.SMALL, engine.SHORT = 0, 1
 engine._kernels = lambda x, dtype: kernels if dtype == torch.float32 else None
@@ -28,7 +32,7 @@ def no_blocks(*args, **options):
 
 def pairs():
     for dtype in (torch.float32, torch.bfloat16, torch.half):
-        for shape in ((5, 10), (3, 1), (7,), (2, 3, 4100)):  # the last takes two rounds of the loop over the columns
+        for shape in ((5, 10), (3, 2), (7,), (2, 3, 4100)):  # the last takes two rounds of the loop over the columns
             yield make_pair(*shape, dtype=dtype)
     student, teacher = make_pair(3, 6, 20, dtype=torch.float32)
     yield student.detach()[:, :-1], teacher[:, 1:]
@@ -37,16 +41,16 @@ def pairs():
 
 
 def check_values_and_gradients():
-    for (name, plain, _, options), (student, teacher) in itertools.product(LOSSES, pairs()):
+    for (plain, _, options), (student, teacher) in itertools.product(LOSSES, pairs()):
         weights = torch.rand(student.shape[:-1], generator=torch.Generator().manual_seed(0))
         ways = [("mean", weights, 0.3), ("none", weights, 1.0), ("mean", None, 1.0), ("sum", weights > 0.3, 1.0)]
         for reduction, mask, factor in ways if student.numel() == 50 else ways[:1]:
             full = {**options, "dim": -1, "reduction": reduction, "mask": mask}
-            check(name, plain, student, teacher, full, factor)
+            check(plain, student, teacher, full, factor)
 
 
-def check(name, plain, student, teacher, options, factor):
-    loss = Rows(plain.formula, block=no_blocks, kernel=name)
+def check(plain, student, teacher, options, factor):
+    loss = Rows(plain.formula, block=no_blocks, kernel=plain.kernel, softmax=plain.softmax).reduced
     student = student.detach().requires_grad_()
     exact = plain.formula(student.detach().double(), teacher.double(), **without_reduction(options))
     value = loss(student, teacher, **options)
@@ -73,30 +77,74 @@ def without_reduction(options):
 
 def check_extremes():
     student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
-    for temperature in (1.0, 4.0):
-        value = KLLoss(temperature)(student, -student.detach())
-        value.backward()
+    for module, temperature in itertools.product((KLLoss, ReverseKLLoss), (1.0, 4.0)):
+        value = module(temperature)(student, -student.detach())
+        (of_student,) = torch.autograd.grad(value, student)
         torch.testing.assert_close(value.item(), temperature * 2e4)
-        assert student.grad.isfinite().all()
+        assert of_student.isfinite().all()
     # The largest logits come last, so that what was summed before must shrink.
     rising = torch.linspace(-9, 9, 9000).view(1, -1) + make_pair(1, 9000, dtype=torch.float32)[1]
-    for pair in ((rising, rising.flip(-1)), (rising.flip(-1), rising)):
-        exact = KLLoss(2.5)(*(x.double() for x in pair))
-        torch.testing.assert_close(KLLoss(2.5)(*pair).double(), exact, rtol=1e-5, atol=0)
-    # An offset between student and teacher costs no digits.
-    student, teacher = make_pair(8, 1000, dtype=torch.float32)
-    near = teacher + 0.05 * student.detach() + 1000
-    exact = KLLoss()(near.double(), teacher.double())
-    torch.testing.assert_close(KLLoss()(near, teacher).double(), exact, rtol=2e-3, atol=0)
+    for module, pair in itertools.product(
+        (KLLoss, ReverseKLLoss), ((rising, rising.flip(-1)), (rising.flip(-1), rising))
+    ):
+        exact = module(2.5)(*(x.double() for x in pair))
+        torch.testing.assert_close(module(2.5)(*pair).double(), exact, rtol=1e-5, atol=0)
     same = make_pair(6, 10, dtype=torch.float32)[1]
-    for _, _, module, _ in LOSSES:
+    for _, module, _ in LOSSES:
         assert module(same, same) == 0
         assert gradient(module, same, same).abs().max() == 0
 
 
+def check_close_rows_keep_their_digits():
+    student, teacher = make_pair(8, 5000, dtype=torch.float32)
+    for module in (KLLoss, ReverseKLLoss):
+        for share, offset, temperature in [(0.01, 0, 4.0), (1, 0, 1000.0), (0.01, 0, 1.0), (0.05, 1000, 4.0)]:
+            near = (1 - share) * teacher + share * student.detach() + offset
+            values = module(temperature, reduction="none")(near, teacher)
+            assert (values >= 0).all()
+            exact = module(temperature)(near.double(), teacher.double())
+            torch.testing.assert_close(values.mean().double(), exact, rtol=1e-5 if offset == 0 else 1e-4, atol=0)
+            ours = gradient(module(temperature), near, teacher).double()
+            theirs = gradient(module(temperature), near.double(), teacher.double())
+            assert (ours - theirs).norm() <= (1e-3 if offset == 0 else 1e-2) * theirs.norm()
+
+
+def check_classes_without_probability():
+    inf = torch.inf
+    for columns, module in itertools.product((6, 5000), (KLLoss, ReverseKLLoss)):
+        places = ([], [0, 3], [1], [0, columns - 1])
+        for of_student, of_teacher in (
+            itertools.product(places, repeat=2) if columns == 6 else zip(places, places, strict=True)
+        ):
+            student, teacher = make_pair(2, columns, dtype=torch.float32)
+            student = student.detach()
+            student[0, of_student] = -inf
+            teacher[0, of_teacher] = -inf
+            student[1, : columns - 2] = teacher[
+                1, : columns - 2
+            ] = -inf  # the whole first round of the loop over columns
+            loss = module(2.0, reduction="none")
+            values, exact = loss(student, teacher), loss(student.double(), teacher.double())
+            torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=0)
+            assert not values.isnan().any()
+            finite = values.isfinite()
+            of_row = gradient(lambda s: loss(s, teacher)[finite].sum(), student)  # noqa: B023 - called at once
+            expected = gradient(lambda s: loss(s, teacher.double())[finite].sum(), student.double())  # noqa: B023
+            torch.testing.assert_close(of_row[finite].double(), expected[finite], rtol=1e-4, atol=1e-7)
+    for side in (0, 1):
+        pair = [x.detach() for x in make_pair(2, 6, dtype=torch.float32)]
+        pair[side][0, 2] = torch.nan
+        for module in (KLLoss, ReverseKLLoss, LogitLoss):
+            values = module(reduction="none")(*pair)
+            assert values.isnan().tolist() == [True, False]
+            kept = gradient(module(), *pair, mask=torch.tensor([False, True]))
+            assert kept[0].abs().max() == 0
+            assert kept.isfinite().all()
+
+
 def check_layouts_without_a_kernel_take_blocks():
     student, teacher = make_pair(4, 5, 6, 7, dtype=torch.float32)
-    for module in (LogitLoss(dim=1), KLLoss(dim=1)):
+    for module in (LogitLoss(dim=1), KLLoss(dim=1), ReverseKLLoss(dim=1)):
         torch.testing.assert_close(
             gradient(module, student, teacher), gradient(module, student.double(), teacher.double()).float()
         )
@@ -120,5 +168,7 @@ def check_scale():
 if __name__ == "__main__":
     check_values_and_gradients()
     check_extremes()
+    check_close_rows_keep_their_digits()
+    check_classes_without_probability()
     check_layouts_without_a_kernel_take_blocks()
     check_scale()

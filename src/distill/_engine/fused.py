@@ -39,8 +39,8 @@ def can_fuse(loss: Rows, student: Tensor, teacher: Tensor, dim: int, options: di
         mean: Whether PyTorch has a single operation for what is asked.
     """
     return (
-        not torch.compiler.is_compiling()
-        and student.numel() >= SMALL * loss.pays_from
+        student.numel() >= SMALL * loss.pays_from
+        and not torch.compiler.is_compiling()
         and (SHORT if mean else 1) <= student.shape[dim] <= LARGEST_ROW
         # Collecting the numbers of a row from all over the memory costs more than blocks save.
         and student.stride(dim) == teacher.stride(dim) == 1
@@ -107,8 +107,11 @@ class _Call:
 
     def weights(self, student: Tensor, mask: Tensor | None) -> Tensor:
         """Give what each row counts for in the reduced value."""
-        like = torch.empty(student.movedim(self.dim, -1).shape[:-1], dtype=self.dtype, device=student.device)
-        return row_weights(like, self.reduction, mask)
+        shape = student.movedim(self.dim, -1).shape[:-1]
+        if mask is None:
+            count = 1 / math.prod(shape) if self.reduction == "mean" else 1.0
+            return torch.full(shape, count, dtype=self.dtype, device=student.device)
+        return row_weights(mask, self.reduction, mask)
 
     def run(
         self, student: Tensor, teacher: Tensor, labels: Tensor | None, factors: Tensor | None = None
@@ -122,8 +125,10 @@ class _Call:
         values = torch.empty(student.shape[:-1], dtype=self.dtype, device=student.device)
         gradient = None if factors is None else torch.empty_like(student)
         kernels = _kernels(student, self.dtype) if self.loss.kernel else None
-        if kernels is None or not kernels.run(
-            self.loss.kernel, student, teacher, values, factors, gradient, **self.options
+        if not (
+            kernels
+            and self.loss.kernel
+            and kernels.run(self.loss.kernel(), student, teacher, values, factors, gradient, **self.options)
         ):
             self._run_blocks(student, teacher, labels, values, factors, gradient)
         return values, None if gradient is None else gradient.movedim(-1, self.dim)
@@ -143,13 +148,19 @@ class _Call:
             student, teacher, values = student.view(-1, columns), teacher.view(-1, columns), values.view(-1)
             factors = None if factors is None else factors.reshape(-1)
             gradient = None if gradient is None else gradient.view(-1, columns)
-        limit = max(_block_elements(student.device), columns)
-        buffers = torch.empty((4, limit // columns, columns), dtype=self.dtype, device=student.device)
+        limit = min(max(_block_elements(student.device), columns), student.numel())
+        # What is not there as it is needed is copied into a buffer; the last two are the block's own.
+        copied = [x.dtype != self.dtype or not x.is_contiguous() for x in (student, teacher)]
+        size = limit // columns
+        buffers = [
+            torch.empty((size if needed else 0, columns), dtype=self.dtype, device=student.device)
+            for needed in (*copied, True, True)
+        ]
         block = self.loss.block or functools.partial(block_by_autograd, self.loss.formula)
         in_place = gradient is not None and gradient.dtype == self.dtype and gradient.is_contiguous()
         for index in _cut(student.shape, limit):
             ours, theirs = _rows(student[index], buffers[0]), _rows(teacher[index], buffers[1])
-            grad, spare = buffers[2, : len(ours)], buffers[3, : len(ours)]
+            grad, spare = buffers[2][: len(ours)], buffers[3][: len(ours)]
             operands = () if labels is None else (labels[index].reshape(-1, 1),)
             if gradient is None or factors is None:
                 part = block(ours, theirs, *operands, None, grad, spare, **self.options)
@@ -192,9 +203,11 @@ class _Fused(torch.autograd.Function):
         student, teacher, labels, mask = ctx.saved_tensors  # raises if one was changed in place
         teacher = ctx.teacher if teacher is None else teacher
         gradient, ctx.gradient = ctx.gradient, None  # given away once: the receiver may write into it
-        if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            value = ctx.call.plain(student, teacher, labels, mask)
-            (gradient,) = torch.autograd.grad(value, student, upstream, create_graph=True)
+        again = torch.is_grad_enabled()  # the gradient is to be differentiated again
+        if again or torch._C._functorch.is_legacy_batchedtensor(upstream[0]):  # several at a time: is_grads_batched
+            with torch.enable_grad():
+                value = ctx.call.plain(student, teacher, labels, mask)
+            (gradient,) = torch.autograd.grad(value, student, upstream, create_graph=again)
         elif gradient is None:
             gradient = ctx.call.run(student, teacher, labels, ctx.call.weights(student, mask) * upstream[0])[1]
         else:
@@ -249,6 +262,7 @@ def block_by_autograd(
     *rest: Any,  # labels, where the loss has them, then what every block function takes
     **options: Any,
 ) -> Tensor:
+    """Do what `Rows.block` does with the formula alone: autograd finds the gradient."""
     *operands, factors, gradient, _ = rest
     if factors is None:
         return formula(student, teacher, *operands, dim=-1, **options)
@@ -258,6 +272,37 @@ def block_by_autograd(
         values = formula(student, teacher, *operands, dim=-1, **options)
         gradient.copy_(torch.autograd.grad(values, student, factors.view(-1))[0])
     return values.detach()
+
+
+def redo(
+    rows: Tensor,
+    values: Tensor,
+    formula: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    **options: Any,
+) -> Tensor:
+    """Do some rows of a block once more with the formula, and return the values.
+
+    Args:
+        rows: The indices of the rows that the quick form of a block cannot do.
+        values: The values of all rows, `(R,)`, which are mended in place.
+        formula: As in `Rows`.
+        student: As in `Rows.block`, and so are the others.
+        teacher: The teacher's rows.
+        factors: What each row's gradient is multiplied by, or None.
+        gradient: Where the block leaves the gradient, mended in place.
+        options: What the formula takes.
+    """
+    if len(rows):
+        counts = None if factors is None else factors[rows]
+        mended = torch.empty_like(gradient[rows])
+        values[rows] = block_by_autograd(formula, student[rows], teacher[rows], counts, mended, None, **options)
+        if factors is not None:
+            gradient[rows] = mended
+    return values
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:

@@ -25,7 +25,8 @@ class Rows:
             `spare`, `(R, C)`, as it likes; but where `factors`, `(R, 1)`, is not None, it leaves in `gradient` the
             values' gradient for the student, each row times its factor. None: autograd finds the gradient of the
             formula, block by block.
-        kernel: The name of the kernel in `triton.py` that does the same on a GPU. None: blocks there too.
+        kernel: A function that imports the kernel of `triton.py` that does the same on a GPU, and returns it. None:
+            blocks there too.
         mean: `mean(student, teacher, **options)` gives the mean of the formula over all samples, where PyTorch has a
             single operation for it.
         pays_from: How many times `fused.SMALL` elements there must be for the fused form to pay.
@@ -35,9 +36,9 @@ class Rows:
 
     formula: Callable[..., Tensor]
     block: Callable[..., Tensor] | None = None
-    kernel: str | None = None
+    kernel: Callable[[], Any] | None = None
     mean: Callable[..., Tensor] | None = None
-    pays_from: int = 1
+    pays_from: float = 1
     softmax: bool = True
     labels: bool = False
 

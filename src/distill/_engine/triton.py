@@ -20,7 +20,7 @@ def _start(row, inner, stride_0, stride_1):
 
 
 @triton.jit
-def _logit(
+def logit(
     student,
     teacher,
     values,
@@ -53,12 +53,101 @@ def _logit(
         difference = s - t
         squares += difference * difference
         if WITH_GRADIENT:
-            tl.store(gradient + at, (difference * factor).to(gradient.dtype.element_ty), mask=inside)
+            # A row that does not count may hold anything: 0 times NaN is NaN.
+            slope = tl.where(factor == 0.0, 0.0, difference * factor)
+            tl.store(gradient + at, slope.to(gradient.dtype.element_ty), mask=inside)
     tl.store(values + row, tl.sum(squares, 0) / columns)
 
 
 @triton.jit
-def _kl(
+def _divergence(
+    student,
+    teacher,
+    values,
+    factors,
+    gradient,
+    inner,
+    s_stride_0,
+    s_stride_1,
+    t_stride_0,
+    t_stride_1,
+    g_stride_0,
+    g_stride_1,
+    temperature,
+    columns: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """T^2 KL(a || b) of the softened rows: a is the teacher's, or in reverse the student's, and b the other one."""
+    row = tl.program_id(0).to(tl.int64)
+    student += _start(row, inner, s_stride_0, s_stride_1)
+    teacher += _start(row, inner, t_stride_0, t_stride_1)
+    gradient += _start(row, inner, g_stride_0, g_stride_1)
+    # Maxima and sums of exponentials as they are so far, the sums for the maxima so far.
+    a_max = float("-inf")
+    b_max = float("-inf")
+    a_sum = 0.0
+    b_sum = 0.0
+    # Of a's exponentials and the differences b - a, these from that of the first class: an offset would cost digits.
+    product = 0.0
+    first = tl.load(teacher).to(tl.float32) - tl.load(student).to(tl.float32)
+    if not REVERSE:
+        first = -first
+    first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < columns
+        a = tl.load(student + at, mask=inside, other=float("-inf")).to(tl.float32)
+        b = tl.load(teacher + at, mask=inside, other=float("-inf")).to(tl.float32)
+        if not REVERSE:
+            a, b = b, a
+        # While all is -inf, nothing has a probability.
+        a_new = tl.maximum(a_max, tl.max(a, 0))
+        b_new = tl.maximum(b_max, tl.max(b, 0))
+        a_from = tl.where(a_new > float("-inf"), a_new, 0.0)
+        b_from = tl.where(b_new > float("-inf"), b_new, 0.0)
+        e_a = tl.exp((a - a_from) / temperature)
+        a_shrink = tl.exp((a_max - a_from) / temperature)
+        b_sum = b_sum * tl.exp((b_max - b_from) / temperature) + tl.sum(tl.exp((b - b_from) / temperature), 0)
+        a_sum = a_sum * a_shrink + tl.sum(e_a, 0)
+        product = product * a_shrink + tl.sum(tl.where(e_a == 0.0, 0.0, e_a * ((b - a) - first)), 0)
+        a_max = a_new
+        b_max = b_new
+    mean = product / a_sum
+    apart = tl.log(b_sum) - tl.log(a_sum)
+    factor = 0.0
+    if WITH_GRADIENT:
+        factor = tl.load(factors + row) * temperature
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < columns
+        a = tl.load(student + at, mask=inside, other=float("-inf")).to(tl.float32)
+        b = tl.load(teacher + at, mask=inside, other=float("-inf")).to(tl.float32)
+        if not REVERSE:
+            a, b = b, a
+        p_a = tl.exp((a - a_max) / temperature) / a_sum
+        p_b = tl.exp((b - b_max) / temperature) / b_sum
+        # With d = log p_b - log p_a the divergence is the sum of p_a (exp(d) - 1 - d): p_b where p_a is 0.
+        d = ((b - a) - (b_max - a_max)) / temperature - apart
+        bend = d * d * (0.5 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720)))))
+        close = tl.abs(d) < 0.25
+        term = tl.where(close, p_a * bend, (p_b - p_a) - p_a * d)
+        total += tl.where(p_a == 0.0, p_b, term)
+        if WITH_GRADIENT:
+            if REVERSE:
+                slope = tl.where(p_a == 0.0, 0.0, -p_a * (((b - a) - first) - mean) / temperature)
+            else:
+                slope = tl.where(close, p_a * (d + bend), p_b - p_a)
+            # A row that does not count may hold anything: 0 times NaN is NaN.
+            slope = tl.where(factor == 0.0, 0.0, factor * slope)
+            tl.store(gradient + at, slope.to(gradient.dtype.element_ty), mask=inside)
+    tl.store(values + row, temperature * temperature * tl.sum(total, 0))
+
+
+@triton.jit
+def kl(
     student,
     teacher,
     values,
@@ -76,46 +165,65 @@ def _kl(
     BLOCK: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    student += _start(row, inner, s_stride_0, s_stride_1)
-    teacher += _start(row, inner, t_stride_0, t_stride_1)
-    gradient += _start(row, inner, g_stride_0, g_stride_1)
-    # Maxima and sums of exponentials as they are so far, the sums for the maxima so far.
-    s_max = float("-inf")
-    t_max = float("-inf")
-    s_sum = 0.0
-    t_sum = 0.0
-    # Of the teacher's exponentials and the differences of the logits, each from the first of its row: an offset between
-    # student and teacher would cost digits.
-    product = 0.0
-    s_first = tl.load(student).to(tl.float32)
-    t_first = tl.load(teacher).to(tl.float32)
-    for start in range(0, columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < columns
-        s = tl.load(student + at, mask=inside, other=float("-inf")).to(tl.float32)
-        t = tl.load(teacher + at, mask=inside, other=float("-inf")).to(tl.float32)
-        s_new = tl.maximum(s_max, tl.max(s, 0))
-        t_new = tl.maximum(t_max, tl.max(t, 0))
-        e_t = tl.exp((t - t_new) / temperature)
-        t_shrink = tl.exp((t_max - t_new) / temperature)
-        s_sum = s_sum * tl.exp((s_max - s_new) / temperature) + tl.sum(tl.exp((s - s_new) / temperature), 0)
-        t_sum = t_sum * t_shrink + tl.sum(e_t, 0)
-        product = product * t_shrink + tl.sum(tl.where(inside, e_t * ((t - t_first) - (s - s_first)), 0.0), 0)
-        s_max = s_new
-        t_max = t_new
-    value = product / t_sum + ((s_max - s_first) - (t_max - t_first)) + temperature * (tl.log(s_sum) - tl.log(t_sum))
-    tl.store(values + row, temperature * value)
-    if WITH_GRADIENT:
-        factor = tl.load(factors + row) * temperature
-        for start in range(0, columns, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            inside = at < columns
-            s = tl.load(student + at, mask=inside, other=0.0).to(tl.float32)
-            t = tl.load(teacher + at, mask=inside, other=0.0).to(tl.float32)
-            q = tl.exp((s - s_max) / temperature) / s_sum
-            p = tl.exp((t - t_max) / temperature) / t_sum
-            tl.store(gradient + at, (factor * (q - p)).to(gradient.dtype.element_ty), mask=inside)
+    _divergence(
+        student,
+        teacher,
+        values,
+        factors,
+        gradient,
+        inner,
+        s_stride_0,
+        s_stride_1,
+        t_stride_0,
+        t_stride_1,
+        g_stride_0,
+        g_stride_1,
+        temperature,
+        columns,
+        BLOCK,
+        WITH_GRADIENT,
+        False,
+    )
+
+
+@triton.jit
+def reverse_kl(
+    student,
+    teacher,
+    values,
+    factors,
+    gradient,
+    inner,
+    s_stride_0,
+    s_stride_1,
+    t_stride_0,
+    t_stride_1,
+    g_stride_0,
+    g_stride_1,
+    temperature,
+    columns: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+):
+    _divergence(
+        student,
+        teacher,
+        values,
+        factors,
+        gradient,
+        inner,
+        s_stride_0,
+        s_stride_1,
+        t_stride_0,
+        t_stride_1,
+        g_stride_0,
+        g_stride_1,
+        temperature,
+        columns,
+        BLOCK,
+        WITH_GRADIENT,
+        True,
+    )
 
 
 @triton.jit
@@ -127,11 +235,8 @@ def _scale(gradient, factor, size, BLOCK: tl.constexpr):
         tl.store(gradient + at, (x * f).to(gradient.dtype.element_ty), mask=at < size)
 
 
-_KERNELS = {"logit": _logit, "kl": _kl}
-
-
 def run(
-    name: str,
+    kernel: Any,
     student: Tensor,
     teacher: Tensor,
     values: Tensor,
@@ -142,7 +247,7 @@ def run(
     """Fill in the values and, if there are factors, the gradient; say False where the memory is laid out otherwise.
 
     Args:
-        name: The loss.
+        kernel: That of the loss, one of the above.
         student: `(..., C)`.
         teacher: Same shape.
         values: `(...)`, float32.
@@ -159,7 +264,7 @@ def run(
     inner, strides = layout
     columns = student.shape[-1]
     with torch.cuda.device_of(student):
-        _KERNELS[name][(values.numel(),)](
+        kernel[(values.numel(),)](
             student,
             teacher,
             values,

@@ -1,7 +1,12 @@
 """What losses on softened distributions share: the temperature, and sums over classes of which some have no chance."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from distill._checks import may_look
+
+LARGEST = 80.0  # exp of it is finite in float32
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
@@ -55,7 +60,55 @@ def divergence(log_a: Tensor, log_b: Tensor, dim: int) -> Tensor:
         log_b: The same of b.
         dim: The dimension of the classes.
     """
-    a, b = log_a.exp(), log_b.exp()
-    none = a < torch.finfo(a.dtype).tiny  # there exp(d) may overflow, and all that counts of the term is b
-    d = (log_b - log_a).masked_fill(none, 0.0)
-    return torch.where(none, b, a * (torch.expm1(d) - d)).sum(dim)
+    a, d = log_a.exp(), log_b - log_a
+    tiny = torch.finfo(a.dtype).tiny
+    if may_look(a) and bool(a.detach().amin() >= tiny):  # to choose element by element costs more than all the rest
+        return (a * (torch.expm1(d) - d)).sum(dim)
+    none = a < tiny  # there exp(d) may overflow, and all that counts of the term is b
+    d = d.masked_fill(none, 0.0)
+    return torch.where(none, log_b.exp(), a * (torch.expm1(d) - d)).sum(dim)
+
+
+def divergence_of_logits(a: Tensor, b: Tensor, *, dim: int, temperature: float) -> Tensor:
+    """Compute T^2 KL(softmax(a / T) || softmax(b / T)), in the form of `compare_rows` where that is possible.
+
+    The gradient is right for both.
+    """
+    if may_look(a):
+        p = F.softmax(soften(a, temperature), dim)
+        d = soften(b - a, temperature)
+        d = d - (p * d).sum(dim, keepdim=True)
+        if bool(d.detach().amax() < LARGEST):
+            return harden(not_negative(torch.log1p((p * (torch.expm1(d) - d)).sum(dim))), temperature)
+    log_a, log_b = (F.log_softmax(soften(x, temperature), dim) for x in (a, b))
+    return harden(divergence(log_a, log_b, dim), temperature)
+
+
+def compare_rows(a: Tensor, b: Tensor, d: Tensor, p: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """Compare rows of logits `(R, C)` so that close ones keep their digits, for the blocks of a divergence.
+
+    With p = softmax(a / T), and d the difference (b - a) / T minus its mean under p, KL(p || softmax(b / T)) is
+    log(sum p exp(d)), which is log1p(sum p (expm1(d) - d)) since the mean of d is 0: no term is negative.
+
+    Args:
+        a: Logits.
+        b: Logits.
+        d: Where to put the centred difference.
+        p: Where to put the probabilities.
+        temperature: What both logits are divided by.
+
+    Returns:
+        expm1(d), and the indices of the rows where it may overflow or is no number: they want another form.
+    """
+    softmax_rows(a, temperature, out=p)
+    torch.sub(b, a, out=d)
+    u = torch.mul(p, d)
+    d.sub_(u.sum(-1, keepdim=True))
+    if temperature != 1:
+        d.mul_(1 / temperature)
+    highest = d.amax(-1)
+    if d.dtype == torch.float64 or bool((highest < 0.5).any()):
+        torch.expm1(d, out=u)
+    else:  # twice as fast, and what it loses is small beside differences that are not
+        torch.exp(d, out=u).sub_(1.0)
+    return u, torch.logical_not(highest < LARGEST).nonzero().squeeze(-1)

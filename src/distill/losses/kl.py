@@ -1,45 +1,47 @@
 """Soft targets: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015)."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill._checks import check_positive
+from distill._engine.fused import block_by_autograd, redo
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
+from distill.losses._softened import compare_rows, divergence_of_logits
 
 FAMILY = "logits"
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
-    log_q = F.log_softmax(student / temperature, dim)
-    log_p = F.log_softmax(teacher / temperature, dim)
-    return (log_p.exp() * (log_p - log_q)).sum(dim) * temperature**2
+    return divergence_of_logits(teacher, student, dim=dim, temperature=temperature)
 
 
 def _block(
     student: Tensor, teacher: Tensor, factors: Tensor | None, gradient: Tensor, spare: Tensor, *, temperature: float
 ) -> Tensor:
-    s_max, t_max = student.amax(-1, keepdim=True), teacher.amax(-1, keepdim=True)
-    below = torch.sub(teacher, t_max, out=spare)
-    # Each from its own maximum: an offset between student and teacher would cost digits.
-    difference = torch.sub(student, s_max, out=gradient)
-    difference = torch.sub(below, difference, out=difference)
-    # With e_s = exp((s - max s) / T) and Z_s its sum, q is e_s / Z_s, and p likewise.
-    e_t = below.div_(temperature).exp_()
-    z_t = e_t.sum(-1, keepdim=True)
-    mean_difference = difference.mul_(e_t).sum(-1, keepdim=True) / z_t
-    e_s = torch.sub(student, s_max, out=gradient).div_(temperature).exp_()
-    z_s = e_s.sum(-1, keepdim=True)
-    values = temperature * mean_difference + temperature**2 * (z_s.log() - z_t.log())
-    if factors is not None:  # the gradient is T (q - p)
-        e_s.mul_(factors * temperature / z_s).sub_(e_t.mul_(factors * temperature / z_t))
-    return values.squeeze(-1)
+    if student.is_cuda:  # to look at how far the rows are apart would wait for the device
+        return block_by_autograd(_formula, student, teacher, factors, gradient, spare, temperature=temperature)
+    d, p = gradient, spare
+    u, far = compare_rows(teacher, student, d, p, temperature=temperature)
+    mean = torch.sub(u, d, out=d).mul_(p).sum(-1, keepdim=True)
+    if factors is not None:  # T (q - p), where q is p (1 + u) / (1 + mean)
+        torch.sub(u, mean, out=gradient).mul_(p).mul_(factors * temperature / (1 + mean))
+    values = mean.clamp_min_(0.0).log1p_().mul_(temperature**2).squeeze(-1)
+    return redo(far, values, _formula, student, teacher, factors, gradient, temperature=temperature)
 
 
-_ROWS = Rows(_formula, block=_block, kernel="kl")
+def _kernel() -> Any:
+    from distill._engine.triton import kl  # only where there is a GPU
+
+    return kl
+
+
+# From some 65,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
+_ROWS = Rows(_formula, block=_block, kernel=_kernel, pays_from=1 / 16)
 
 
 def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: int | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Logit matching: Ba and Caruana, "Do Deep Nets Really Need to be Deep?" (NIPS 2014)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,14 @@ def _squares(difference: Tensor, spare: Tensor) -> Tensor:
     return norms.square().sum(-1)
 
 
+def _kernel() -> Any:
+    from distill._engine.triton import logit  # only where there is a GPU
+
+    return logit
+
+
 # Up to some three million elements caches hold what the plain form writes, and it is faster.
-_ROWS = Rows(_formula, block=_block, kernel="logit", mean=_mean, pays_from=3, softmax=False)
+_ROWS = Rows(_formula, block=_block, kernel=_kernel, mean=_mean, pays_from=3, softmax=False)
 
 
 def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
