@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_tensor, ordinary
+from distill._checks import check_tensor
 from distill._engine.rows import Rows
-from distill._reduction import Reduction, check_mask, check_reduction, hide, reduce
+from distill._reduction import Reduction, check_reduction, hide, reduce
 
 
 class Loss(nn.Module):
@@ -156,8 +156,8 @@ class RowLoss(SampleLoss):
 class BatchLoss(Loss):
     """A loss that exists only for a whole batch: a subclass has `whole`, and the mask selects samples."""
 
-    def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        """The value of a batch."""
+    def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The value of the samples of a batch that the mask selects."""
         raise NotImplementedError
 
     @override
@@ -170,27 +170,18 @@ class BatchLoss(Loss):
             student: The student's batch, `(N, ...)`.
             teacher: The teacher's batch, `(N, ...)`, as the loss's function takes it. A constant.
             target: What the loss needs of each sample, where it needs something.
-            mask: Bool or integers, `(N,)`: only the samples where it is not 0 are compared.
+            mask: Bool or integers, one per sample: where it is 0 the sample counts nowhere, whatever it holds. Weights
+                are refused: they have no meaning here.
 
         Returns:
-            A scalar; there is no value per sample to reduce.
+            A scalar, that of the selected samples alone; there is no value per sample to reduce. If there is no sample,
+            0 with a gradient of 0.
 
         Raises:
             TypeError: If what must be a tensor is none.
-            ValueError: As the loss's function, and if the mask is not `(N,)` or holds weights.
+            ValueError: As the loss's function, and if the mask is not one per sample or holds weights.
         """
-        if mask is not None:
-            student, teacher, target = self._select(student, teacher, target, mask)
-        return self.whole(student, teacher, target)
-
-    def _select(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        check_mask(mask, student.shape[:1], student.device)
-        if mask.is_floating_point():
-            raise ValueError(f"mask must select samples (bool or integers) for a loss of a batch, got {mask.dtype}")
-        kept = ordinary(mask) != 0
-        return student[kept], teacher[kept], None if target is None else target[kept]
+        return self.whole(student, teacher, target, mask)
 
 
 def _over(value: Tensor, denominator: float | Tensor | None) -> Tensor:

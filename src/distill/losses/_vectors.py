@@ -6,11 +6,31 @@ import torch
 from torch import Tensor
 
 
-def normalize(tensor: Tensor, *, dim: int, eps: float = 1e-12) -> Tensor:
-    """Divide by the L2 norm along `dim`; what has no norm above `eps` becomes 0 and gets no gradient.
+def normalize(tensor: Tensor, *, dim: int) -> Tensor:
+    """Divide by the L2 norm along `dim`, whatever its size; what is 0 everywhere stays 0 and gets no gradient.
 
-    `F.normalize` divides by `eps` there instead, and multiplies the gradient of a channel that is 0 by 1e12.
+    What is NaN or infinite gives NaN. `F.normalize` divides by a small number where the norm is smaller still, and
+    multiplies the gradient there by 1e12.
     """
-    norm = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
-    # What is divided by infinity is 0, and so is its gradient.
-    return tensor / torch.where(norm > eps, norm, math.inf)
+    largest = magnitude(tensor, dim)
+    zero = largest == 0
+    # Squares of numbers of at most 1 do not overflow. Where all are 0 a vector of ones has the norm, so that no
+    # derivative, of any order, is taken of a norm of 0; what is then divided by infinity is 0, and so is its gradient.
+    scaled = (tensor / largest.masked_fill(zero, 1.0)).add_(zero.to(tensor.dtype))
+    norm: Tensor = torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
+    return scaled / norm.masked_fill(zero, math.inf)
+
+
+def over_largest(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Divide by the largest magnitude along `dim`, where only proportions count: products neither over- nor underflow.
+
+    The largest is a constant in the gradient: right where what follows does not depend on the scale.
+    """
+    largest = magnitude(tensor, dim)
+    return tensor / largest.masked_fill(largest == 0, 1.0)
+
+
+def magnitude(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The largest magnitude along `dim`, which is kept with size 1; without a graph."""
+    tensor = tensor.detach()
+    return torch.maximum(tensor.amax(dim, keepdim=True), -tensor.amin(dim, keepdim=True))

@@ -3,17 +3,21 @@
 import math
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from distill._checks import check_count, check_positive, check_samples, without_autocast
+from distill._checks import check_count, check_positive, without_autocast
 from distill._registry import register_loss
+from distill.losses._base import BatchLoss
+from distill.losses._batches import mean_of_pairs, select
 from distill.losses._vectors import normalize
 
 FAMILY = "relations"
 
 
-def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
+def cc_loss(
+    student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2, mask: Tensor | None = None
+) -> Tensor:
     """Mean squared difference of the correlations that student and teacher see between the samples of a batch.
 
         K_s,ij = exp(-2 gamma) * sum_{p=0}^{order} (2 gamma)^p / p! * (s_i . s_j)^p,  s_i with L2 norm 1; K_t alike
@@ -37,13 +41,16 @@ def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int 
             reaches it.
         gamma: Of the Gaussian kernel, positive and finite: how fast the correlation falls with the distance.
         order: The highest power of the Taylor series, at least 1.
+        mask: Bool or integers, `(N,)`: which samples count. None: all.
 
     Returns:
         A scalar without unit, not negative; float32, or float64 if an input is.
 
     Raises:
-        ValueError: If N or the devices differ, an input has fewer than two dimensions, is empty or not
-            floating-point, gamma is not positive and finite, or the order is no integer of at least 1.
+        TypeError: If what must be a tensor is none.
+        ValueError: If N or the devices differ, an input has fewer than two dimensions, is empty or not floating-point,
+            the mask is not `(N,)` or holds weights, gamma is not positive and finite, or the order is no integer of at
+            least 1.
 
     Examples:
         >>> import torch
@@ -56,15 +63,13 @@ def cc_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int 
     Reference:
         Baoyun Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019 and arXiv 1904.01802.
     """
-    _check_options(gamma, order)
-    student, teacher = check_samples(student, teacher)
-    with without_autocast(student):
-        return F.mse_loss(_correlations(student, gamma, order), _correlations(teacher, gamma, order))
-
-
-def _check_options(gamma: float, order: int) -> None:
     check_positive("gamma", gamma)
     check_count("order", order)
+    student, teacher, kept = select(student, teacher, mask)
+    with without_autocast(student):
+        ours, theirs = _correlations(student, gamma, order), _correlations(teacher, gamma, order)
+    # Hidden samples are 0 on both sides: their correlations do not differ.
+    return mean_of_pairs(F.mse_loss(ours, theirs, reduction="none"), kept)
 
 
 def _correlations(features: Tensor, gamma: float, order: int) -> Tensor:
@@ -78,10 +83,10 @@ def _correlations(features: Tensor, gamma: float, order: int) -> Tensor:
 
 
 @register_loss("cc")
-class CCLoss(nn.Module):
+class CCLoss(BatchLoss):
     """Mean squared difference of the correlations between samples; see `cc_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction and takes no mask.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 
     Args:
         gamma: Of the Gaussian kernel, positive and finite. It may be changed between steps.
@@ -98,30 +103,13 @@ class CCLoss(nn.Module):
         tensor(0.)
     """
 
+    options = {"gamma": check_positive, "order": check_count}  # noqa: RUF012 - declared in the base
+
     def __init__(self, gamma: float = 0.4, order: int = 2) -> None:
         super().__init__()
-        _check_options(gamma, order)
         self.gamma = gamma
         self.order = order
 
     @override
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: `(N, ...)`.
-            teacher: `(N, ...)` of the same N.
-            target: Not used; every loss is called alike.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError: As `cc_loss`.
-        """
-        return cc_loss(student, teacher, gamma=self.gamma, order=self.order)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"gamma={self.gamma}, order={self.order}"
+    def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+        return cc_loss(student, teacher, mask=mask, **self.given())

@@ -7,9 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_positive, check_samples, is_integer, without_autocast
+from distill._checks import (
+    check_count,
+    check_fraction,
+    check_positive,
+    check_tensor,
+    is_integer,
+    may_look,
+    ordinary,
+    without_autocast,
+)
 from distill._registry import register_loss
-from distill.losses._random import RandomLoss
+from distill.losses._base import BatchLoss
+from distill.losses._batches import count, select
+from distill.losses._memory import by_class, move_entries
+from distill.losses._random import RandomLoss, drawing
 from distill.losses._vectors import normalize
 
 FAMILY = "relations"
@@ -17,7 +29,7 @@ FAMILY = "relations"
 _NUM_NEGATIVES, _MOMENTUM = 16384, 0.5
 
 
-def crd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07) -> Tensor:
+def crd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07, mask: Tensor | None = None) -> Tensor:
     """Noise-contrastive loss that tells a sample's own pair from the pairs with the other samples of the batch.
 
         z_ij = s_i . t_j / T,  s_i and t_j with L2 norm 1
@@ -34,13 +46,16 @@ def crd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07) -> 
             in float32.
         teacher: The teacher's embeddings, `(N, ...)`, as many values per sample. A constant: no gradient reaches it.
         temperature: What the cosines are divided by, positive and finite.
+        mask: Bool or integers, `(N,)`: which samples count. None: all.
 
     Returns:
-        A scalar in nats, positive; float32, or float64 if an input is.
+        A scalar in nats, positive, or 0 if the mask leaves fewer than two samples; float32, or float64 if an input is.
 
     Raises:
+        TypeError: If what must be a tensor is none.
         ValueError: If N, the values per sample or the devices differ, N is 1, an input has fewer than two dimensions,
-            is empty or not floating-point, or the temperature is not positive and finite.
+            is empty or not floating-point, the mask is not `(N,)` or holds weights, or the temperature is not positive
+            and finite.
 
     Examples:
         >>> import torch
@@ -56,16 +71,16 @@ def crd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07) -> 
         1910.10699.
     """
     check_positive("temperature", temperature)
-    student, teacher = check_samples(student, teacher)
+    student, teacher, kept = select(student, teacher, mask)
     if student.shape != teacher.shape:
         raise ValueError(
             "student and teacher must have the same number of values per sample, "
             f"got {student.shape[1]} and {teacher.shape[1]}"
         )
-    return _in_batch(normalize(student, dim=1), normalize(teacher, dim=1), temperature)
+    return _in_batch(normalize(student, dim=1), normalize(teacher, dim=1), kept, temperature)
 
 
-def _in_batch(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def _in_batch(student: Tensor, teacher: Tensor, kept: Tensor | None, temperature: float) -> Tensor:
     n = len(student)
     if n < 2:
         raise ValueError("a batch without a memory of negatives must have at least 2 samples, got 1")
@@ -74,25 +89,43 @@ def _in_batch(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     # Column 0 is the own pair, the others are those with the next samples, round the end.
     own = torch.arange(n, device=scores.device)
     columns = (own[:, None] + own) % n
-    log_mean = _log_mean(scores)
-    return _contrast(scores.gather(1, columns), log_mean) + _contrast(scores.mT.gather(1, columns), log_mean)
+    counted = None
+    if kept is not None:  # a pair with another sample counts if both do, and the own one if there is another
+        counted = kept[:, None] & kept[columns] & (kept.sum() > 1)
+    sides = [scores.gather(1, columns), scores.mT.gather(1, columns)]
+    # Both sides have the same scores, and the same mean.
+    log_mean = _log_mean(sides[0], counted)
+    return _contrast(sides[0], log_mean, counted) + _contrast(sides[1], log_mean, counted)
 
 
-def _contrast(scores: Tensor, log_mean: Tensor) -> Tensor:
+def _contrast(scores: Tensor, log_mean: Tensor, counted: Tensor | None) -> Tensor:
     """-[log h of column 0 + sum of log(1 - h) of the others], averaged over the rows.
 
-    With h = exp(z) / (exp(z) + K exp(log_mean)), both are log-sigmoids of what z exceeds the noise by.
+    With h = exp(z) / (exp(z) + K exp(log_mean)), both are log-sigmoids of what z exceeds the noise by. What is not
+    counted, `(N, 1 + K)`, is no score; a row has as many others as are counted in it, and a row with none is no row.
     """
-    excess = scores - log_mean - math.log(scores.shape[1] - 1)
-    return -(F.logsigmoid(excess[:, 0]) + F.logsigmoid(-excess[:, 1:]).sum(1)).mean()
+    if counted is None:
+        excess = scores - log_mean - math.log(scores.shape[1] - 1)
+        return -(F.logsigmoid(excess[:, 0]) + F.logsigmoid(-excess[:, 1:]).sum(1)).mean()
+    others = counted[:, 1:].sum(1, keepdim=True)
+    excess = scores - log_mean - others.clamp_min(1).to(scores.dtype).log()
+    gains = torch.cat([F.logsigmoid(excess[:, :1]), F.logsigmoid(-excess[:, 1:])], 1)
+    return -gains.masked_fill(~counted, 0.0).sum() / count(counted[:, 0])
 
 
-def _log_mean(scores: Tensor) -> Tensor:
-    return scores.detach().flatten().logsumexp(0) - math.log(scores.numel())
+def _log_mean(scores: Tensor, counted: Tensor | None) -> Tensor:
+    scores = scores.detach()
+    if counted is None:
+        return scores.flatten().logsumexp(0) - math.log(scores.numel())
+    return scores.masked_fill(~counted, -math.inf).flatten().logsumexp(0) - count(counted).to(scores.dtype).log()
+
+
+def _check_momentum(name: str, momentum: float) -> float:
+    return check_fraction(name, momentum, zero=True)
 
 
 @register_loss("crd")
-class CRDLoss(RandomLoss):
+class CRDLoss(RandomLoss, BatchLoss):
     """Noise-contrastive loss of learned embeddings, against a memory of the embeddings of all training samples.
 
         s_i = embed_s(student_i), t_i = embed_t(teacher_i): linear, then divided by their L2 norm
@@ -102,7 +135,13 @@ class CRDLoss(RandomLoss):
 
     After each training forward the entries of the batch become `momentum * entry + (1 - momentum) * embedding`,
     divided by their norm. With M samples, K m = K/M * Z of the paper's code, Z = M m being its normalising constant. In
-    eval mode the memory and m stay.
+    eval mode the memory and m stay. An entry that would not be finite stays as it was, and m is that of the first batch
+    that has one: a NaN shows in the value of its batch alone.
+
+    With a memory, `target` is where in the training set the samples stand, integers `(N,)`; or `(N, 2)` with something
+    else, such as the labels of the task loss, in column 0 and the indices in column 1. (The task loss of a Distiller
+    then takes column 0 of its target too.) The samples that a mask hides neither count nor move the memory, and their
+    indices may be anything; the generator moves on as without a mask.
 
     Published with weight 0.8 on pooled features at these defaults, and with `labels` (the CIFAR-100 benchmark of the
     paper, whose negatives are samples of other classes).
@@ -151,6 +190,8 @@ class CRDLoss(RandomLoss):
     order: Tensor
     excluded: Tensor
 
+    options = {"temperature": check_positive, "num_negatives": check_count, "momentum": _check_momentum}  # noqa: RUF012 - declared in the base
+
     def __init__(
         self,
         student_dim: int,
@@ -165,13 +206,11 @@ class CRDLoss(RandomLoss):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"student_dim": student_dim, "teacher_dim": teacher_dim, "dim": dim, "num_negatives": num_negatives}
+        sizes = {"student_dim": student_dim, "teacher_dim": teacher_dim, "dim": dim}
         for name, size in sizes.items():
             check_count(name, size)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and less than 1, got {momentum!r}")
         self.num_samples = num_samples
-        self.temperature = check_positive("temperature", temperature)
+        self.temperature = temperature
         self.num_negatives = num_negatives
         self.momentum = momentum
         self.generator = generator
@@ -192,48 +231,33 @@ class CRDLoss(RandomLoss):
         self.register_buffer("log_means", torch.full((2,), math.nan))
         self.by_class = labels is not None
         if labels is not None:
-            order, excluded = _by_class(num_samples, labels)
+            order, excluded = by_class(num_samples, labels)
             self.register_buffer("order", order, persistent=False)
             self.register_buffer("excluded", excluded, persistent=False)
 
     @override
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compute the loss, and in training bring the memory up to date.
-
-        Args:
-            student: `(N, ...)` with `student_dim` values per sample.
-            teacher: `(N, ...)` with `teacher_dim` values per sample.
-            target: Where in the training set the samples stand, integers `(N,)`; or `(N, 2)` with something else, such
-                as the labels of the task loss, in column 0 and the indices in column 1. (The task loss of a Distiller
-                then takes column 0 of its target too.) Not used without a memory.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError: If N or the devices differ, an input has fewer than two dimensions or another number of values
-                per sample than was said, is empty or not floating-point, or the indices are missing or malformed; or
-                if there is no memory and N is 1.
-        """
-        student, teacher = check_samples(student, teacher)
+    def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+        student, teacher, kept = select(student, teacher, mask)
         ours = _embed(self.student_embedding, student, "student")
         theirs = _embed(self.teacher_embedding, teacher, "teacher")
         if self.num_samples is None:
-            return _in_batch(ours, theirs, self.temperature)
-        own = _indices(target, len(student), student.device)
-        entries = torch.cat([own[:, None], self._negatives(own)], 1)
+            return _in_batch(ours, theirs, kept, self.temperature)
+        self._make_ordinary()
+        own = self._indices(target, student, kept)
+        entries = torch.cat([own[:, None], self._negatives(own, kept)], 1)
+        counted = None if kept is None else kept[:, None].expand_as(entries)
         total = ours.new_zeros(())
         sides = ((ours, self.teacher_memory), (theirs, self.student_memory))
         for side, (anchors, memory) in enumerate(sides):
             scores = _scores(anchors, memory, entries) / self.temperature
-            log_mean = self.log_means[side].to(scores.dtype)
-            log_mean = torch.where(log_mean.isnan(), _log_mean(scores), log_mean)
+            stored = self.log_means[side].to(scores.dtype)
+            log_mean = torch.where(stored.isnan(), _log_mean(scores, counted), stored)
             if self.training:
-                self.log_means[side] = log_mean
-            total = total + _contrast(scores, log_mean)
+                self.log_means[side] = torch.where(log_mean.isfinite(), log_mean, stored)
+            total = total + _contrast(scores, log_mean, counted)
         if self.training:
-            self._update(self.student_memory, own, ours)
-            self._update(self.teacher_memory, own, theirs)
+            move_entries(self.student_memory, own, ours, kept, self.momentum)
+            move_entries(self.teacher_memory, own, theirs, kept, self.momentum)
         return total
 
     @override
@@ -245,28 +269,53 @@ class CRDLoss(RandomLoss):
         return f"{shown}, num_negatives={self.num_negatives}, momentum={self.momentum}"
 
     def _first_entries(self, num_samples: int, dim: int) -> Tensor:
-        device = None if self.generator is None else self.generator.device
         # Uniform, of norm 1 on average: of variance 1 / dim.
         bound = math.sqrt(3 / dim)
-        return (torch.rand(num_samples, dim, generator=self.generator, device=device) * (2 * bound) - bound).cpu()
+        drawn = torch.rand(num_samples, dim, **drawing(self.generator, torch.get_default_device()))
+        return (drawn * (2 * bound) - bound).cpu()
 
-    def _negatives(self, own: Tensor) -> Tensor:
-        """Draw entries of the memory, (N, K), none of the class (or, without labels, of the place) of the sample."""
-        device = own.device if self.generator is None else self.generator.device
+    def _make_ordinary(self) -> None:
+        """The memory of a module that was built or loaded in inference mode must move outside of it."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if (usable := ordinary(buffer)) is not buffer:
+                setattr(self, name, usable)
+
+    def _indices(self, target: Tensor | None, student: Tensor, kept: Tensor | None) -> Tensor:
+        n = len(student)
+        if target is None:
+            raise ValueError("CRD with a memory needs the indices of the samples as target, got None")
+        check_tensor("target", target)
+        if target.shape not in ((n,), (n, 2)) or not is_integer(target):
+            raise ValueError(
+                f"target must be the indices of the samples, integers ({n},) or ({n}, 2) with the indices in column 1, "
+                f"got {target.dtype} {tuple(target.shape)}"
+            )
+        own = (target if target.ndim == 1 else target[:, 1]).to(student.device, torch.int64)
+        if kept is not None:
+            own = own.masked_fill(~kept, 0)
+        if may_look(own):
+            low, high = (int(value) for value in own.aminmax())
+            if low < 0 or high >= len(self.student_memory):
+                raise ValueError(
+                    f"target must be indices from 0 to {len(self.student_memory) - 1}, got {low if low < 0 else high}"
+                )
+        return own
+
+    def _negatives(self, own: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Draw entries of the memory, (N, K), none of the class (or, without labels, of the place) of the sample.
+
+        What a sample draws does not depend on what is hidden before it.
+        """
         shape = (len(own), self.num_negatives)
+        bound = 2**62 if self.by_class else len(self.student_memory) - 1
+        drawn = torch.randint(bound, shape, **drawing(self.generator, own.device)).to(own.device)
+        if kept is not None:
+            drawn = drawn[kept.cumsum(0) - 1]
         if not self.by_class:
-            others = len(self.student_memory) - 1
-            drawn = torch.randint(others, shape, generator=self.generator, device=device).to(own.device)
             return drawn + (drawn >= own[:, None])
-        start, count = self.excluded[own].unbind(1)
-        drawn = torch.randint(2**62, shape, generator=self.generator, device=device).to(own.device)
-        drawn = drawn % (len(self.order) - count)[:, None]
-        return self.order[torch.where(drawn >= start[:, None], drawn + count[:, None], drawn)]
-
-    def _update(self, memory: Tensor, own: Tensor, embeddings: Tensor) -> None:
-        with torch.no_grad():
-            moved = self.momentum * memory[own] + (1 - self.momentum) * embeddings
-            memory.index_copy_(0, own, normalize(moved, dim=1).to(memory.dtype))
+        start, alike = self.excluded[own].unbind(1)
+        drawn = drawn % (len(self.order) - alike)[:, None]
+        return self.order[torch.where(drawn >= start[:, None], drawn + alike[:, None], drawn)]
 
 
 def _embed(embedding: nn.Linear, features: Tensor, side: str) -> Tensor:
@@ -279,17 +328,6 @@ def _embed(embedding: nn.Linear, features: Tensor, side: str) -> Tensor:
         return normalize(F.linear(features.to(dtype), embedding.weight.to(dtype), embedding.bias.to(dtype)), dim=1)
 
 
-def _indices(target: Tensor | None, n: int, device: torch.device) -> Tensor:
-    if target is None:
-        raise ValueError("CRD with a memory needs the indices of the samples as target, got None")
-    if target.shape not in ((n,), (n, 2)) or not is_integer(target):
-        raise ValueError(
-            f"target must be the indices of the samples, integers ({n},) or ({n}, 2) with the indices in column 1, "
-            f"got {target.dtype} {tuple(target.shape)}"
-        )
-    return (target if target.ndim == 1 else target[:, 1]).to(device, torch.int64)
-
-
 def _scores(anchors: Tensor, memory: Tensor, entries: Tensor) -> Tensor:
     """Inner products of each anchor with its own choice of entries, (N, d), (M, d), (N, 1 + K) -> (N, 1 + K)."""
     with without_autocast(anchors):
@@ -299,14 +337,3 @@ def _scores(anchors: Tensor, memory: Tensor, entries: Tensor) -> Tensor:
         # Fewer entries than choices: all products are less work than an entry gathered for each choice. The copy is for
         # backward, which comes when the memory has moved on.
         return (anchors @ memory.clone().to(anchors.dtype).mT).gather(1, entries)
-
-
-def _by_class(num_samples: int, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples sorted by class, (M,), and where in them each sample's class starts and how many it has, (M, 2)."""
-    if labels.shape != (num_samples,) or not is_integer(labels):
-        raise ValueError(f"labels must be integers ({num_samples},), got {labels.dtype} {tuple(labels.shape)}")
-    classes, inverse, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
-    if len(classes) < 2:
-        raise ValueError(f"labels must be of at least 2 classes, got {len(classes)}")
-    starts = counts.cumsum(0) - counts
-    return inverse.argsort(stable=True), torch.stack([starts[inverse], counts[inverse]], 1)

@@ -1,11 +1,14 @@
 """Relations of predictions: Huang et al., "Knowledge Distillation from a Stronger Teacher" (NeurIPS 2022)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from distill._checks import check_not_negative, check_pair, check_positive
+from distill._checks import check_classes, check_not_negative, check_pair, check_positive
+from distill._reduction import hide
 from distill._registry import register_loss
+from distill.losses._base import BatchLoss
+from distill.losses._batches import check_selection, count
 from distill.losses._softened import harden, soften
 
 FAMILY = "refined logits"
@@ -20,7 +23,8 @@ def dist_loss(
     beta: float = 1.0,
     gamma: float = 1.0,
     temperature: float = 1.0,
-    dim: int = -1,
+    dim: int | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Correlation of the predictions, over the classes and over the samples, one value for the batch.
 
@@ -31,8 +35,8 @@ def dist_loss(
         loss = T^2 * [beta * inter + gamma * intra]
 
     The student must keep the teacher's order and proportions, not its exact probabilities. Every dimension but `dim`
-    counts as samples. The 1e-8 makes a difference: a class that
-    no sample of the batch is likely to be counts as uncorrelated, even if student and teacher agree.
+    counts as samples. The 1e-8 makes a difference: a class that no sample of the batch is likely to be counts as
+    uncorrelated, even if student and teacher agree.
 
     Published with weight 1, `beta` and `gamma` 1 and temperature 1, beside the cross-entropy with weight 1, on the
     pixels of Cityscapes (the authors' code for segmentation); with weight 2 and the same options on ImageNet (the
@@ -45,20 +49,24 @@ def dist_loss(
     Doubt: the authors' settings for ImageNet and CIFAR-100 were not to be seen.
 
     Args:
-        student: The student's logits, finite, `(..., C)`, with at least two
-            dimensions. Any floating dtype; half and bfloat16 are computed in float32.
+        student: The student's logits, finite, `(..., C)`, with at least two dimensions. Any floating dtype; half and
+            bfloat16 are computed in float32.
         teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
         beta: Weight of the part over classes, zero or positive.
         gamma: Weight of the part over samples, zero or positive.
         temperature: What both logits are divided by, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
+        mask: Bool or integers, `(...)`, shaped like the samples: which of them count. None: all.
 
     Returns:
         A scalar, shape `()`, without a unit, times the squared temperature; float32, or float64 if an input is.
 
     Raises:
-        ValueError: If shapes or devices differ, an input is empty or not floating-point, there is only one dimension,
-            a weight is negative or not finite, the temperature is not positive and finite, or `dim` is out of range.
+        TypeError: If what must be a tensor is none.
+        ValueError: If shapes or devices differ, an input is empty or not floating-point, there is only one dimension or
+            one class, the mask has another shape than the samples or holds weights, a weight is negative or not finite,
+            the temperature is not positive and finite, or `dim` is out of range or not given where there are four
+            dimensions or more.
 
     Examples:
         >>> import torch
@@ -77,35 +85,58 @@ def dist_loss(
     check_not_negative("beta", beta)
     check_not_negative("gamma", gamma)
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=dim)
+    student, teacher = check_pair(student, teacher, dim=-1 if dim is None else dim)
     if student.ndim < 2:
         raise ValueError(f"student and teacher must have samples and classes, got shape {tuple(student.shape)}")
+    dim = check_classes(student, dim=dim)
+    kept = check_selection(mask, student.movedim(dim, -1).shape[:-1], student.device)
+    if kept is not None:
+        student, teacher, kept = hide(student, kept, dim=dim), hide(teacher, kept, dim=dim), kept.flatten()
     q = torch.softmax(soften(student, temperature), dim).movedim(dim, -1).flatten(0, -2)
     p = torch.softmax(soften(teacher, temperature), dim).movedim(dim, -1).flatten(0, -2)
-    inter = 1 - _correlation(q, p, dim=1).mean()
-    intra = 1 - _correlation(q, p, dim=0).mean()
-    return harden(beta * inter + gamma * intra, temperature)
+    rows = _correlation(_centre(q), _centre(p), dim=1)
+    inter = 1 - (rows.mean() if kept is None else rows.masked_fill(~kept, 0.0).sum() / count(kept))
+    intra = 1 - _correlation(_centre_classes(q, kept), _centre_classes(p, kept), dim=0).mean()
+    value = beta * inter + gamma * intra
+    if kept is not None:
+        value = value.masked_fill(~kept.any(), 0.0)
+    return harden(value, temperature)
+
+
+def _centre(rows: Tensor) -> Tensor:
+    return rows - rows.mean(1, keepdim=True)
+
+
+def _centre_classes(rows: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is None:
+        return rows - rows.mean(0)
+    hidden = ~kept[:, None]
+    mean = rows.masked_fill(hidden, 0.0).sum(0) / count(kept)
+    return (rows - mean).masked_fill(hidden, 0.0)
 
 
 def _correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
-    a = a - a.mean(dim, keepdim=True)
-    b = b - b.mean(dim, keepdim=True)
-    norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
-    correlation: Tensor = (a * b).sum(dim) / (norms + _EPS)
-    return correlation
+    return (a * b).sum(dim) / (_norm(a, dim) * _norm(b, dim) + _EPS)
+
+
+def _norm(centred: Tensor, dim: int) -> Tensor:
+    # What does not vary has a norm of 0, which has no derivative: the gradient there is 0, and so is the second.
+    squares = centred.square().sum(dim)
+    constant = squares == 0
+    return squares.masked_fill(constant, 1.0).sqrt().masked_fill(constant, 0.0)
 
 
 @register_loss("dist")
-class DISTLoss(nn.Module):
+class DISTLoss(BatchLoss):
     """Correlation of the predictions over classes and over samples; see `dist_loss` for the formula.
 
-    It exists for a batch as a whole, so there is neither a reduction nor a mask.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 
     Args:
         beta: Weight of the part over classes, zero or positive.
         gamma: Weight of the part over samples, zero or positive.
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
         ValueError: If a weight is negative or not finite, or the temperature is not positive and finite.
@@ -119,31 +150,17 @@ class DISTLoss(nn.Module):
         tensor(True)
     """
 
-    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, *, dim: int = -1) -> None:
+    options = {"beta": check_not_negative, "gamma": check_not_negative, "temperature": check_positive}  # noqa: RUF012 - declared in the base
+
+    def __init__(
+        self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, *, dim: int | None = None
+    ) -> None:
         super().__init__()
-        self.beta = check_not_negative("beta", beta)
-        self.gamma = check_not_negative("gamma", gamma)
-        self.temperature = check_positive("temperature", temperature)
+        self.beta = beta
+        self.gamma = gamma
+        self.temperature = temperature
         self.dim = dim
 
     @override
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Logits, `(..., C)`, with at least two dimensions.
-            teacher: Logits, same shape.
-            target: Not used; every loss is called alike.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError: As `dist_loss`.
-        """
-        return dist_loss(student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature, dim=self.dim)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}, dim={self.dim}"
+    def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+        return dist_loss(student, teacher, mask=mask, dim=self.dim, **self.given())

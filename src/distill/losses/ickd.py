@@ -1,14 +1,15 @@
 """Inter-channel correlation: Liu et al., "Exploring Inter-Channel Correlation" (2021)."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from distill._checks import without_autocast
-from distill._reduction import Reduction, check_reduction, reduce
+from distill._reduction import Reduction
 from distill._registry import register_loss
+from distill.losses._base import SampleLoss
 from distill.losses._maps import check_maps, pool_to_smaller
-from distill.losses._vectors import normalize
+from distill.losses._vectors import normalize, over_largest
 
 FAMILY = "maps"
 
@@ -21,7 +22,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Maps of unequal size are average-pooled to the smaller height and width. A channel that is 0 everywhere has a row of
     zeros. The mean over the samples is the sum over the batch divided by `C N^2`: the value of a sample depends on how
-    many there are in the batch.
+    many there are in the batch, N, and those that a mask hides are among them.
 
     Published with weight 500 at that scale, beside half the cross-entropy and half the `kl` at temperature 1
     (torchdistill's ImageNet configuration, batches of 256). The authors' CIFAR-100 code divides by N only once, with
@@ -41,6 +42,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         One value per sample, `(N,)`, without unit, between 0 and 4 / N; float32, or float64 if an input is.
 
     Raises:
+        TypeError: If what must be a tensor is none.
         ValueError: If an input is no map, N, C or the devices differ, or an input is empty or not floating-point.
 
     Examples:
@@ -62,13 +64,13 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _correlation(maps: Tensor) -> Tensor:
-    channels = maps.flatten(2)
+    channels = over_largest(maps.flatten(2), (1, 2))
     with without_autocast(maps):
         return normalize(channels @ channels.mT, dim=2)
 
 
 @register_loss("ickd")
-class ICKDLoss(nn.Module):
+class ICKDLoss(SampleLoss):
     """Squared difference of the channels' normalised correlations; see `ickd_loss` for the formula.
 
     Args:
@@ -87,30 +89,8 @@ class ICKDLoss(nn.Module):
     """
 
     def __init__(self, *, reduction: Reduction = "mean") -> None:
-        super().__init__()
-        self.reduction = check_reduction(reduction)
+        super().__init__(reduction=reduction)
 
     @override
-    def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Map, `(N, C, H, W)`.
-            teacher: Map, `(N, C, H', W')`.
-            target: Not used; every loss is called alike.
-            mask: Bool or weights, `(N,)`.
-
-        Returns:
-            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
-
-        Raises:
-            ValueError: As `ickd_loss`, and if the mask has another shape than the per-sample values.
-        """
-        return reduce(ickd_loss(student, teacher), self.reduction, mask)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"reduction={self.reduction!r}"
+    def per_sample(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        return ickd_loss(student, teacher)

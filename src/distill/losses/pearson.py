@@ -1,21 +1,23 @@
 """Pearson correlation: Cao et al., "PKD: General Distillation Framework for Object Detectors" (2022)."""
 
-import math
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
+from distill._reduction import hide
 from distill._registry import register_loss
+from distill.losses._base import BatchLoss
+from distill.losses._batches import check_selection, count
 from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._vectors import magnitude
 
 FAMILY = "maps"
 
 _EPS = 1e-6  # what the benchmark adds to the deviation
 
 
-def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def pearson_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Half the mean squared difference of the maps, each channel standardised over samples and positions.
 
         x~ = (x - mean_c(x)) / (std_c(x) + 1e-6), mean and unbiased deviation over the M = NHW values of a channel
@@ -38,13 +40,15 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
         teacher: The teacher's map, `(N, C, H', W')`. A constant: no gradient reaches it.
+        mask: Bool or integers, `(N,)`: which samples count. None: all.
 
     Returns:
         A scalar without unit, between 0 and 2; float32, or float64 if an input is.
 
     Raises:
-        ValueError: If an input is no map, N, C or the devices differ, an input is empty or not floating-point, or a
-            channel has a single value.
+        TypeError: If what must be a tensor is none.
+        ValueError: If an input is no map, N, C or the devices differ, an input is empty or not floating-point, a
+            channel has a single value, or the mask is not `(N,)` or holds weights.
 
     Examples:
         >>> import torch
@@ -57,31 +61,49 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Weihan Cao, Yifan Zhang, Jianfei Gao, Anda Cheng, Ke Cheng and Jian Cheng, "PKD: General Distillation Framework
         for Object Detectors via Pearson Correlation Coefficient", NeurIPS 2022 and arXiv 2207.02039.
     """
-    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True))
+    student, teacher = check_maps(student, teacher, same_channels=True)
+    kept = check_selection(mask, student.shape[:1], student.device)
+    if kept is not None:
+        student, teacher = hide(student, kept), hide(teacher, kept)
+    student, teacher = pool_to_smaller(student, teacher)
     if student[:, 0].numel() < 2:
         raise ValueError(
             f"a channel must have at least two values over samples and positions, got shape {tuple(student.shape)}"
         )
-    return F.mse_loss(_standardize(student), _standardize(teacher)) / 2
+    ours, theirs = _standardize(student, kept), _standardize(teacher, kept)
+    if kept is None:
+        return F.mse_loss(ours, theirs) / 2
+    return F.mse_loss(ours, theirs, reduction="sum") / (count(kept) * student[0].numel()) / 2
 
 
-def _standardize(maps: Tensor) -> Tensor:
-    # Positions first, then samples: on the CPU both at once, or std_mean(), take three times as long.
+def _standardize(maps: Tensor, kept: Tensor | None) -> Tensor:
     flat = maps.flatten(2)
-    mean = flat.mean(2, keepdim=True).mean(0, keepdim=True)
-    centred = flat - mean
-    count = maps[:, 0].numel()
-    norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(centred, dim=2, keepdim=True), dim=0, keepdim=True)
+    samples: int | Tensor = len(flat)
+    free: int | Tensor = len(flat) * flat.shape[2] - 1
+    if kept is not None:
+        samples = count(kept)
+        free = (samples * flat.shape[2] - 1).clamp_min(1)
+    # Positions first, then samples: on the CPU both at once, or std_mean(), take three times as long.
+    mean = flat.mean(2, keepdim=True).sum(0, keepdim=True) / samples
+    # In units of the largest magnitude, so that no square overflows.
+    unit = magnitude(flat, 2).amax(0, keepdim=True)
+    unit = unit.masked_fill(unit == 0, 1.0)
+    centred = (flat - mean).div_(unit)
+    if kept is not None:
+        centred = hide(centred, kept)
+    squares = centred.square().sum(2, keepdim=True).sum(0, keepdim=True)
     # What is left of a constant is rounding, which may be larger than the 1e-6 and would be blown up.
-    rounding = 4 * torch.finfo(maps.dtype).eps * math.sqrt(count) * mean.detach().abs()
-    return centred * torch.where(norm > rounding, (norm / math.sqrt(count - 1) + _EPS).reciprocal(), 0.0)
+    rounding = 4 * torch.finfo(maps.dtype).eps * mean.detach().abs() / unit
+    constant = squares.detach() <= rounding.square() * (free + 1)
+    deviation = (squares.masked_fill(constant, 1.0) / free).sqrt()
+    return centred * (deviation + _EPS / unit).reciprocal().masked_fill(constant, 0.0)
 
 
 @register_loss("pearson")
-class PearsonLoss(nn.Module):
+class PearsonLoss(BatchLoss):
     """Half the mean squared difference of the standardised maps; see `pearson_loss` for the formula.
 
-    It has no options, and no reduction: the loss is one number for the whole batch.
+    It has no options, and no reduction: the loss is one number for the whole batch, whose mask selects samples.
 
     Examples:
         >>> import torch
@@ -93,18 +115,5 @@ class PearsonLoss(nn.Module):
     """
 
     @override
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: Map, `(N, C, H, W)`.
-            teacher: Map, `(N, C, H', W')`.
-            target: Not used; every loss is called alike.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError: As `pearson_loss`.
-        """
-        return pearson_loss(student, teacher)
+    def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+        return pearson_loss(student, teacher, mask=mask)

@@ -1,10 +1,12 @@
 """Probabilistic transfer: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer"."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from distill._checks import check_samples, without_autocast
+from distill._checks import without_autocast
 from distill._registry import register_loss
+from distill.losses._base import BatchLoss
+from distill.losses._batches import hide_pairs, mean_of_pairs, select
 from distill.losses._vectors import normalize
 
 FAMILY = "relations"
@@ -12,7 +14,7 @@ FAMILY = "relations"
 _EPS = 1e-7
 
 
-def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def pkt_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Divergence of the chances that student and teacher give samples of a batch to be neighbours.
 
         q_ij = k(s_i, s_j) / sum_j k(s_i, s_j),  k(a, b) = (1 + cosine(a, b)) / 2;  p_ij alike for the teacher
@@ -32,13 +34,15 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: The student's features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in float32.
         teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. A constant: no gradient
             reaches it.
+        mask: Bool or integers, `(N,)`: which samples count. None: all.
 
     Returns:
         A scalar in nats over N^2, not negative but for rounding; float32, or float64 if an input is.
 
     Raises:
-        ValueError: If N or the devices differ, or an input has fewer than two dimensions, is empty or not
-            floating-point.
+        TypeError: If what must be a tensor is none.
+        ValueError: If N or the devices differ, an input has fewer than two dimensions, is empty or not floating-point,
+            or the mask is not `(N,)` or holds weights.
 
     Examples:
         >>> import torch
@@ -52,25 +56,28 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Nikolaos Passalis and Anastasios Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer",
         ECCV 2018 (conditional probabilities with the cosine kernel).
     """
-    student, teacher = check_samples(student, teacher)
+    student, teacher, kept = select(student, teacher, mask)
     with without_autocast(student):
-        q, p = _neighbours(student), _neighbours(teacher)
+        q, p = _neighbours(student, kept), _neighbours(teacher, kept)
     # -log((q + eps) / (p + eps)), without rounding the logarithms of small numbers before their difference is taken.
-    return (-p * ((q - p) / (p + _EPS)).log1p()).mean()
+    return mean_of_pairs(-p * ((q - p) / (p + _EPS)).log1p(), kept)
 
 
-def _neighbours(features: Tensor) -> Tensor:
+def _neighbours(features: Tensor, kept: Tensor | None) -> Tensor:
     features = normalize(features, dim=1)
+    kernel = 1 + features @ features.mT
     # Rounding takes the cosine of opposite samples below -1.
-    kernel = (1 + features @ features.mT).clamp_min(0)
-    return kernel / kernel.sum(1, keepdim=True)
+    kernel = hide_pairs(kernel.masked_fill(kernel < 0, 0.0), kept)
+    total = kernel.sum(1, keepdim=True)
+    # Only a hidden sample has no neighbour: each is its own.
+    return kernel / (total if kept is None else total.masked_fill(~kept[:, None], 1.0))
 
 
 @register_loss("pkt")
-class PKTLoss(nn.Module):
+class PKTLoss(BatchLoss):
     """Divergence of the chances of samples to be neighbours; see `pkt_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction and takes no mask.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 
     Examples:
         >>> import torch
@@ -81,18 +88,5 @@ class PKTLoss(nn.Module):
     """
 
     @override
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: `(N, ...)`.
-            teacher: `(N, ...)` of the same N.
-            target: Not used; every loss is called alike.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError: As `pkt_loss`.
-        """
-        return pkt_loss(student, teacher)
+    def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+        return pkt_loss(student, teacher, mask=mask)

@@ -1,16 +1,17 @@
 """Relational distillation: Park, Kim, Lu and Cho, "Relational Knowledge Distillation" (CVPR 2019)."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from distill._checks import check_samples, without_autocast
+from distill._checks import check_not_negative, without_autocast
 from distill._registry import register_loss
+from distill.losses._base import BatchLoss
+from distill.losses._batches import count, hide_pairs, mean_of_pairs, select
 
 FAMILY = "relations"
 
@@ -18,7 +19,14 @@ FAMILY = "relations"
 _ANGLES_CPU, _ANGLES = 2**16, 2**24
 
 
-def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
+def rkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Difference between the distances and angles that student and teacher see between the samples of a batch.
 
         d_ij = |s_i - s_j| / mean of the positive |s_i - s_j|
@@ -44,13 +52,15 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
             reaches it.
         distance_weight: Of the pairs, finite and not negative.
         angle_weight: Of the triples, finite and not negative.
+        mask: Bool or integers, `(N,)`: which samples count. None: all.
 
     Returns:
         A scalar without unit, not negative; float32, or float64 if an input is.
 
     Raises:
-        ValueError: If N or the devices differ, an input has fewer than two dimensions, is empty or not
-            floating-point, or a weight is negative or not finite.
+        TypeError: If what must be a tensor is none.
+        ValueError: If N or the devices differ, an input has fewer than two dimensions, is empty or not floating-point,
+            the mask is not `(N,)` or holds weights, or a weight is negative or not finite.
 
     Examples:
         >>> import torch
@@ -66,54 +76,65 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, distance_weight: float = 25.0,
         Wonpyo Park, Dongju Kim, Yan Lu and Minsu Cho, "Relational Knowledge Distillation", CVPR 2019 and arXiv
         1904.05068, section 3.2.
     """
-    _check_weight("distance_weight", distance_weight)
-    _check_weight("angle_weight", angle_weight)
-    student, teacher = check_samples(student, teacher)
-    squares = _squared_distances(student), _squared_distances(teacher)
+    check_not_negative("distance_weight", distance_weight)
+    check_not_negative("angle_weight", angle_weight)
+    student, teacher, kept = select(student, teacher, mask)
+    squares = _squared_distances(student, kept), _squared_distances(teacher, kept)
     loss = student.new_zeros(())
     if distance_weight or not angle_weight:  # with both 0 there is a gradient of 0
         ours, theirs = map(_relative_distances, squares)
-        loss = loss + distance_weight * F.smooth_l1_loss(ours, theirs)
+        loss = loss + distance_weight * mean_of_pairs(_huber(ours - theirs), kept)
     if angle_weight:
-        loss = loss + angle_weight * _AngleLoss.apply(*squares)  # type: ignore[no-untyped-call]  # torch leaves it so
+        angles = _AngleLoss.apply(*squares)  # type: ignore[no-untyped-call]  # torch leaves it so
+        loss = loss + angle_weight * (angles / (len(student) if kept is None else count(kept)) ** 3)
     return loss
 
 
-def _check_weight(name: str, weight: float) -> None:
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {weight!r}")
-
-
-def _squared_distances(features: Tensor) -> Tensor:
+def _squared_distances(features: Tensor, kept: Tensor | None) -> Tensor:
     """|x_i - x_j|^2 over the largest of them, from a product of matrices, exactly 0 for samples that are the same.
 
-    In float64, since the terms cancel where samples are near each other, and since TF32 does not reach it. Neither
-    distances over their mean nor angles know the scale, and with the largest at 1 no inverse leaves float32; what is
-    nearer than 1e-15 of it counts as the same.
+    A sample that does not count is 0 from all. In float64, since the terms cancel where samples are near each other,
+    and since TF32 does not reach it. Neither distances over their mean nor angles know the scale, and with the largest
+    at 1 no inverse leaves float32; what is nearer than 1e-15 of it counts as the same.
     """
     wide = features.double()
-    wide = wide - wide.mean(0)
+    wide = wide - wide.sum(0) / (len(wide) if kept is None else count(kept))
     with without_autocast(wide):
         products = wide @ wide.mT
     norms = products.diagonal()
     norms = norms[:, None] + norms
-    squares = norms - 2 * products
+    squares = hide_pairs(norms - 2 * products, kept)
     rounding = torch.finfo(torch.float64).eps * features.shape[1]
     largest = squares.detach().amax()
-    squares = torch.where((squares > rounding * norms) & (squares > 1e-30 * largest), squares, 0.0)
-    return (squares / torch.where(largest > 0, largest, 1.0)).to(features.dtype)
+    # Asked so that NaN is not the same, but stays.
+    same = (squares <= rounding * norms) | (squares <= 1e-30 * largest)
+    return (squares.masked_fill(same, 0.0) / largest.masked_fill(largest <= 0, 1.0)).to(features.dtype)
 
 
 def _relative_distances(squares: Tensor) -> Tensor:
-    positive = squares > 0
+    same = squares == 0
     # The root of 1 in place of that of 0, whose gradient is infinite.
-    distances = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
-    mean = distances.sum() / positive.sum().clamp_min(1)
-    return distances / torch.where(mean > 0, mean, 1.0)
+    distances = squares.masked_fill(same, 1.0).sqrt().masked_fill(same, 0.0)
+    positive = (~same).sum()
+    mean = distances.sum() / positive.masked_fill(positive == 0, 1)
+    return distances / mean.masked_fill(mean == 0, 1.0)
+
+
+def _huber(difference: Tensor) -> Tensor:
+    # Which side of 1 is a constant: no derivative rests on what clamp or max have at a tie.
+    size = difference.abs()
+    return torch.where(size <= 1, difference.square() / 2, size - 0.5)
+
+
+def _slope(difference: Tensor) -> Tensor:
+    """The derivative of Huber's function; it overwrites `difference` where nothing is to be derived again."""
+    if not torch.is_grad_enabled():
+        return difference.clamp_(-1, 1)  # a tenth of the time
+    return torch.where(difference.abs() <= 1, difference, difference.detach().sign())
 
 
 class _AngleLoss(torch.autograd.Function):
-    """Mean Huber difference of all angles, a block of anchors at a time, from the squared distances alone.
+    """Sum of the Huber differences of all angles, a block of anchors at a time, from the squared distances alone.
 
     The cosine of the angle at i between j and k is (d_ij^2 + d_ik^2 - d_jk^2) / (2 d_ij d_ik). Plain autograd would
     keep several N x N x N tensors; here the backward computes each block anew.
@@ -127,7 +148,7 @@ class _AngleLoss(torch.autograd.Function):
         total = student.new_zeros(())
         for _, ours, theirs, _ in _blocks(student, teacher):
             total = total + F.smooth_l1_loss(ours, theirs, reduction="sum")
-        return total / len(student) ** 3
+        return total
 
     @staticmethod
     @override
@@ -141,12 +162,12 @@ class _AngleLoss(torch.autograd.Function):
         inverse = _inverse_root(student).square()
         sides, across = [], torch.zeros_like(student)
         for anchors, ours, theirs, scale in _blocks(student, teacher):
-            slope = (ours - theirs).clamp_(-1, 1)
+            slope = _slope(ours - theirs)
             scaled = slope * scale
             # j and k are alike in the angle at i, so the side from i to j counts twice.
             sides.append(2 * scaled.sum(2) - inverse[anchors] * (slope * ours).sum(2))
             across = across - scaled.sum(0)
-        return (torch.cat(sides) + across) * (gradient / len(student) ** 3), None
+        return (torch.cat(sides) + across) * gradient, None
 
 
 def _blocks(student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -168,15 +189,15 @@ def _cosines(squares: Tensor, inverse: Tensor, anchors: slice) -> tuple[Tensor, 
 
 
 def _inverse_root(squares: Tensor) -> Tensor:
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1.0).rsqrt(), 0.0)
+    same = squares == 0
+    return squares.masked_fill(same, 1.0).rsqrt().masked_fill(same, 0.0)
 
 
 @register_loss("rkd")
-class RKDLoss(nn.Module):
+class RKDLoss(BatchLoss):
     """Difference between distances and angles of the samples; see `rkd_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction and takes no mask.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 
     Args:
         distance_weight: Of the pairs, finite and not negative. It may be changed between steps.
@@ -193,31 +214,13 @@ class RKDLoss(nn.Module):
         tensor(0.)
     """
 
+    options = {"distance_weight": check_not_negative, "angle_weight": check_not_negative}  # noqa: RUF012 - declared in the base
+
     def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
         super().__init__()
-        _check_weight("distance_weight", distance_weight)
-        _check_weight("angle_weight", angle_weight)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 
     @override
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: `(N, ...)`.
-            teacher: `(N, ...)` of the same N.
-            target: Not used; every loss is called alike.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError: As `rkd_loss`.
-        """
-        return rkd_loss(student, teacher, distance_weight=self.distance_weight, angle_weight=self.angle_weight)
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
+    def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+        return rkd_loss(student, teacher, mask=mask, **self.given())

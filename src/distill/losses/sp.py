@@ -1,17 +1,19 @@
 """Similarity preservation: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019)."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from distill._checks import check_samples, without_autocast
+from distill._checks import without_autocast
 from distill._registry import register_loss
-from distill.losses._vectors import normalize
+from distill.losses._base import BatchLoss
+from distill.losses._batches import mean_of_pairs, select
+from distill.losses._vectors import normalize, over_largest
 
 FAMILY = "relations"
 
 
-def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def sp_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Squared difference of the similarities that student and teacher see between the samples of a batch.
 
         G_s = S S^T with every row divided by its L2 norm, S = student flattened to (N, D); G_t alike
@@ -33,13 +35,15 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
             float32.
         teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. A constant: no gradient
             reaches it.
+        mask: Bool or integers, `(N,)`: which samples count. None: all.
 
     Returns:
         A scalar without unit, from 0 to at most 4 / N; float32, or float64 if an input is.
 
     Raises:
-        ValueError: If N or the devices differ, or an input has fewer than two dimensions, is empty or not
-            floating-point.
+        TypeError: If what must be a tensor is none.
+        ValueError: If N or the devices differ, an input has fewer than two dimensions, is empty or not floating-point,
+            or the mask is not `(N,)` or holds weights.
 
     Examples:
         >>> import torch
@@ -52,20 +56,22 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Reference:
         Frederick Tung and Greg Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019 and arXiv 1907.09682.
     """
-    student, teacher = check_samples(student, teacher)
+    student, teacher, kept = select(student, teacher, mask)
     with without_autocast(student):
-        return F.mse_loss(_similarities(student), _similarities(teacher))
+        differences = F.mse_loss(_similarities(student), _similarities(teacher), reduction="none")
+    return mean_of_pairs(differences, kept)
 
 
 def _similarities(features: Tensor) -> Tensor:
+    features = over_largest(features, (0, 1))
     return normalize(features @ features.mT, dim=1)
 
 
 @register_loss("sp")
-class SPLoss(nn.Module):
+class SPLoss(BatchLoss):
     """Squared difference of the similarities between samples; see `sp_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction and takes no mask.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 
     Examples:
         >>> import torch
@@ -76,18 +82,5 @@ class SPLoss(nn.Module):
     """
 
     @override
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            student: `(N, ...)`.
-            teacher: `(N, ...)` of the same N.
-            target: Not used; every loss is called alike.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError: As `sp_loss`.
-        """
-        return sp_loss(student, teacher)
+    def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+        return sp_loss(student, teacher, mask=mask)
