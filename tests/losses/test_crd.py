@@ -319,7 +319,7 @@ def test_rejects_bad_options():
             with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {bad}"):
                 CRDLoss(10, 7, 30, **{name: bad})
     for momentum in (-0.1, 1.0, math.nan):
-        with pytest.raises(ValueError, match=f"momentum must be at least 0 and less than 1, got {momentum}"):
+        with pytest.raises(ValueError, match=f"momentum must be at least 0 and below 1, got {momentum}"):
             CRDLoss(10, 7, 30, momentum=momentum)
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         CRDLoss(10, 7, temperature=0)
@@ -353,6 +353,106 @@ def test_rejects_bad_indices():
     for target in (torch.arange(3), torch.arange(4.0), torch.ones(4, dtype=torch.bool), torch.zeros(4, 3).long()):
         with pytest.raises(ValueError, match=r"target must be the indices of the samples, integers \(4,\) or \(4, 2\)"):
             loss(*pair, target)
+
+
+def test_rejects_indices_outside_the_memory():
+    for labels in (None, torch.arange(30) % 3):
+        loss, pair = with_memory(labels=labels), make_pair(4, 10, teacher_shape=(4, 7))
+        for bad in (-1, 30):
+            own = torch.tensor([3, 0, bad, 2])
+            for target in (own, torch.stack([torch.zeros(4, dtype=torch.long), own], 1)):
+                with pytest.raises(ValueError, match=f"target must be indices from 0 to 29, got {bad}"):
+                    loss(*pair, target)
+    with pytest.raises(TypeError, match="target must be a tensor, got list"):
+        loss(*pair, [3, 0, 5, 2])
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        with_memory(labels=[0, 1] * 15)
+
+
+def test_checks_options_when_they_are_set():
+    loss = with_memory()
+    for name, bad in (("temperature", 0.0), ("num_negatives", 0), ("momentum", 1.0)):
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {bad}"):
+            setattr(loss, name, bad)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("first", [False, True])
+def test_nan_shows_in_its_batch_alone(first, side, bad):
+    loss, own = with_memory(), torch.tensor([3, 0, 5, 2])
+
+    def batch(seed):
+        return [x.detach() for x in make_pair(4, 10, teacher_shape=(4, 7), dtype=torch.float32, seed=seed)]
+
+    if not first:
+        assert loss(*batch(0), own).isfinite()
+    before = copy.deepcopy(loss.state_dict())
+    pair = batch(1)
+    pair[side][2, 1] = bad
+    assert not loss(*pair, own).isfinite()
+    spoilt = ("student_memory", "teacher_memory")[side]
+    memory = getattr(loss, spoilt)
+    assert torch.equal(memory[5], before[spoilt][5])  # what is not finite moves nothing, and the others move
+    assert all((memory[place] != before[spoilt][place]).any() for place in (3, 0, 2))
+    assert loss.student_memory.isfinite().all()
+    assert loss.teacher_memory.isfinite().all()
+    if not first:
+        assert torch.equal(loss.log_means, before["log_means"])
+    assert loss(*batch(2), own).isfinite()
+    assert loss.log_means.isfinite().all()
+
+
+def test_an_entry_that_comes_twice_keeps_the_finite_one():
+    loss = with_memory()
+    student, teacher = make_pair(4, 10, teacher_shape=(4, 7), dtype=torch.float32)
+    with torch.no_grad():
+        student[3] = math.nan
+    before = loss.student_memory.clone()
+    own = torch.tensor([3, 0, 5, 0])
+    twin = copy.deepcopy(loss)
+    loss(student, teacher, own)
+    twin(student[:3], teacher[:3], own[:3])
+    assert torch.equal(loss.student_memory, twin.student_memory)
+    assert (loss.student_memory[0] != before[0]).any()
+
+
+def test_a_batch_of_nan_alone_moves_nothing():
+    loss = with_memory()
+    student, teacher = make_pair(4, 10, teacher_shape=(4, 7), dtype=torch.float32)
+    before = copy.deepcopy(loss.state_dict())
+    assert loss(student * math.nan, teacher * math.nan, torch.tensor([3, 0, 5, 2])).isnan()
+    for name, value in loss.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_labels_and_memory_may_be_inference_tensors():
+    with torch.inference_mode():
+        labels = torch.arange(30) % 3
+    student, teacher = make_pair(4, 10, teacher_shape=(4, 7), dtype=torch.float32)
+    own = torch.tensor([3, 0, 5, 2])
+    loss = with_memory(labels=labels)
+    twin = copy.deepcopy(loss)
+    with torch.inference_mode():
+        state = {name: value.clone() for name, value in twin.state_dict().items()}
+    for name in ("student_memory", "teacher_memory", "log_means"):
+        setattr(twin, name, state[name])
+    for _ in range(2):
+        assert twin(student, teacher, own) == loss(student, teacher, own)
+    assert torch.equal(twin.student_memory, loss.student_memory)
+    assert torch.equal(twin.log_means, loss.log_means)
+
+
+def test_what_a_mask_hides_does_not_move_the_memory():
+    loss = with_memory()
+    student, teacher = make_pair(4, 10, teacher_shape=(4, 7), dtype=torch.float32)
+    before = loss.student_memory.clone()
+    own = torch.tensor([3, -1, 3, 10**9])  # the last of two that are the same is kept
+    loss(student, teacher, own, mask=torch.tensor([True, False, True, False]))
+    moved = (loss.student_memory != before).any(1)
+    assert moved.nonzero().flatten().tolist() == [3]
+    expected = reference_update(before.numpy(), [3], embed(loss.student_embedding, student.double())[2:3], 0.5)[3]
+    torch.testing.assert_close(loss.student_memory[3], torch.tensor(expected, dtype=torch.float32))
 
 
 def test_rejects_other_widths_and_single_samples():

@@ -124,6 +124,13 @@ def test_rejects_bad_weights(name, bad):
         dist_loss(*make_pair(6, 10), **{name: bad})
 
 
+def test_rejects_a_single_class_and_maps_whose_classes_are_not_said():
+    with pytest.raises(ValueError, match=r"at least 2 classes along dim -1, got shape \(6, 1\)"):
+        dist_loss(*make_pair(6, 1))
+    with pytest.raises(ValueError, match=r"dim must be given for logits of four dimensions or more"):
+        DISTLoss()(*make_pair(2, 5, 3, 4))
+
+
 def test_rejects_a_single_dimension():
     with pytest.raises(ValueError, match=r"must have samples and classes, got shape \(10,\)"):
         dist_loss(*make_pair(10))
@@ -139,4 +146,4 @@ def test_rejects_bad_temperatures(temperature):
 
 
 def test_repr_shows_options():
-    assert repr(DISTLoss(2.0, 1.0, 4.0)) == "DISTLoss(beta=2.0, gamma=1.0, temperature=4.0, dim=-1)"
+    assert repr(DISTLoss(2.0, 1.0, 4.0)) == "DISTLoss(beta=2.0, gamma=1.0, temperature=4.0, dim=None)"

@@ -94,6 +94,13 @@ def test_finite_on_extreme_maps():
         torch.testing.assert_close(slope * scale, gradient(ICKDLoss(), student, teacher), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("positions", [(6,), (2, 3, 2)])
+def test_positions_may_lie_along_a_line_or_in_a_volume(positions):
+    student, teacher = make_pair(4, 3, *positions)
+    expected = ickd_loss(student.flatten(2)[..., None], teacher.flatten(2)[..., None])
+    torch.testing.assert_close(ickd_loss(student, teacher), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_rejects_unequal_channels():
     student, teacher = make_pair(4, 3, 2, 2, teacher_shape=(4, 1, 2, 2))
     with pytest.raises(ValueError, match=r"of the same N and C, got \(4, 3, 2, 2\) and \(4, 1, 2, 2\)"):

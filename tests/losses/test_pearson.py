@@ -116,11 +116,16 @@ def test_rejects_unequal_channels():
         pearson_loss(student, teacher)
 
 
-def test_rejects_a_reduction_and_a_mask():
+def test_rejects_a_reduction():
     with pytest.raises(TypeError, match="reduction"):
         PearsonLoss(reduction="mean")
-    with pytest.raises(TypeError, match="mask"):
-        PearsonLoss()(*make_pair(4, 3, 2, 2), mask=torch.ones(4))
+
+
+@pytest.mark.parametrize("positions", [(6,), (2, 3, 2)])
+def test_positions_may_lie_along_a_line_or_in_a_volume(positions):
+    student, teacher = make_pair(4, 3, *positions)
+    expected = pearson_loss(student.flatten(2)[..., None], teacher.flatten(2)[..., None])
+    torch.testing.assert_close(pearson_loss(student, teacher), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_repr():

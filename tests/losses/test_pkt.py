@@ -80,6 +80,21 @@ def test_finite_on_opposite_samples():
     assert (pkt._neighbours(torch.cat([half, -half])) >= 0).all()  # rounding takes some of these cosines below -1
 
 
+def test_no_derivative_rests_on_opposite_samples():
+    # Where the kernel is exactly 0 it is no kink of the formula: the derivatives are those of 1 + cosine.
+    student = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    assert pkt._neighbours(student)[0, 1] == 0
+    weights = torch.arange(9.0, dtype=torch.float64).reshape(3, 3)
+
+    def plain(s):
+        unit = s / s.norm(dim=1, keepdim=True)
+        kernel = 1 + unit @ unit.T
+        return (weights * kernel / kernel.sum(1, keepdim=True)).sum()
+
+    ours = torch.autograd.functional.hessian(lambda s: (weights * pkt._neighbours(s)).sum(), student)
+    torch.testing.assert_close(ours, torch.autograd.functional.hessian(plain, student), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1e4])
 def test_finite_on_equal_samples_and_extreme_features(scale):
     student = torch.full((4, 8), scale, requires_grad=True)

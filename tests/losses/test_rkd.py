@@ -154,6 +154,37 @@ def test_precise_in_float32_where_samples_are_near_each_other():
     torch.testing.assert_close(distances.double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
+def test_infinity_in_the_teacher_shows(weights):
+    for spoilt in (0, 1):
+        sides = [x.detach().clone() for x in make_pair(6, 10, dtype=torch.float32)]
+        sides[spoilt][2, 1] = math.inf
+        assert RKDLoss(*weights)(*sides).isnan()
+        assert not gradient(RKDLoss(*weights), *sides).isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-21, 1e-20, 1e-19])
+def test_finite_gradients_near_the_smallest_numbers(scale):
+    student, teacher = make_pair(32, 36, dtype=torch.float32)
+    tiny = student.detach() * scale
+    tiny[1] = tiny[0] * (1 + 1e-6)
+    slope = gradient(RKDLoss(), tiny, teacher)
+    assert slope.isfinite().all()
+    assert slope.abs().max() > 1e-3 / scale
+
+
+def test_no_derivative_rests_on_a_tie():
+    # Distances over their mean: (1, 1) on both sides, so a difference of 0; angles differ by exactly 1, where Huber's
+    # function has its kink in the second derivative: the quadratic side counts.
+    difference = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(rkd._huber(difference).sum(), difference, create_graph=True)
+    assert slope.tolist() == [-1, -1, 0, 1, 1]
+    assert rkd._slope(difference).tolist() == [-1, -1, 0, 1, 1]
+    for first in (slope, rkd._slope(difference)):
+        (second,) = torch.autograd.grad(first.sum(), difference, retain_graph=True)
+        assert second.tolist() == [0, 1, 1, 1, 0]
+
+
 def test_angle_is_at_the_first_sample():
     # The student sees a right angle at sample 0 and two of 45 degrees; the teacher a line, 0, 180 and 0 degrees.
     student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
@@ -166,11 +197,13 @@ def test_angle_is_at_the_first_sample():
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
 @pytest.mark.parametrize("name", ["distance_weight", "angle_weight"])
 def test_rejects_bad_weights(name, weight):
-    match = f"{name} must be finite and not negative, got {weight}"
+    match = f"{name} must be zero or positive and finite, got {weight}"
     with pytest.raises(ValueError, match=match):
         RKDLoss(**{name: weight})
     with pytest.raises(ValueError, match=match):
         rkd_loss(*make_pair(6, 10), **{name: weight})
+    with pytest.raises(ValueError, match=match):
+        setattr(RKDLoss(), name, weight)
 
 
 def test_repr_shows_options():

@@ -113,7 +113,7 @@ def _contrast(scores: Tensor, log_mean: Tensor, counted: Tensor | None) -> Tenso
     return -gains.masked_fill(~counted, 0.0).sum() / count(counted[:, 0])
 
 
-def _log_mean(scores: Tensor, counted: Tensor | None) -> Tensor:
+def _log_mean(scores: Tensor, counted: Tensor | None = None) -> Tensor:
     scores = scores.detach()
     if counted is None:
         return scores.flatten().logsumexp(0) - math.log(scores.numel())

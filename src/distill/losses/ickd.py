@@ -8,7 +8,7 @@ from distill._checks import without_autocast
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
-from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._maps import ANY, check_maps, pool_to_smaller
 from distill.losses._vectors import normalize, over_largest
 
 FAMILY = "maps"
@@ -20,9 +20,10 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         G(f)_ij = sum_hw f_i f_j, each row over its L2 norm
         loss = 1/(C N) * sum_ij (G(s)_ij - G(t)_ij)^2
 
-    Maps of unequal size are average-pooled to the smaller height and width. A channel that is 0 everywhere has a row of
-    zeros. The mean over the samples is the sum over the batch divided by `C N^2`: the value of a sample depends on how
-    many there are in the batch, N, and those that a mask hides are among them.
+    Maps of unequal size are average-pooled to the smaller height and width; they may have one to three dimensions of
+    positions. A channel that is 0 everywhere has a row of zeros. The mean over the samples is the sum over the batch
+    divided by `C N^2`: the value of a sample depends on how many there are in the batch, N, and those that a mask hides
+    are among them.
 
     Published with weight 500 at that scale, beside half the cross-entropy and half the `kl` at temperature 1
     (torchdistill's ImageNet configuration, batches of 256). The authors' CIFAR-100 code divides by N only once, with
@@ -57,7 +58,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Li Liu, Qingle Huang, Sihao Lin, Hongwei Xie, Bing Wang, Xiaojun Chang and Xiaodan Liang, "Exploring
         Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", ICCV 2021 and arXiv 2202.03680.
     """
-    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True))
+    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True, positions=ANY))
     samples, channels = student.shape[:2]
     differences = F.mse_loss(_correlation(student), _correlation(teacher), reduction="none")
     return differences.sum((1, 2)) / (channels * samples)

@@ -9,7 +9,7 @@ from distill._reduction import hide
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
 from distill.losses._batches import check_selection, count
-from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._maps import ANY, check_maps, pool_to_smaller
 from distill.losses._vectors import magnitude
 
 FAMILY = "maps"
@@ -26,7 +26,8 @@ def pearson_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None
     It equals `(1 - 1/M) * (1 - r)`, but for the 1e-6, where r is Pearson's correlation of a channel of the student
     with the same channel of the teacher, averaged over the channels: shift and scale of a channel do not count. It
     exists for a whole batch only, whose statistics it takes, so it has no values per sample. A constant channel becomes
-    0, and so does one whose deviation is no more than the rounding of its mean.
+    0, and so does one whose deviation is no more than the rounding of its mean. Maps may have one to three dimensions
+    of positions.
 
     Published with weight 6 for Faster R-CNN and 10 for RetinaNet, for each of four levels of a feature pyramid (the
     MMRazor configurations of PKD).
@@ -61,7 +62,7 @@ def pearson_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None
         Weihan Cao, Yifan Zhang, Jianfei Gao, Anda Cheng, Ke Cheng and Jian Cheng, "PKD: General Distillation Framework
         for Object Detectors via Pearson Correlation Coefficient", NeurIPS 2022 and arXiv 2207.02039.
     """
-    student, teacher = check_maps(student, teacher, same_channels=True)
+    student, teacher = check_maps(student, teacher, same_channels=True, positions=ANY)
     kept = check_selection(mask, student.shape[:1], student.device)
     if kept is not None:
         student, teacher = hide(student, kept), hide(teacher, kept)

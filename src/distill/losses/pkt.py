@@ -63,7 +63,7 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
     return mean_of_pairs(-p * ((q - p) / (p + _EPS)).log1p(), kept)
 
 
-def _neighbours(features: Tensor, kept: Tensor | None) -> Tensor:
+def _neighbours(features: Tensor, kept: Tensor | None = None) -> Tensor:
     features = normalize(features, dim=1)
     kernel = 1 + features @ features.mT
     # Rounding takes the cosine of opposite samples below -1.

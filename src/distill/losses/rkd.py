@@ -90,7 +90,7 @@ def rkd_loss(
     return loss
 
 
-def _squared_distances(features: Tensor, kept: Tensor | None) -> Tensor:
+def _squared_distances(features: Tensor, kept: Tensor | None = None) -> Tensor:
     """|x_i - x_j|^2 over the largest of them, from a product of matrices, exactly 0 for samples that are the same.
 
     A sample that does not count is 0 from all. In float64, since the terms cancel where samples are near each other,
