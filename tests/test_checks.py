@@ -5,7 +5,6 @@ import torch
 
 from distill._checks import check_pair, check_positive, without_autocast
 from distill._reduction import reduce
-from distill.losses._vectors import normalize
 
 
 def test_pair_is_computed_in_the_wider_dtype_and_at_least_float32():
@@ -46,14 +45,6 @@ def test_values_of_weight_zero_do_not_count_even_if_not_finite():
 def test_half_mask_is_taken_in_the_precision_of_the_values():
     values = torch.ones(4096)
     assert reduce(values, "sum", torch.ones(4096, dtype=torch.bfloat16)) == 4096
-
-
-def test_normalize_divides_by_the_norm_and_keeps_zero_out_of_the_gradient():
-    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-13, 0.0]], requires_grad=True)
-    normalized = normalize(rows, dim=1)
-    torch.testing.assert_close(normalized, torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 0.0]]))
-    (normalized * torch.tensor([1.0, 2.0])).sum().backward()
-    torch.testing.assert_close(rows.grad, torch.tensor([[-0.064, 0.048], [0.0, 0.0], [0.0, 0.0]]))
 
 
 def test_products_stay_as_they_are_without_autocast():
