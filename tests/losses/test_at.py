@@ -133,3 +133,36 @@ def test_rejects_what_is_no_map():
 
 def test_repr_shows_options():
     assert repr(ATLoss(4, reduction="none")) == "ATLoss(p=4, reduction='none')"
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("size", [(7,), (2, 3, 2)])
+def test_maps_of_one_and_three_dimensions(size, p):
+    student, teacher = make_pair(4, 3, *size, teacher_shape=(4, 5, *size))
+    expected = torch.from_numpy(reference(student.detach().numpy(), teacher.numpy(), p))
+    torch.testing.assert_close(at_loss(student, teacher, p=p).detach(), expected, rtol=1e-12, atol=1e-12)
+    twice = teacher.repeat_interleave(2, dim=-1)  # average-pooled to what it was
+    torch.testing.assert_close(ATLoss(p)(student, twice).item(), expected.mean().item(), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda s: at_loss(s, twice, p=p), student)
+
+
+def test_contract_of_maps_of_one_and_three_dimensions():
+    for size in ((8,), (2, 4, 2)):
+        shape, teacher_shape = (5, 3, *size), (5, 2, *(n // 2 for n in size))
+        assert_loss_contract(
+            lambda **options: ATLoss(3, **options), shape=shape, teacher_shape=teacher_shape, maps=True
+        )
+
+
+def test_the_slope_at_the_kink_of_p_1_is_0():
+    student, teacher = torch.tensor([[[[0.0, 2.0]], [[3.0, -1.0]]]]), torch.tensor([[[[1.0, 2.0]]]])
+    slope = gradient(ATLoss(1), student, teacher)
+    assert slope[0, 0, 0, 0] == 0
+    assert (slope.flatten()[1:] != 0).all()
+
+
+def test_rejects_bad_powers_set_later():
+    loss = ATLoss()
+    with pytest.raises(ValueError, match="p must be finite and at least 1, got 0"):
+        loss.p = 0
+    assert loss.p == 2

@@ -23,7 +23,7 @@ def reference(student, teacher, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
-@pytest.mark.parametrize("shape", [(5, 6, 3, 4), (2, 1, 1, 3), (3, 2, 1, 1)])
+@pytest.mark.parametrize("shape", [(5, 6, 3, 4), (2, 1, 1, 3), (3, 2, 2, 1)])
 def test_matches_reference(shape, temperature):
     student, teacher = make_pair(*shape)
     expected = reference(student.detach().numpy(), teacher.numpy(), temperature)
@@ -113,3 +113,49 @@ def test_rejects_unequal_channels():
 
 def test_repr_shows_options():
     assert repr(CWDLoss(2.0, reduction="none")) == "CWDLoss(temperature=2.0, reduction='none')"
+
+
+@pytest.mark.parametrize("size", [(7,), (2, 3, 2)])
+def test_maps_of_one_and_three_dimensions(size):
+    student, teacher = make_pair(4, 3, *size)
+    expected = torch.from_numpy(reference(student.detach().numpy(), teacher.numpy(), 2.0))
+    torch.testing.assert_close(cwd_loss(student, teacher, temperature=2.0).detach(), expected, rtol=1e-12, atol=1e-12)
+    twice = teacher.repeat_interleave(2, dim=-1)  # average-pooled to what it was
+    torch.testing.assert_close(CWDLoss(2.0)(student, twice).item(), expected.mean().item(), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda s: cwd_loss(s, twice), student)
+
+
+def test_contract_of_maps_of_one_and_three_dimensions():
+    for size in ((8,), (2, 4, 2)):
+        shape, teacher_shape = (5, 3, *size), (5, 3, *(n // 2 for n in size))
+        assert_loss_contract(CWDLoss, shape=shape, teacher_shape=teacher_shape, maps=True)
+
+
+def test_a_position_of_minus_infinity_has_no_probability():
+    student, teacher = make_pair(2, 3, 2, 3)
+    teacher[0, 1, 1, 2] = -torch.inf
+    limit = teacher.clone()
+    limit[0, 1, 1, 2] = -1e4
+    torch.testing.assert_close(cwd_loss(student, teacher), cwd_loss(student, limit), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient(CWDLoss(), student, teacher), gradient(CWDLoss(), student, limit))
+    assert cwd_loss(teacher, student.detach())[0] == torch.inf
+    both = student.detach().clone()
+    both[0, 1, 1, 2] = -torch.inf
+    slope = gradient(CWDLoss(), both, teacher)
+    assert slope.isfinite().all()
+    assert slope[0, 1, 1, 2] == 0
+
+
+def test_keeps_its_digits_near_agreement():
+    student, teacher = make_pair(4, 3, 16, 16)
+    near = (teacher + 1e-3 * student).detach()
+    exact = cwd_loss(near, teacher)
+    torch.testing.assert_close(cwd_loss(near.float(), teacher.float()).double(), exact, rtol=1e-3, atol=0)
+
+
+def test_rejects_one_position_and_bad_temperatures_set_later():
+    loss = CWDLoss()
+    with pytest.raises(ValueError, match="at least 2 positions to compare, got 1 of each channel"):
+        loss(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 1, 1))
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
+        loss.temperature = 0

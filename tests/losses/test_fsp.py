@@ -145,3 +145,16 @@ def test_rejects_layers_that_do_not_fit():
 
 def test_repr_shows_options():
     assert repr(FSPLoss(reduction="none")) == "FSPLoss(reduction='none')"
+
+
+@pytest.mark.parametrize("size", [(6,), (2, 3, 2)])
+def test_maps_of_one_and_three_dimensions(size):
+    student, teacher = make_layers((4, 2, *size), (4, 3, *size))
+    flat = [[m.reshape(*m.shape[:2], 1, -1) for m in arrays(maps)] for maps in (student, teacher)]
+    torch.testing.assert_close(
+        fsp_loss(student, teacher).detach(), torch.from_numpy(reference(*flat)), rtol=1e-12, atol=1e-12
+    )
+    with pytest.raises(
+        ValueError, match=r"two layers must have as many dimensions, got \[\(4, 2, .*, \(4, 3, 1, 1\)\]"
+    ):
+        fsp_loss((student[0], torch.ones(4, 3, 1, 1)), (teacher[0], torch.ones(4, 3, 1, 1)))

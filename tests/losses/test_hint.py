@@ -198,3 +198,59 @@ def test_repr_shows_options():
     assert repr(HintLoss()) == "HintLoss(student_channels=None, teacher_channels=None, dim=None, reduction='mean')"
     expected = "HintLoss(\n  student_channels=3, teacher_channels=4, dim=1, reduction='sum'\n  (regressor): Linear"
     assert repr(HintLoss(3, 4, reduction="sum", dim=1)).startswith(expected)
+
+
+def flat_maps(*maps):
+    return [m.detach().numpy().reshape(*m.shape[:2], 1, -1) for m in maps]
+
+
+@pytest.mark.parametrize("size", [(6,), (2, 3, 2)])
+def test_maps_of_one_and_three_dimensions(size):
+    student, teacher = make_pair(4, 3, *size, teacher_shape=(4, 5, *size))
+    loss = make_loss(3, 5, reduction="none")  # only the second dimension has these channels
+    expected = torch.from_numpy(reference(*flat_maps(student, teacher), *numbers(loss)))
+    torch.testing.assert_close(loss(student, teacher).detach(), expected, rtol=1e-12, atol=1e-12)
+    twice = teacher.repeat_interleave(2, dim=-1)  # average-pooled to what it was
+    torch.testing.assert_close(loss(student, twice).detach(), expected, rtol=1e-12, atol=1e-12)
+    same = torch.from_numpy(reference(*flat_maps(student, teacher[:, :3])))
+    for plain in (
+        lambda s, t: hint_loss(s, t, dim=1),
+        HintLoss(dim=1, reduction="none"),
+        HintLoss(3, 3, reduction="none"),
+    ):
+        torch.testing.assert_close(plain(student, twice[:, :3]).detach(), same, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"same shape \(nothing is broadcast\)"):
+        hint_loss(student, twice[:, :3])
+
+
+def test_what_may_be_vectors_or_a_map_is_vectors_unless_dim_says_so():
+    student, teacher = make_pair(4, 3, 3, teacher_shape=(4, 5, 5))
+    assert make_loss(3, 5, reduction="none")(student, teacher[:, :3]).shape == (4, 3)
+    assert make_loss(3, 5, reduction="none", dim=1)(student, teacher[..., :3]).shape == (4,)
+    assert hint_loss(student, teacher[:, :3, :3]).shape == (4, 3)
+    student, teacher = make_pair(4, 2, 2, 3)  # (N, H, W, C)
+    assert hint_loss(student, teacher, dim=-1).shape == (4, 2, 2)
+    expected = hint_loss(student, teacher, dim=-1).mean((1, 2))
+    torch.testing.assert_close(hint_loss(student.movedim(-1, 1), teacher.movedim(-1, 1)), expected)
+
+
+def test_tokens_of_other_widths_are_no_maps():
+    tokens, wider = make_pair(2, 7, 4, teacher_shape=(2, 7, 6))
+    for loss in (hint_loss, HintLoss(), HintLoss(4, 5)):
+        with pytest.raises(ValueError, match="must have"):
+            loss(tokens, wider)
+
+
+def test_contract_of_maps_of_one_and_three_dimensions():
+    for size in ((8,), (2, 4, 2)):
+        shape, teacher_shape = (5, 3, *size), (5, 4, *(n // 2 for n in size))
+        assert_loss_contract(
+            lambda **options: make_loss(3, 4, dim=1, **options), shape=shape, teacher_shape=teacher_shape, maps=True
+        )
+
+
+@pytest.mark.parametrize("dim", [0, 2, -2, "1"])
+def test_rejects_a_dim_of_something_else(dim):
+    for build in (lambda: HintLoss(dim=dim), lambda: hint_loss(*make_pair(4, 3), dim=dim)):
+        with pytest.raises(ValueError, match=f"dim must be 1 for maps, -1 for vectors, or None, got {dim!r}"):
+            build()

@@ -161,9 +161,12 @@ def test_compiles_with_the_global_generator():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        where = masked(compiled, (8, 2, 25, 25))
-    assert torch.equal(where[:, 0], where[:, 1])
-    assert 0.4 < where.double().mean() < 0.6
+        for batch in (8, 6, 5):  # the second has sizes that are symbols
+            where = masked(compiled, (batch, 2, 25, 25))
+            assert torch.equal(where[:, 0], where[:, 1])
+            assert 0.4 < where.double().mean() < 0.6
+        loss.mask_ratio = 0.2
+        assert 0.1 < masked(compiled, (8, 2, 25, 25)).double().mean() < 0.3
 
 
 def test_equal_channels_need_no_align_layer():
@@ -195,3 +198,12 @@ def test_rejects_bad_pairs():
 def test_repr_shows_options():
     expected = "MGDLoss(\n  student_channels=2, teacher_channels=3, mask_ratio=0.25, alpha=0.5, reduction='sum'\n"
     assert repr(MGDLoss(2, 3, 0.25, 0.5, reduction="sum")).startswith(expected)
+
+
+def test_rejects_bad_options_set_later():
+    loss = MGDLoss(2, 3)
+    with pytest.raises(ValueError, match="mask_ratio must be at least 0 and below 1, got 1"):
+        loss.mask_ratio = 1
+    with pytest.raises(ValueError, match="alpha must be positive and finite, got 0"):
+        loss.alpha = 0
+    assert (loss.mask_ratio, loss.alpha) == (0.5, 7e-5)

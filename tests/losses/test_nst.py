@@ -114,3 +114,19 @@ def test_rejects_what_is_no_map():
 
 def test_repr_shows_options():
     assert repr(NSTLoss(reduction="none")) == "NSTLoss(reduction='none')"
+
+
+@pytest.mark.parametrize("size", [(7,), (2, 3, 2), (2,)])
+def test_maps_of_one_and_three_dimensions(size):
+    student, teacher = make_pair(4, 3, *size, teacher_shape=(4, 5, *size))
+    expected = torch.from_numpy(reference(student.detach().numpy(), teacher.numpy()))
+    torch.testing.assert_close(nst_loss(student, teacher).detach(), expected, rtol=1e-12, atol=1e-12)
+    twice = teacher.repeat_interleave(2, dim=-1)  # average-pooled to what it was
+    torch.testing.assert_close(NSTLoss()(student, twice).item(), expected.mean().item(), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda s: nst_loss(s, twice), student)
+
+
+def test_contract_of_maps_of_one_and_three_dimensions():
+    for size in ((8,), (2, 4, 2)):
+        shape, teacher_shape = (5, 3, *size), (5, 2, *(n // 2 for n in size))
+        assert_loss_contract(NSTLoss, shape=shape, teacher_shape=teacher_shape, maps=True)

@@ -184,3 +184,36 @@ def test_rejects_a_batch_without_statistics():
 def test_repr_shows_options():
     expected = "OFDLoss(\n  student_channels=2, teacher_channels=4, reduction='sum'\n"
     assert repr(OFDLoss(2, 4, MARGIN, reduction="sum")).startswith(expected)
+
+
+def test_a_margin_may_be_an_inference_tensor():
+    with torch.inference_mode():
+        norm = nn.BatchNorm2d(4)
+        margin = ofd_margin(norm.weight, norm.bias)
+    loss = OFDLoss(2, 4, margin)
+    student, teacher = make_maps((3, 2, 4, 4), (3, 4, 4, 4))
+    loss(student, teacher).backward()
+    assert student.grad.isfinite().all()
+    assert not loss.margin.is_inference()
+    student, teacher = make_pair(3, 4, 5)
+    ofd_loss(student, teacher, margin=margin).sum().backward()
+    torch.testing.assert_close(ofd_margin(norm.weight, norm.bias), torch.full((4,), -math.sqrt(2 / math.pi)))
+
+
+def test_no_gradient_hangs_on_a_tie():
+    student = torch.tensor([[[-1.0, -1.0, 0.0, 2.0]]], requires_grad=True)
+    teacher = torch.tensor([[[-9.0, -1.0, 0.0, 2.0]]])  # student, teacher and margin meet
+    ofd_loss(student, teacher, margin=torch.tensor([-1.0])).backward()
+    assert student.grad.abs().max() == 0
+
+
+def test_rejects_what_is_no_tensor():
+    for name, build in {
+        "margin": lambda: OFDLoss(2, 3, [0.0, 0.0, 0.0]),
+        "weight": lambda: ofd_margin(None, None),  # a batch norm with affine=False
+        "bias": lambda: ofd_margin(torch.ones(3), None),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got (list|NoneType)"):
+            build()
+    with pytest.raises(TypeError, match="margin must be a tensor, got float"):
+        ofd_loss(*make_pair(2, 3, 4), margin=-1.0)

@@ -63,7 +63,9 @@ def arrays(maps):
     return [x.numpy() for x in maps]
 
 
-@pytest.mark.parametrize("sizes", [[(8, 8), (5, 5), (4, 4)], [(3, 3), (2, 2), (1, 1)], [(6, 9)], [(3, 7), (1, 5)]])
+@pytest.mark.parametrize(
+    "sizes", [[(8, 8), (5, 5), (4, 4)], [(3, 3), (2, 2), (1, 1)], [(6, 9)], [(3, 7), (1, 5)], [(9, 3), (5, 1)]]
+)
 def test_function_matches_reference(sizes):
     student = make_levels(sizes, [2, 3, 4][: len(sizes)])
     teacher = make_levels(sizes, [2, 3, 4][: len(sizes)], seed=10)

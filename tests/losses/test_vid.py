@@ -147,3 +147,22 @@ def test_rejects_bad_pairs():
 def test_repr_shows_options():
     expected = "VIDLoss(\n  student_channels=2, teacher_channels=4, init_variance=3.0, eps=0.01, reduction='sum'\n"
     assert repr(VIDLoss(2, 4, 3.0, 0.01, reduction="sum")).startswith(expected)
+
+
+def test_rejects_a_variance_that_is_no_tensor_and_bad_options_set_later():
+    with pytest.raises(TypeError, match="variance must be a tensor, got float"):
+        vid_loss(*make_pair(2, 3, 4), variance=1.0)
+    loss = VIDLoss(2, 3)
+    with pytest.raises(ValueError, match="eps must be positive and finite, got 0"):
+        loss.eps = 0
+    assert loss.eps == 1e-5
+
+
+def test_a_variance_may_be_an_inference_tensor_and_shows_what_is_not_positive():
+    student, teacher = make_pair(2, 3, 4)
+    with torch.inference_mode():
+        variance = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    vid_loss(student, teacher, variance=variance).sum().backward()
+    assert student.grad.isfinite().all()
+    for bad in (-1.0, 0.0, math.nan, math.inf):
+        assert not vid_loss(student, teacher, variance=torch.tensor([1.0, bad, 1.0])).isfinite().any()

@@ -41,16 +41,18 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
     p is odd and a map has negative values.
 
     Args:
-        student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's map, `(N, C', H', W')`. A constant: no gradient reaches it.
+        student: The student's map, `(N, C, H, W)`, also `(N, C, L)` or `(N, C, D, H, W)`. Any floating dtype; half and
+            bfloat16 are computed in float32.
+        teacher: The teacher's map, `(N, C', H', W')`, or likewise. A constant: no gradient reaches it.
         p: The power, finite and at least 1. The larger, the more the strongest activations count.
 
     Returns:
         One value per sample, `(N,)`, without unit, between 0 and 4 / (HW); float32, or float64 if an input is.
 
     Raises:
-        ValueError: If an input is no map, N or the devices differ, an input is empty or not floating-point, or p is
-            not finite or below 1.
+        TypeError: If an input is no tensor.
+        ValueError: If an input is no map or seems to have its channels last, N or the devices differ, an input is empty
+            or not floating-point, or p is not finite or below 1.
 
     Examples:
         >>> import torch

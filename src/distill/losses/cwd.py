@@ -9,6 +9,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._maps import ANY, check_maps, pool_to_smaller
+from distill.losses._softened import divergence
 
 FAMILY = "maps"
 
@@ -20,7 +21,11 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> T
         loss = T^2 * 1/C * sum_c KL(p_c || q_c)
 
     Maps of unequal size are average-pooled to the smaller height and width. What is added to a whole channel does not
-    count.
+    count. A position of minus infinity has no probability. Maps may have one to three dimensions of positions.
+
+    Channels come first. Maps (N, H, W, C) on one side alone are refused where they can be recognised (see
+    `distill.adapt.NHWC`); on both sides they cannot be, nor can tokens (B, T, C), which have the dimensions of a map
+    (N, C, L): `distill.adapt.TokensToMap` makes maps of them.
 
     Published with weight 3 on the logit maps of a segmentation network, at temperature 4, on Cityscapes.
 
@@ -31,17 +36,19 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> T
     Doubt: none known. The MMRazor configuration for the same pair of networks has weight 5 at temperature 1.
 
     Args:
-        student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's map, `(N, C, H', W')`. A constant: no gradient reaches it.
+        student: The student's map, `(N, C, H, W)`, also `(N, C, L)` or `(N, C, D, H, W)`. Any floating dtype; half and
+            bfloat16 are computed in float32.
+        teacher: The teacher's map, `(N, C, H', W')`, or likewise. A constant: no gradient reaches it.
         temperature: What both maps are divided by, positive and finite.
 
     Returns:
-        One value per sample, `(N,)`, in nats times the squared temperature, not negative but for rounding; float32, or
-        float64 if an input is.
+        One value per sample, `(N,)`, in nats times the squared temperature, not negative; float32, or float64 if an
+        input is.
 
     Raises:
-        ValueError: If an input is no map, N, C or the devices differ, an input is empty or not floating-point, or the
-            temperature is not positive and finite.
+        TypeError: If an input is no tensor.
+        ValueError: If an input is no map, N, C or the devices differ, there is only one position, an input is empty or
+            not floating-point, or the temperature is not positive and finite.
 
     Examples:
         >>> import torch
@@ -56,10 +63,12 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> T
         Dense Prediction", ICCV 2021 and arXiv 2011.13256.
     """
     check_positive("temperature", temperature)
-    student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True, positions=ANY))
-    log_q = F.log_softmax(student.flatten(2) / temperature, 2)
-    log_p = F.log_softmax(teacher.flatten(2) / temperature, 2)
-    return (log_p.exp() * (log_p - log_q)).sum(2).mean(1) * temperature**2
+    student, teacher = check_maps(student, teacher, same_channels=True, positions=ANY)
+    student, teacher = (maps.flatten(2) for maps in pool_to_smaller(student, teacher))
+    if student.shape[2] < 2:
+        raise ValueError(f"there must be at least 2 positions to compare, got {student.shape[2]} of each channel")
+    log_q, log_p = (F.log_softmax(maps / temperature, 2) for maps in (student, teacher))
+    return divergence(log_p, log_q, 2).mean(1) * temperature**2
 
 
 @register_loss("cwd")

@@ -11,7 +11,7 @@ from distill._checks import without_autocast
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
-from distill.losses._maps import check_maps, check_tuples, pool_to_smaller
+from distill.losses._maps import ANY, check_maps, check_tuples, pool_to_smaller
 
 FAMILY = "maps"
 
@@ -23,7 +23,8 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         loss = 1/(C1 C2) * sum_ij (G(s)_ij - G(t)_ij)^2
 
     Where the two layers of a network differ in size, the larger is average-pooled to the smaller height and width. The
-    matrices are C1 x C2 whatever the sizes, so student and teacher may differ in theirs.
+    matrices are C1 x C2 whatever the sizes, so student and teacher may differ in theirs. Maps may have one to three
+    dimensions of positions; their channels come first (`distill.adapt.NHWC` brings them there).
 
     Published with weight 50 (the CIFAR-100 script of Tian, Krishnan and Isola, "Contrastive Representation
     Distillation", ICLR 2020).
@@ -44,6 +45,7 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         One value per sample, `(N,)`, in the fourth power of the inputs' unit; float32, or float64 if an input is.
 
     Raises:
+        TypeError: If a side is no tuple, or holds what is no tensor.
         ValueError: If a side is no pair of maps, N, C1, C2 or the devices differ, or an input is empty or not
             floating-point.
 
@@ -60,7 +62,11 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         Network Minimization and Transfer Learning", CVPR 2017, sections 3.2 and 3.3.
     """
     check_tuples(student, teacher, number=2)
-    layers = [check_maps(s, t, same_channels=True) for s, t in zip(student, teacher, strict=True)]
+    layers = [check_maps(s, t, same_channels=True, positions=ANY) for s, t in zip(student, teacher, strict=True)]
+    if layers[0][0].ndim != layers[1][0].ndim:
+        raise ValueError(
+            f"the two layers must have as many dimensions, got {[tuple(maps.shape) for maps, _ in layers]}"
+        )
     (s1, t1), (s2, t2) = layers
     return F.mse_loss(_flow(s1, s2), _flow(t1, t2), reduction="none").flatten(1).mean(1)
 

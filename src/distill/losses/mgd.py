@@ -46,6 +46,7 @@ def mgd_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Tensor
         is.
 
     Raises:
+        TypeError: If an input is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, or alpha is not positive and
             finite.
 
@@ -73,9 +74,11 @@ class MGDLoss(SampleLoss):
     """The student's map, masked at random, must generate the teacher's; see `mgd_loss` for the formula.
 
     A learned 1x1 convolution where the channels differ, random positions set to zero in all channels, then a
-    generation block of two 3x3 convolutions with a ReLU between them. Its parameters must be in the optimizer. The
-    masks are drawn anew at every call, in eval mode as well. Maps of unequal size are average-pooled to the smaller
-    height and width first.
+    generation block of two 3x3 convolutions with a ReLU (slope 0 at 0) between them. Its parameters must be in the
+    optimizer. The masks are drawn anew at every call, in eval mode as well. The maps are `(N, student_channels, H, W)`
+    and `(N, teacher_channels, H', W')`; of unequal size they are average-pooled to the smaller height and width first.
+
+    The `mask` of a call says which samples count. It is not the random masks.
 
     The paper masks positions, and this class does; the authors' code for detection and segmentation does so too, but
     their code for classification masks whole channels, with a ratio of 0.15.

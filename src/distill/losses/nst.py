@@ -22,6 +22,11 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Maps of unequal size are average-pooled to the smaller height and width. A channel that is 0 everywhere stays 0.
     Needs memory for the products of channels or of positions, whichever are fewer, never for `C x C' x HW` values.
+    Maps may have one to three dimensions of positions.
+
+    Channels come first. Maps (N, H, W, C) on one side alone are refused where they can be recognised (see
+    `distill.adapt.NHWC`); on both sides they cannot be, nor can tokens (B, T, C), which have the dimensions of a map
+    (N, C, L): `distill.adapt.TokensToMap` makes maps of them.
 
     Published with weight 50, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan and
     Isola, "Contrastive Representation Distillation", ICLR 2020).
@@ -32,15 +37,18 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Doubt: none known.
 
     Args:
-        student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's map, `(N, C', H', W')`. A constant: no gradient reaches it.
+        student: The student's map, `(N, C, H, W)`, also `(N, C, L)` or `(N, C, D, H, W)`. Any floating dtype; half and
+            bfloat16 are computed in float32.
+        teacher: The teacher's map, `(N, C', H', W')`, or likewise. A constant: no gradient reaches it.
 
     Returns:
         One value per sample, `(N,)`, without unit, not negative but for rounding, at most 2; float32, or float64 if an
         input is.
 
     Raises:
-        ValueError: If an input is no map, N or the devices differ, or an input is empty or not floating-point.
+        TypeError: If an input is no tensor.
+        ValueError: If an input is no map or seems to have its channels last, N or the devices differ, or an input is
+            empty or not floating-point.
 
     Examples:
         >>> import torch

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_pair
+from distill._checks import check_count, check_pair, check_tensor, ordinary
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
@@ -33,6 +33,7 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
         The margins, none above 0, shape `(C,)`, without a graph; float32, or float64 if an input is.
 
     Raises:
+        TypeError: If one is no tensor, such as the weight of a batch norm without one.
         ValueError: If the two are not of one shape `(C,)`.
 
     Examples:
@@ -45,7 +46,7 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     Reference:
         As `ofd_loss`.
     """
-    if weight.ndim != 1 or weight.shape != bias.shape:
+    if check_tensor("weight", weight).ndim != 1 or weight.shape != check_tensor("bias", bias).shape:
         raise ValueError(
             f"weight and bias must be of one shape (C,), got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
@@ -64,7 +65,8 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
         r = max(t, margin)                                              per channel, before the teacher's ReLU
         loss = sum_i { 0 if s_i <= r_i <= 0, else (s_i - r_i)^2 }       over channels and positions
 
-    Where the teacher is silent (r <= 0) the student only has to be silent too, not equally negative.
+    Where the teacher is silent (r <= 0) the student only has to be silent too, not equally negative. The maximum is a
+    constant, and where s = r the slope is 0 from both sides: no gradient hangs on a tie.
 
     Published with weight 1e-3 for the last stage and half the weight of the next stage for each one before it, beside 1
     times the cross-entropy: on CIFAR-100 in the authors' code and in the benchmark of Zhao et al., "Decoupled Knowledge
@@ -87,6 +89,7 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
         One value per sample, shape `(N,)`, in squared units of the maps; float32, or float64 if an input is.
 
     Raises:
+        TypeError: If an input or the margin is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, or the margin is not of shape
             `(C,)`.
 
@@ -102,10 +105,10 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
         Feature Distillation", ICCV 2019.
     """
     student, teacher = check_pair(student, teacher, dim=1)
-    if margin.shape != student.shape[1:2]:
+    if check_tensor("margin", margin).shape != student.shape[1:2]:
         raise ValueError(f"margin must have shape ({student.shape[1]},), got {tuple(margin.shape)}")
     shape = (-1, *(1,) * (student.ndim - 2))
-    goal = torch.maximum(teacher, margin.detach().to(student.dtype).reshape(shape))
+    goal = torch.maximum(teacher, ordinary(margin.detach()).to(student.dtype).reshape(shape))
     counted = ((student > goal) | (goal > 0)).to(student.dtype)
     return (F.mse_loss(student, goal, reduction="none") * counted).flatten(1).sum(1)
 
@@ -114,10 +117,14 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
 class OFDLoss(SampleLoss):
     """Partial squared distance to the teacher's map after a margin ReLU; see `ofd_loss` for the formula.
 
-    Both maps are taken before the ReLU of their stage. The student's goes through a learned 1x1 convolution without
-    bias and a batch norm, which always uses the statistics of the batch: it serves the loss only, and has no running
-    state to keep. Its parameters must be in the optimizer. Maps of unequal size are average-pooled to the smaller
-    height and width.
+    Both maps are taken before the ReLU of their stage, `(N, student_channels, H, W)` and `(N, teacher_channels, H',
+    W')`; of unequal size they are average-pooled to the smaller height and width. The student's goes through a learned
+    1x1 convolution without bias and a batch norm, which always uses the statistics of the batch, without the samples
+    that a mask hides: it serves the loss only, and has no running state to keep. Its parameters must be in the
+    optimizer.
+
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the batch norm take the statistics of all processes while the
+    loss is in training mode, on a CPU too.
 
     Args:
         student_channels: Channels of the student's map.
@@ -146,7 +153,7 @@ class OFDLoss(SampleLoss):
     ) -> None:
         super().__init__(reduction=reduction)
         self.student_channels, self.teacher_channels = student_channels, teacher_channels
-        if margin.shape != (teacher_channels,):
+        if check_tensor("margin", margin).shape != (teacher_channels,):
             raise ValueError(f"margin must have shape ({teacher_channels},), got {tuple(margin.shape)}")
         if not (margin <= 0).all():
             raise ValueError(f"margin must not be positive, got {margin.max().item()}")

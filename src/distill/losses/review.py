@@ -25,8 +25,8 @@ def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         loss = sum over levels of h(s, t),                              means over channels and positions
 
     Where a k is left out, the weights move up and the divisor is the sum of those that are used: a map of 4 x 4 has
-    `[mean(d^2) + 1/2 mean(d_2^2) + 1/4 mean(d_1^2)] / (7/4)`. The
-    student's maps are those that `ReviewLoss` fuses.
+    `[mean(d^2) + 1/2 mean(d_2^2) + 1/4 mean(d_1^2)] / (7/4)`. Only the height leaves one out, as in the authors' code;
+    where the width is smaller than k the bins overlap. The student's maps are those that `ReviewLoss` fuses.
 
     Published with weight 0.6 to 8 on CIFAR-100, reached in a linear warm-up over 20 epochs, beside 1 times the
     cross-entropy: 0.6 for ResNet-56 to ResNet-20, 1 for ResNet-110 to ResNet-32, 8 for ResNet-32x4 to ShuffleNetV2,
@@ -47,8 +47,9 @@ def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         One value per sample, shape `(N,)`, in squared units of the maps; float32, or float64 if an input is.
 
     Raises:
-        ValueError: If an input is no tuple of maps, numbers of maps, shapes, samples or devices differ, or a map is
-            empty or not floating-point.
+        TypeError: If an input is no tuple, or holds what is no tensor.
+        ValueError: If numbers of maps, shapes, samples or devices differ, there is none, or one is no map, empty or not
+            floating-point.
 
     Examples:
         >>> import torch
@@ -77,8 +78,14 @@ class ReviewLoss(SampleLoss):
     fused with what came from the level below it in the network, resized to it (nearest), each weighted by a learned
     attention per position (a 1x1 convolution over both, sigmoid). The result, resized to the teacher's map (nearest),
     goes on to the next level, and through a 3x3 convolution to the teacher's channels into the loss. Both
-    convolutions are without bias and followed by a batch norm, which always uses the statistics of the batch: it
-    serves the loss only, and has no running state to keep. The parameters must be in the optimizer.
+    convolutions are without bias and followed by a batch norm, which always uses the statistics of the batch, without
+    the samples that a mask hides: it serves the loss only, and has no running state to keep. The parameters must be in
+    the optimizer.
+
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the batch norms take the statistics of all processes while the
+    loss is in training mode, on a CPU too.
+
+    It is called with two tuples of maps from shallow to deep, each `(N, C, H, W)`, or `(N, C)` for pooled features.
 
     As published the maps are the outputs of the stages, the student's after the ReLU and the teacher's before it, and
     the pooled features as the deepest level.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_pair, check_positive
+from distill._checks import check_count, check_pair, check_positive, check_tensor, ordinary
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
@@ -44,6 +44,7 @@ def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
         One value per sample, shape `(N,)`, in nats per element; float32, or float64 if an input is.
 
     Raises:
+        TypeError: If an input or the variance is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, or the variance is not of
             shape `(C,)`.
 
@@ -59,9 +60,9 @@ def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
         Distillation for Knowledge Transfer", CVPR 2019.
     """
     student, teacher = check_pair(student, teacher, dim=1)
-    if variance.shape != student.shape[1:2]:
+    if check_tensor("variance", variance).shape != student.shape[1:2]:
         raise ValueError(f"variance must have shape ({student.shape[1]},), got {tuple(variance.shape)}")
-    variance = variance.to(student.dtype)
+    variance = ordinary(variance).to(student.dtype)
     squares = F.mse_loss(student, teacher, reduction="none").reshape(*student.shape[:2], -1).mean(2)
     return (squares / variance + variance.log()).mean(1) / 2
 
@@ -70,9 +71,10 @@ def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
 class VIDLoss(SampleLoss):
     """Gaussian negative log-likelihood of the teacher's map given the student's; see `vid_loss` for the formula.
 
-    The mean comes from three 1x1 convolutions without bias, with ReLUs between them, over the student's map; the
-    variance of channel c is `softplus(a_c) + eps`. Both are parameters of this module and must be in the optimizer.
-    Maps of unequal size are average-pooled to the smaller height and width.
+    The mean comes from three 1x1 convolutions without bias, with ReLUs (slope 0 at 0) between them, over the student's
+    map; the variance of channel c is `softplus(a_c) + eps`. Both are parameters of this module and must be in the
+    optimizer. The maps are `(N, student_channels, H, W)` and `(N, teacher_channels, H', W')`; of unequal size they are
+    average-pooled to the smaller height and width.
 
     Args:
         student_channels: Channels of the student's map.
