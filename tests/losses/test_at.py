@@ -80,7 +80,7 @@ def test_other_powers_do_not_count_scale_over_the_whole_range_of_float32(p, scal
     assert gradient(ATLoss(p), zeros, teacher).abs().max() == 0
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e8])
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_the_square_does_not_count_scale_over_the_range_that_it_says(scale):
     student, teacher = make_pair(4, 3, 4, 4, dtype=torch.float32)
     torch.testing.assert_close(at_loss(scale * student, teacher), at_loss(student, teacher))

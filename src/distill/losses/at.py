@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -10,7 +9,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._maps import ANY, check_maps, pool_to_smaller
-from distill.losses._vectors import normalize
+from distill.losses._vectors import normalize, over_largest
 
 FAMILY = "maps"
 
@@ -22,8 +21,8 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
         loss = 1/(HW) * sum_hw (A(s) - A(t))^2
 
     Maps of unequal size are average-pooled to the smaller height and width. The attention maps are normalised over the
-    positions, so neither the number of channels nor the scale of a map counts (with p = 2 in float32: from 1e-6 to
-    1e8); one that is 0 everywhere stays 0. Maps may have one to three dimensions of positions.
+    positions, so neither the number of channels nor the scale of a map counts (with p = 2 in float32: from 1e-15 to
+    1e15); one that is 0 everywhere stays 0. Maps may have one to three dimensions of positions.
 
     Channels come first. Maps (N, H, W, C) on one side alone are refused where they can be recognised (see
     `distill.adapt.NHWC`); on both sides they cannot be, nor can tokens (B, T, C), which have the dimensions of a map
@@ -74,11 +73,10 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
 def _attention(maps: Tensor, p: float) -> Tensor:
     if p == 2:
         powers = maps.square()
-    else:  # high powers leave the range of numbers sooner
+    else:
         # |f| by the sign: where the formula has a kink, for p = 1 at 0, this chooses the slope 0.
-        magnitude = maps * maps.detach().sign()
-        largest = magnitude.detach().flatten(1).amax(1).reshape(-1, *(1,) * (maps.ndim - 1))
-        powers = (magnitude / torch.where(largest > 0, largest, 1.0)).pow(p)
+        magnitudes = maps * maps.detach().sign()
+        powers = over_largest(magnitudes, tuple(range(1, maps.ndim))).pow(p)  # high powers leave the range sooner
     # The sum for the mean: 1/C cancels, and the gradient of mean() would be a tensor of the size of the map.
     return normalize(powers.sum(1).flatten(1), dim=1)
 

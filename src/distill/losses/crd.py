@@ -21,7 +21,7 @@ from distill._registry import register_loss
 from distill.losses._base import BatchLoss
 from distill.losses._batches import count, select
 from distill.losses._memory import by_class, move_entries
-from distill.losses._random import RandomLoss, drawing
+from distill.losses._random import drawing
 from distill.losses._vectors import normalize
 
 FAMILY = "relations"
@@ -125,7 +125,7 @@ def _check_momentum(name: str, momentum: float) -> float:
 
 
 @register_loss("crd")
-class CRDLoss(RandomLoss, BatchLoss):
+class CRDLoss(BatchLoss):
     """Noise-contrastive loss of learned embeddings, against a memory of the embeddings of all training samples.
 
         s_i = embed_s(student_i), t_i = embed_t(teacher_i): linear, then divided by their L2 norm
