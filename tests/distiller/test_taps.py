@@ -1,14 +1,21 @@
 """Taps: what they see, what they refuse, and that they leave no trace."""
 
 import copy
+import io
 import pickle
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from distill import Distiller, LogitLoss, Term
-from distill._distiller.taps import Tap, run_with_taps
+from distill._distiller import stand_ins, taps
+from distill._distiller.taps import Tap, parse_path, run_with_taps
 from models import Checkpointed, Net, batch
 
 
@@ -89,6 +96,134 @@ def test_leaves_no_trace_even_when_the_forward_fails():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         see(net, "fc:input", "body.0", inputs=torch.ones(4, 7))
     assert {name: dict(module.__dict__) for name, module in net.named_modules()} == before
+
+
+def dicts(model):
+    return {name: dict(module.__dict__) for name, module in model.named_modules()}
+
+
+def interrupt_at(number):
+    """A trace function that raises at the step of this number in the taps' own code, and the list of these steps."""
+    files, steps = {taps.__file__, stand_ins.__file__}, []
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename not in files:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            steps.append(frame.f_lineno)
+            if len(steps) == number:
+                raise KeyboardInterrupt
+        return trace
+
+    return trace, steps
+
+
+def run_interrupted(number, model, x):
+    trace, steps = interrupt_at(number)
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        see(model, "fc:input", "fc", "body.0", inputs=x)
+    finally:
+        sys.settrace(before)
+    return len(steps)
+
+
+def test_an_interrupt_at_any_step_leaves_no_trace():
+    net, (x, _) = Net().eval(), batch()
+    net.fc.forward = lambda h: nn.functional.linear(h, net.fc.weight, net.fc.bias)  # body.0 has that of its class
+    before, expected = dicts(net), net(x)
+    steps = run_interrupted(0, net, x)
+    assert steps > 500
+    for number in range(1, steps + 1):
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            run_interrupted(number, net, x)
+        assert dicts(net) == before, f"step {number} of {steps}, while the traceback lives"
+        del interrupt
+        assert not stand_ins._PLACES, number
+        assert not stand_ins._INNER, number
+        assert not stand_ins._HERE.listeners, number
+    assert torch.equal(net(x), expected)
+    assert torch.equal(see(net, "fc")[1]["fc"], expected)
+
+
+def test_threads_with_one_model_hear_their_own_forward_only():
+    class Slow(Net):
+        def forward(self, x):
+            barrier.wait(timeout=60)
+            return self.fc(self.body(x))
+
+    barrier, net, seen = threading.Barrier(4), Slow().eval(), {}
+    inputs = [batch(seed=seed)[0] for seed in range(4)]
+
+    def listen(number):
+        for _ in range(20):
+            seen[number] = see(net, "body.0:input", "fc", inputs=inputs[number])[1]
+            assert torch.equal(seen[number]["body.0:input"], inputs[number])
+
+    def pass_by():
+        for _ in range(20):
+            net(inputs[3])
+
+    with ThreadPoolExecutor(4) as pool:
+        work = [pool.submit(listen, number) for number in range(3)] + [pool.submit(pass_by)]
+        for future in work:
+            future.result()
+    assert sorted(seen) == [0, 1, 2]
+    assert all("forward" not in module.__dict__ for module in net.modules())
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["class", "instance"])
+def test_copies_and_pickles_taken_inside_a_forward_carry_nothing(own):
+    twins = []
+
+    class Copied(Net):
+        def forward(self, x):
+            h = self.body(x)
+            twins.extend((copy.deepcopy(self.fc), pickle.loads(pickle.dumps(self.fc))))
+            buffer = io.BytesIO()
+            torch.save(self.fc, buffer)
+            twins.append(torch.load(io.BytesIO(buffer.getvalue()), weights_only=False))
+            return self.fc(h)
+
+    net = Copied().eval()
+    if own:
+        net.fc.forward = partial(nn.functional.relu, inplace=False)
+    expected = net.fc(torch.ones(2, 8))
+    names = [type(name) for name in net.fc.__dict__]
+    see(net, "fc:input", "fc", "")
+    assert len(twins) == 3
+    for twin in twins:
+        assert list(twin.__dict__) == list(net.fc.__dict__)
+        assert [type(name) for name in twin.__dict__] == names
+        assert twin.training is False
+        assert torch.equal(twin(torch.ones(2, 8)), expected)
+
+
+def test_runs_inside_each_other_hear_what_they_listen_to():
+    net, inner = Net().eval(), []
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            result, seen = see(self.net, "fc")
+            inner.append(seen["fc"])
+            return result
+
+    _, seen = see(Outer(), "net.fc")
+    assert seen["net.fc"] is inner[0]
+    assert "forward" not in net.fc.__dict__
+
+
+def test_a_bare_forward_after_the_call_is_not_heard_and_keeps_nothing_alive():
+    net, (x, _) = Net().eval(), batch()
+    alive = weakref.ref(see(net, "fc")[1]["fc"])
+    net(x)
+    assert alive() is None
 
 
 def test_student_copies_pickles_and_exports_as_if_never_wrapped():
@@ -177,3 +312,95 @@ def test_rejects_a_tensor_changed_in_place_after_the_tap():
     see(Net(inplace=True), "body.2")
     with torch.inference_mode():  # inference tensors count no versions
         see(Net(inplace=True), "body.2")
+
+
+class Head(nn.Module):
+    """One head for five levels, called as detectors call it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return [self.head(input=x * level) for level in range(5)]
+
+
+def test_numbered_calls_of_a_shared_head():
+    model, (x, _) = Head(), batch()
+    paths = [f"head#{level}" for level in range(5)] + ["head:input#3"]
+    levels, seen = see(model, *paths)
+    for level in range(5):
+        assert seen[f"head#{level}"] is levels[level]
+    assert torch.equal(seen["head:input#3"], x * 3)
+    with pytest.raises(
+        ValueError, match=r"tap 'head' must be reached once .* was reached 5 times; 'head#0' is the first"
+    ):
+        see(model, "head")
+    with pytest.raises(
+        ValueError, match=r"tap 'head#5' must be reached at least 6 times .*, but it was reached 5 times"
+    ):
+        see(model, "head#5")
+    with pytest.raises(ValueError, match=r"tap 'unused#0' must be reached at least 1 times .*, but it was not reached"):
+        see(Twice(), "unused#0")
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("a.b", ("a.b", False, None)),
+        ("a:input", ("a", True, None)),
+        ("a#2", ("a", False, 2)),
+        ("a:input#10", ("a", True, 10)),
+        (":input#0", ("", True, 0)),
+        ("", ("", False, None)),
+    ],
+)
+def test_parses_paths(path, parts):
+    assert parse_path(path) == parts
+
+
+@pytest.mark.parametrize("path", ["a#", "a#-1", "a#x", "a#1:input", "a#1#2", "#"])
+def test_rejects_malformed_paths(path):
+    with pytest.raises(ValueError, match=f"a path must be 'module', .* or 'module:input#k', got '{path}'"):
+        parse_path(path)
+
+
+def test_a_copy_is_what_the_module_gave_and_carries_the_gradient():
+    net, (x, _) = Net(inplace=True), batch()
+    plain = Net()
+    _, seen = see(net, "body.1", "body.2:input", copy=True)
+    expected = plain.body[1](plain.body[0](x))
+    assert torch.equal(seen["body.1"], expected)
+    assert torch.equal(seen["body.2:input"], expected)
+    assert (expected < 0).any()
+    seen["body.1"].square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(net.body[0].weight.grad, plain.body[0].weight.grad)
+
+
+def test_a_change_in_place_is_found_inside_of_what_a_module_gives():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return {"first": x + 1, "rest": [x + 2]}
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x):
+            pair = self.pair(x)
+            pair["rest"][0].zero_()
+            return pair["first"]
+
+    with pytest.raises(ValueError, match=r"student's tap 'pair' must not change after the tap.*copy=True keeps what"):
+        see(Outer(), "pair")
+    _, seen = see(Outer(), "pair", copy=True)
+    assert torch.equal(seen["pair"]["rest"][0], batch()[0] + 2)
+
+
+def test_inference_tensors_are_copied_since_they_count_no_changes():
+    net, (x, _) = Net(inplace=True).eval(), batch()
+    with torch.inference_mode():
+        _, seen = see(net, "body.1")
+        assert torch.equal(seen["body.1"], net.body[1](net.body[0](x)))
