@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from contract import make_pair
-from distill import MGDLoss, OFDLoss, ReviewLoss, VIDLoss
+from distill import HintLoss, MGDLoss, OFDLoss, ReviewLoss, VIDLoss
 from distill.losses._layers import run_layers
 
 WORKER = Path(__file__).parents[1] / "support/sync_norm_worker.py"
@@ -119,3 +119,12 @@ def test_networks_between_maps_show_what_is_not_finite():
             spoilt = student.detach().clone()
             spoilt[1, :, 2, 3] = bad
             assert not loss(spoilt, teacher).isfinite()
+
+
+@pytest.mark.parametrize(
+    "loss", [HintLoss(3, 4), VIDLoss(3, 4), MGDLoss(3, 4), OFDLoss(3, 4, torch.zeros(4)), ReviewLoss((3,), (4,))]
+)
+def test_a_loss_left_on_another_device_is_an_error(loss):
+    sides = [(x,) if isinstance(loss, ReviewLoss) else x for x in (torch.ones(2, 3, 4, 4), torch.ones(2, 4, 4, 4))]
+    with pytest.raises(ValueError, match=r"must be on the device of what it compares, cpu, got meta: .*\.to\(device\)"):
+        copy.deepcopy(loss).to("meta")(*sides)

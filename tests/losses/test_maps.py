@@ -18,6 +18,8 @@ from distill import (
     OFDLoss,
     ReviewLoss,
     VIDLoss,
+    ofd_loss,
+    vid_loss,
 )
 from distill.losses._maps import ANY, check_maps, pool_to_smaller
 from learned import average_pool, make_maps
@@ -245,3 +247,13 @@ def test_what_is_no_tensor_is_a_type_error(name):
         if bad is not None:
             with pytest.raises(TypeError, match=f"mask must be a tensor, got {type(bad).__name__}"):
                 loss(student, teacher, mask=bad)
+
+
+def test_what_a_function_has_for_each_channel_is_on_the_device_of_the_maps():
+    maps = torch.ones(2, 3, 4)
+    for name, call in {
+        "variance": lambda values: vid_loss(maps, maps, variance=values),
+        "margin": lambda values: ofd_loss(maps, maps, margin=values),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must be on the device of the maps, cpu, got meta"):
+            call(torch.ones(3, device="meta"))

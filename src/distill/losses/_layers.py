@@ -25,13 +25,15 @@ def run_layers(layers: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tens
         What the last layer gives.
 
     Raises:
-        ValueError: If a batch norm has one value per channel only, or the mask is not as said.
+        ValueError: If the layers are on another device, a batch norm has one value per channel only, or the mask is
+            not as said.
     """
     if mask is not None:
         check_mask(mask, x.shape[:1], x.device)
     with without_autocast(x):
         for layer in layers.children():
             if isinstance(layer, nn.Conv2d):
+                check_device(layer, x)
                 bias = None if layer.bias is None else layer.bias.to(x.dtype)
                 x = F.conv2d(x, layer.weight.to(x.dtype), bias, layer.stride, layer.padding)
             elif isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)):
@@ -42,6 +44,15 @@ def run_layers(layers: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tens
             else:
                 x = layer(x)
     return x
+
+
+def check_device(layer: nn.Conv2d | nn.Linear, x: Tensor) -> None:
+    """Raise ValueError if a layer of a loss is not where the maps are."""
+    if layer.weight.device != x.device:
+        raise ValueError(
+            f"the loss must be on the device of what it compares, {x.device}, got {layer.weight.device}: move it with "
+            ".to(device)"
+        )
 
 
 def _batch_norm(layer: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor, mask: Tensor | None) -> Tensor:

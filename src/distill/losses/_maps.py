@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill._checks import check_tensors, make_ready
+from distill._checks import check_tensor, check_tensors, make_ready, ordinary
 
 ANY = (1, 2, 3)  # positions along a line, in a plane, in a volume
 _LAYOUTS = {1: "(N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}
@@ -131,6 +131,16 @@ def check_tuples(student: Any, teacher: Any, *, number: int | None = None) -> No
         )
     if len({tensor.device for tensor in student}) > 1:
         raise ValueError(f"the student's maps must be on one device, got {[str(tensor.device) for tensor in student]}")
+
+
+def per_channel(name: str, values: Tensor, maps: Tensor) -> Tensor:
+    """Check what a loss has for each channel, `(C,)`, and bring it to the dtype of the maps `(N, C, ...)`."""
+    expected = tuple(maps.shape[1:2])
+    if check_tensor(name, values).shape != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(values.shape)}")
+    if values.device != maps.device:
+        raise ValueError(f"{name} must be on the device of the maps, {maps.device}, got {values.device}")
+    return ordinary(values).to(maps.dtype)
 
 
 def pool_to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from distill._checks import check_count, check_pair, check_tensors, make_ready, 
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
+from distill.losses._layers import check_device
 from distill.losses._maps import ANY, check_maps, pool_to_smaller
 
 FAMILY = "maps"
@@ -171,6 +172,7 @@ class HintLoss(SampleLoss):
         """Bring the student to the teacher's channels."""
         if self.regressor is None:
             return student
+        check_device(self.regressor, student)
         weight, bias = self.regressor.weight.to(student.dtype), self.regressor.bias.to(student.dtype)
         with without_autocast(student):
             if dim == -1:

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_pair, check_tensor, ordinary
+from distill._checks import check_count, check_pair, check_tensor
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._layers import run_layers
-from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._maps import check_maps, per_channel, pool_to_smaller
 
 FAMILY = "learned maps"
 
@@ -105,10 +105,8 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
         Feature Distillation", ICCV 2019.
     """
     student, teacher = check_pair(student, teacher, dim=1)
-    if check_tensor("margin", margin).shape != student.shape[1:2]:
-        raise ValueError(f"margin must have shape ({student.shape[1]},), got {tuple(margin.shape)}")
-    shape = (-1, *(1,) * (student.ndim - 2))
-    goal = torch.maximum(teacher, ordinary(margin.detach()).to(student.dtype).reshape(shape))
+    margin = per_channel("margin", margin, student).detach()
+    goal = torch.maximum(teacher, margin.reshape(-1, *(1,) * (student.ndim - 2)))
     counted = ((student > goal) | (goal > 0)).to(student.dtype)
     return (F.mse_loss(student, goal, reduction="none") * counted).flatten(1).sum(1)
 

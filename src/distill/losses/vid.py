@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_pair, check_positive, check_tensor, ordinary
+from distill._checks import check_count, check_pair, check_positive
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._layers import run_layers
-from distill.losses._maps import check_maps, pool_to_smaller
+from distill.losses._maps import check_maps, per_channel, pool_to_smaller
 
 FAMILY = "learned maps"
 
@@ -60,9 +60,7 @@ def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
         Distillation for Knowledge Transfer", CVPR 2019.
     """
     student, teacher = check_pair(student, teacher, dim=1)
-    if check_tensor("variance", variance).shape != student.shape[1:2]:
-        raise ValueError(f"variance must have shape ({student.shape[1]},), got {tuple(variance.shape)}")
-    variance = ordinary(variance).to(student.dtype)
+    variance = per_channel("variance", variance, student)
     squares = F.mse_loss(student, teacher, reduction="none").reshape(*student.shape[:2], -1).mean(2)
     return (squares / variance + variance.log()).mean(1) / 2
 
