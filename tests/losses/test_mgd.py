@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from contract import make_pair
+from contract import assert_loss_contract, make_pair, with_weights
 from distill import MGDLoss, mgd_loss
 from learned import (
     assert_gradients,
-    assert_learned_loss_contract,
     assert_survives_copies,
     average_pool,
     convolve,
     make_maps,
     weights,
-    with_weights,
 )
 
 
@@ -83,8 +81,11 @@ def test_gradient():
 
 def test_contract():
     # Without masks, since the contract asks for the same value at every call.
-    assert_learned_loss_contract(
-        lambda **options: MGDLoss(3, 5, 0.0, alpha=0.01, **options), student=(6, 3, 6, 6), teacher=(6, 5, 4, 4)
+    assert_loss_contract(
+        lambda **options: MGDLoss(3, 5, 0.0, alpha=0.01, **options),
+        shape=(6, 3, 6, 6),
+        teacher_shape=(6, 5, 4, 4),
+        maps=True,
     )
 
 

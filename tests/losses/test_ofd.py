@@ -7,17 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from contract import make_pair
+from contract import assert_loss_contract, make_pair, with_weights
 from distill import OFDLoss, ofd_loss, ofd_margin
 from learned import (
     assert_gradients,
-    assert_learned_loss_contract,
     average_pool,
     batch_norm,
     convolve,
     make_maps,
     weights,
-    with_weights,
 )
 
 MARGIN = torch.tensor([-0.3, -1.0, -2.0, 0.0], dtype=torch.float64)
@@ -72,8 +70,12 @@ def test_gradient():
 
 def test_contract():
     margin = -torch.arange(5.0)
-    assert_learned_loss_contract(
-        lambda **options: OFDLoss(3, 5, margin, **options), student=(6, 3, 6, 6), teacher=(6, 5, 4, 4), meet=True
+    assert_loss_contract(
+        lambda **options: OFDLoss(3, 5, margin, **options),
+        shape=(6, 3, 6, 6),
+        teacher_shape=(6, 5, 4, 4),
+        maps=True,
+        meet=True,
     )
 
 

@@ -7,18 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from contract import make_pair
+from contract import assert_loss_contract, make_pair, with_weights
 from distill import Distiller, ReviewLoss, Term, review_loss
 from learned import (
     Levels,
     assert_gradients,
-    assert_learned_loss_contract,
     average_pool,
     batch_norm,
     convolve,
     nearest,
     weights,
-    with_weights,
 )
 
 
@@ -102,10 +100,11 @@ def test_gradient():
 
 
 def test_contract():
-    assert_learned_loss_contract(
+    assert_loss_contract(
         lambda **options: Levels(ReviewLoss((3, 3, 3), (5, 5, 5), mid_channels=4, **options)),
-        student=(6, 3, 6, 6),
-        teacher=(6, 5, 7, 4),
+        shape=(6, 3, 6, 6),
+        teacher_shape=(6, 5, 7, 4),
+        maps=True,
         meet=True,
     )
 

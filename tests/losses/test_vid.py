@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from contract import make_pair
+from contract import assert_loss_contract, make_pair, with_weights
 from distill import Distiller, Term, VIDLoss, vid_loss
 from learned import (
     assert_gradients,
-    assert_learned_loss_contract,
     average_pool,
     convolve,
     make_maps,
     weights,
-    with_weights,
 )
 
 
@@ -72,7 +70,9 @@ def test_gradient():
 
 
 def test_contract():
-    assert_learned_loss_contract(lambda **options: VIDLoss(3, 5, **options), student=(6, 3, 6, 6), teacher=(6, 5, 4, 4))
+    assert_loss_contract(
+        lambda **options: VIDLoss(3, 5, **options), shape=(6, 3, 6, 6), teacher_shape=(6, 5, 4, 4), maps=True
+    )
 
 
 def test_variance_is_as_asked_at_first_and_5_by_default():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from distill._checks import ordinary, without_autocast
+from distill._checks import check_tensor, ordinary, without_autocast
 from distill._engine.squared.classes import by_blocks, forms_early, reduce_by_blocks
 from distill._engine.squared.gram import Factor, Heads, by_factor, by_gram, factorise, teacher_gram
 from distill._engine.squared.plan import Size, has_float64, is_tiny
@@ -76,7 +76,7 @@ class Problem(NamedTuple):
     def without_hidden(self, mask: Tensor) -> "Problem":
         """The same with 0 wherever the mask is 0, so that what is there reaches neither values nor gradients."""
         shape = self.hidden.shape[:-1]
-        if mask.shape != shape:
+        if check_tensor("mask", mask).shape != shape:
             raise ValueError(
                 f"mask must be shaped like the per-sample values, {tuple(shape)}, got {tuple(mask.shape)}{FEWER}"
             )
