@@ -6,6 +6,7 @@ from distill._distiller.terms import DistillerOutput, TeacherOutput, Term
 from distill._reduction import Reduction
 from distill._registry import create_loss, get_loss, list_losses, register_loss
 from distill.language import next_tokens
+from distill.linear import LinearCrossEntropyLoss, LinearLoss
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
 from distill.losses.at import ATLoss, at_loss
 from distill.losses.cc import CCLoss, cc_loss
@@ -57,7 +58,9 @@ __all__ = [
     "ICKDLoss",
     "JSLoss",
     "KLLoss",
+    "LinearCrossEntropyLoss",
     "LinearLogitLoss",
+    "LinearLoss",
     "LogitLoss",
     "LogitStdLoss",
     "MGDLoss",

@@ -79,7 +79,7 @@ def run(
         mask: As in `reduce`, checked; one that needs no gradient.
         options: What the formula takes.
     """
-    call = _Call(loss, options, dim, dtype, reduction)
+    call = Call(loss, options, dim, dtype, reduction)
     if torch.is_grad_enabled() and student.requires_grad:
         value: Tensor = _Fused.apply(student, teacher, labels, mask, call)  # type: ignore[no-untyped-call]
         return value
@@ -87,7 +87,7 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One call of a loss, but for its tensors."""
 
     loss: Rows
@@ -114,16 +114,23 @@ class _Call:
         return row_weights(mask, self.reduction, mask)
 
     def run(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, factors: Tensor | None = None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        factors: Tensor | None = None,
+        *,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Give the per-sample values and, if there are factors, the gradient for the student in its dtype.
 
-        A row whose factor is 0 gets a gradient of 0, whatever it holds.
+        A row whose factor is 0 gets a gradient of 0, whatever it holds. The gradient goes `into` a tensor if one is
+        given, which may be the student's own.
         """
         student, teacher = student.detach().movedim(self.dim, -1), teacher.movedim(self.dim, -1)
         labels = None if labels is None else labels.movedim(self.dim, -1)
         values = torch.empty(student.shape[:-1], dtype=self.dtype, device=student.device)
-        gradient = None if factors is None else torch.empty_like(student)
+        gradient = None if factors is None else torch.empty_like(student) if into is None else into
         kernels = _kernels(student, self.dtype) if self.loss.kernel else None
         if not (
             kernels
@@ -145,7 +152,8 @@ class _Call:
         columns = student.shape[-1]
         if all(x is None or x.is_contiguous() for x in (student, teacher, gradient)):
             labels = None if labels is None else labels.reshape(-1, 1)
-            student, teacher, values = student.view(-1, columns), teacher.view(-1, columns), values.view(-1)
+            student, teacher = student.view(-1, columns), teacher.view(-1, teacher.shape[-1])
+            values = values.view(-1)
             factors = None if factors is None else factors.reshape(-1)
             gradient = None if gradient is None else gradient.view(-1, columns)
         limit = min(max(_block_elements(student.device), columns), student.numel())
@@ -153,11 +161,12 @@ class _Call:
         copied = [x.dtype != self.dtype or not x.is_contiguous() for x in (student, teacher)]
         size = limit // columns
         buffers = [
-            torch.empty((size if needed else 0, columns), dtype=self.dtype, device=student.device)
-            for needed in (*copied, True, True)
+            torch.empty((size if needed else 0, width), dtype=self.dtype, device=student.device)
+            for needed, width in zip((*copied, True, True), (columns, teacher.shape[-1], columns, columns), strict=True)
         ]
-        block = self.loss.block or functools.partial(block_by_autograd, self.loss.formula)
+        block = self.loss.in_blocks()
         in_place = gradient is not None and gradient.dtype == self.dtype and gradient.is_contiguous()
+        in_place = in_place and gradient.data_ptr() != student.data_ptr()  # a block still reads what it would overwrite
         for index in _cut(student.shape, limit):
             ours, theirs = _rows(student[index], buffers[0]), _rows(teacher[index], buffers[1])
             grad, spare = buffers[2][: len(ours)], buffers[3][: len(ours)]
@@ -186,7 +195,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @override
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, call: _Call
+        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, call: Call
     ) -> Tensor:
         # In half a gradient divided by the number of samples can underflow before a gradient scaler gets to it.
         early = call.reduction != "none" and student.dtype != torch.half

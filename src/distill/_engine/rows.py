@@ -42,6 +42,10 @@ class Rows:
     softmax: bool = True
     labels: bool = False
 
+    def in_blocks(self) -> Callable[..., Tensor]:
+        """The block function: its own, or the formula's by autograd."""
+        return self.block or functools.partial(fused.block_by_autograd, self.formula)
+
     def values(
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, dim: int | None = None, **options: Any
     ) -> Tensor:

@@ -1,0 +1,356 @@
+"""Rows of logits formed from hidden states and a head, some samples at a time, for any loss of rows.
+
+The logits of a chunk go into two buffers that every chunk reuses; the loss's block leaves the gradient where the
+student's logits were, and two products take it to the hidden states and the head. So nothing is formed twice, and
+nothing as large as all logits exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+from distill._checks import may_look
+from distill._engine.fused import Call, scale
+from distill._engine.rows import Rows
+from distill._reduction import hide, reduce, row_weights
+
+# Samples whose logits are formed at a time, where the caller does not say: few enough for memory, enough for products.
+_CPU, _GPU = 256, 2048
+# Chunks up to which a head in half precision may add up its gradient in that precision.
+_FEW = 8
+
+
+class Side(NamedTuple):
+    """What forms one side's logits: `scale * (weight @ hidden + bias)`."""
+
+    hidden: Tensor  # (N, d)
+    weight: Tensor  # (V, d)
+    bias: Tensor | None  # (V,)
+    scale: float
+
+    def logits(self) -> Tensor:
+        """All logits, (N, V)."""
+        logits = F.linear(self.hidden, self.weight, self.bias)
+        return logits if self.scale == 1 else logits * self.scale
+
+    def product(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `chunk` multiplies: the scaled hidden states, the weight and the scaled bias, in one dtype."""
+        hidden, bias = self.hidden.detach().to(dtype), self.bias
+        bias = None if bias is None else bias.detach().to(dtype)
+        if self.scale != 1:
+            hidden, bias = hidden * self.scale, None if bias is None else bias * self.scale
+        return hidden, self.weight.detach().to(dtype), bias
+
+
+def linear_rows(
+    call: Call,
+    student: Side,
+    teacher: Side | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    *,
+    chunk: int | None,
+) -> Tensor:
+    """Compute the reduced loss of the logits that two heads give.
+
+    Args:
+        call: The loss, its options and its reduction; `dim` is -1.
+        student: The student's hidden states and head.
+        teacher: The teacher's, detached; None for a loss of the student alone.
+        labels: `(N, 1)`, checked, for a loss that uses labels.
+        mask: `(N,)`, checked, in the dtype of the loss.
+        chunk: How many samples at a time; None: by the device.
+    """
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or (mask is not None and mask.requires_grad):
+        return _plain(call, student, teacher, labels, mask)
+    tensors = (student.hidden, student.weight, student.bias)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        theirs = teacher or Side(student.hidden.detach(), student.weight.detach(), None, 1.0)
+        extra = call, student.scale, theirs.scale, teacher is not None, chunk
+        value: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+            *tensors, theirs.hidden, theirs.weight, theirs.bias, labels, mask, extra
+        )
+        return value
+    values, _ = _run(call, student, teacher, labels, mask, None, (False, False, False), chunk)
+    return reduce(values, call.reduction, mask)
+
+
+class _Linear(torch.autograd.Function):
+    """The reduced loss; gradients are formed in the forward where the reduction says what each sample counts for."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.extra = arguments
+        call, labels, mask = ctx.extra[0], tensors[6], tensors[7]
+        student, teacher = _sides(tensors, ctx.extra)
+        # In half a gradient divided by the number of samples can underflow before a gradient scaler gets to it.
+        early = call.reduction != "none" and student.hidden.dtype != torch.half
+        factors = _factors(call, student.hidden, mask) if early else None
+        values, ctx.gradients = _run(
+            call, student, teacher, labels, mask, factors, ctx.needs_input_grad[:3], ctx.extra[-1]
+        )
+        # Inference tensors cannot be saved, and count no changes that the saving would notice.
+        ctx.constants = [tensor if tensor is not None and tensor.is_inference() else None for tensor in tensors]
+        pairs = zip(tensors, ctx.constants, strict=True)
+        ctx.save_for_backward(*(tensor if constant is None else None for tensor, constant in pairs))
+        return reduce(values, call.reduction, mask)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # raises if one was changed in place
+        tensors = [kept if constant is None else constant for kept, constant in zip(saved, ctx.constants, strict=True)]
+        gradients, ctx.gradients = ctx.gradients, None  # given away once: the receivers may write into them
+        call, labels, mask = ctx.extra[0], tensors[6], tensors[7]
+        needs = ctx.needs_input_grad[:3]
+        again = torch.is_grad_enabled()
+        if again or torch._C._functorch.is_legacy_batchedtensor(upstream[0]):
+            with torch.enable_grad():
+                value = _plain(call, *_sides(tensors, ctx.extra), labels, mask)
+            wanted = [tensor for tensor, needed in zip(tensors, needs, strict=False) if needed]
+            found = iter(torch.autograd.grad(value, wanted, upstream, create_graph=again))
+            return *(next(found) if needed else None for needed in needs), *(None,) * 6
+        if gradients is None or all(gradient is None for gradient in gradients):
+            student, teacher = _sides(tensors, ctx.extra)
+            factors = _factors(call, student.hidden, mask) * upstream[0]
+            gradients = _run(call, student, teacher, labels, mask, factors, needs, ctx.extra[-1])[1]
+        else:
+            for gradient in gradients:
+                if gradient is not None:
+                    scale(gradient, upstream[0])
+        return *gradients, *(None,) * 6
+
+
+def _sides(tensors: list[Any], extra: tuple[Any, ...]) -> tuple[Side, Side | None]:
+    _, student_scale, teacher_scale, has_teacher, _ = extra
+    student = Side(*tensors[:3], student_scale)
+    return student, Side(*tensors[3:6], teacher_scale) if has_teacher else None
+
+
+def _plain(call: Call, student: Side, teacher: Side | None, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The same with formed logits and plain operations."""
+    if mask is not None:
+        student = student._replace(hidden=hide(student.hidden, mask, dim=-1))
+        teacher = teacher and teacher._replace(hidden=hide(teacher.hidden, mask, dim=-1))
+    ours = student.logits()
+    theirs = ours.detach() if teacher is None else teacher.logits()
+    return call.plain(ours, theirs, labels, mask)
+
+
+def _factors(call: Call, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    like = torch.empty(len(hidden), dtype=call.dtype, device=hidden.device) if mask is None else mask
+    return row_weights(like, call.reduction, mask)
+
+
+def _run(
+    call: Call,
+    student: Side,
+    teacher: Side | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    factors: Tensor | None,
+    needs: tuple[bool, ...],
+    chunk: int | None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Per-sample values, `(N,)`, and with factors the gradients that are needed: for hidden states, weight and bias."""
+    hidden = student.hidden
+    values = torch.zeros(len(hidden), dtype=call.dtype, device=hidden.device)
+    kept = None
+    if mask is not None and (may_look(mask) or mask.is_cuda):
+        counted = mask.detach() != 0
+        if not bool(counted.all()):
+            kept = counted.nonzero().squeeze(-1)
+            student = student._replace(hidden=hidden.detach()[kept])
+            teacher = teacher and teacher._replace(hidden=teacher.hidden[kept])
+            labels = None if labels is None else labels[kept]
+            factors = None if factors is None else factors[kept]
+    if factors is None:
+        needs = (False, False, False)
+    gradients = _Gradients(student, needs, len(student.hidden), chunk)
+    part = _chunks(call, student, teacher, labels, factors, gradients, chunk)
+    if kept is None:
+        return part, gradients.finished(hidden, None)
+    return values.index_copy(0, kept, part), gradients.finished(hidden, kept)
+
+
+def _chunks(
+    call: Call,
+    student: Side,
+    teacher: Side | None,
+    labels: Tensor | None,
+    factors: Tensor | None,
+    gradients: _Gradients,
+    chunk: int | None,
+) -> Tensor:
+    count, device = len(student.hidden), student.hidden.device
+    values = torch.empty(count, dtype=call.dtype, device=device)
+    step = _step(chunk, device, count)
+    ours = student.product(_product_dtype(student))
+    theirs = ours if teacher is None else teacher.product(_product_dtype(teacher))
+    buffers = [
+        torch.empty(step, len(weight), dtype=states.dtype, device=device)
+        for states, weight, _ in ((ours,) if teacher is None else (ours, theirs))
+    ]
+    for start in range(0, count, step):
+        piece = slice(start, min(start + step, count))
+        logits = _multiply(ours, piece, buffers[0])
+        constant = logits if teacher is None else _multiply(theirs, piece, buffers[1])
+        counts = None if factors is None else factors[piece]
+        values[piece], _ = call.run(
+            logits, constant, None if labels is None else labels[piece], counts, into=None if counts is None else logits
+        )
+        if counts is not None:
+            gradients.add(logits, ours, piece)
+    return values
+
+
+def _multiply(side: tuple[Tensor, Tensor, Tensor | None], piece: slice, buffer: Tensor) -> Tensor:
+    hidden, weight, bias = side
+    rows = hidden[piece]
+    out = buffer[: len(rows)]
+    if bias is None:
+        return torch.mm(rows, weight.T, out=out)
+    return torch.addmm(bias, rows, weight.T, out=out)
+
+
+class _Gradients:
+    """Adds up the gradients of hidden states, weight and bias over the chunks."""
+
+    def __init__(self, student: Side, needs: tuple[bool, ...], count: int, chunk: int | None) -> None:
+        self.scale = student.scale
+        product = _product_dtype(student)
+        many = -(-count // _step(chunk, student.hidden.device, count)) > _FEW if count else False
+        weight = torch.float32 if many and student.weight.dtype.itemsize < 4 else student.weight.dtype
+        self.hidden = torch.empty_like(student.hidden, dtype=product) if needs[0] else None
+        self.weight = torch.zeros_like(student.weight, dtype=weight) if needs[1] else None
+        wide = torch.promote_types(product, torch.float32)
+        self.bias = torch.zeros_like(student.bias, dtype=wide) if needs[2] and student.bias is not None else None
+        self.dtypes = student.weight.dtype, None if student.bias is None else student.bias.dtype
+
+    def add(self, gradient: Tensor, side: tuple[Tensor, Tensor, Tensor | None], piece: slice) -> None:
+        """Add what the gradient of some logits, (R, V), gives."""
+        hidden, weight, _ = side
+        if self.hidden is not None:
+            torch.mm(gradient, weight, out=self.hidden[piece])
+        if self.weight is not None:
+            if self.weight.dtype == gradient.dtype:
+                self.weight.addmm_(gradient.T, hidden[piece])
+            else:
+                self.weight.add_(gradient.T @ hidden[piece])
+        if self.bias is not None:
+            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+
+    def finished(self, whole: Tensor, kept: Tensor | None) -> list[Tensor | None]:
+        """The gradients in the dtypes of what they belong to; of hidden states that were left out they are 0."""
+        hidden = self.hidden
+        if hidden is not None:
+            hidden = (hidden if self.scale == 1 else hidden * self.scale).to(whole.dtype)
+            if kept is not None:
+                hidden = torch.zeros_like(whole).index_copy(0, kept, hidden)
+        weight = None if self.weight is None else self.weight.to(self.dtypes[0])
+        bias = None if self.bias is None else self.bias.mul_(self.scale).to(self.dtypes[1])
+        return [hidden, weight, bias]
+
+
+def _step(chunk: int | None, device: torch.device, count: int) -> int:
+    """How many samples at a time, in chunks of equal size."""
+    most = chunk or (_CPU if device.type == "cpu" else _GPU)
+    pieces = max(-(-count // most), 1)
+    return max(-(-count // pieces), 1)
+
+
+def _product_dtype(side: Side) -> torch.dtype:
+    """The dtype in which hidden states and head are multiplied: autocast's where it is on."""
+    device = side.hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(side.hidden.dtype, side.weight.dtype)
+
+
+def with_cross_entropy(rows: Rows, weight: float | Tensor, compared: int | None) -> Rows:
+    """A loss of rows plus a weight times the cross-entropy of the student, from the same logits in one pass.
+
+    Args:
+        rows: The loss.
+        weight: What the cross-entropy is multiplied by. A negative label has none.
+        compared: How many columns the loss compares, from the first on; the cross-entropy takes all. None: all.
+    """
+
+    def formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, **options: Any) -> Tensor:
+        operands = (labels,) if rows.labels else ()
+        ours = student.narrow(dim, 0, compared or student.shape[dim])
+        values = rows.formula(ours, teacher, *operands, dim=dim, **options)
+        return values + weight * cross_entropy(student, labels, dim)
+
+    def block(
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        factors: Tensor | None,
+        gradient: Tensor,
+        spare: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        operands, n = (labels,) if rows.labels else (), compared or student.shape[1]
+        inner = rows.in_blocks()
+        values = inner(student[:, :n], teacher, *operands, factors, gradient[:, :n], spare[:, :n], **options)
+        if factors is not None:
+            gradient[:, n:] = 0.0
+        return values + weight * add_cross_entropy(student, labels, factors, gradient, spare, weight)
+
+    return Rows(formula, block=block, softmax=rows.softmax, labels=True)
+
+
+def cross_entropy(student: Tensor, labels: Tensor, dim: int) -> Tensor:
+    """Minus the log-probability of each label; 0 where the label is negative."""
+    none = labels < 0
+    picked = F.log_softmax(student, dim).gather(dim, labels.masked_fill(none, 0))
+    return -picked.masked_fill(none, 0.0).squeeze(dim)
+
+
+def add_cross_entropy(
+    student: Tensor,
+    labels: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    spare: Tensor,
+    weight: float | Tensor,
+) -> Tensor:
+    """Give the cross-entropy of a block, `(R,)`, and add its gradient, each row times its factor and the weight."""
+    none = labels < 0
+    index = labels.masked_fill(none, 0)
+    total = torch.logsumexp(student, -1, keepdim=True)
+    values = (total - student.gather(1, index)).masked_fill(none, 0.0)
+    if factors is not None:
+        counts = (factors * weight).masked_fill(none, 0.0)
+        torch.sub(student, total, out=spare).exp_()
+        gradient.addcmul_(spare, counts)
+        gradient.scatter_add_(1, index, -counts)
+    return values.squeeze(-1)
+
+
+def _cross_entropy_block(
+    student: Tensor,
+    teacher: Tensor,  # noqa: ARG001 (every block function is called alike)
+    labels: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    spare: Tensor,
+) -> Tensor:
+    if factors is not None:
+        gradient.zero_()
+    return add_cross_entropy(student, labels, factors, gradient, spare, 1.0)
+
+
+def _cross_entropy_formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int) -> Tensor:  # noqa: ARG001
+    return cross_entropy(student, labels, dim)
+
+
+CROSS_ENTROPY = Rows(_cross_entropy_formula, block=_cross_entropy_block, labels=True)

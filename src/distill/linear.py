@@ -1,0 +1,342 @@
+"""Losses of two heads' logits that never exist: hidden states and heads in, value and gradients out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from distill._checks import check_count, check_labels, check_not_negative, check_tensors, ordinary
+from distill._engine.fused import Call
+from distill._engine.linear import CROSS_ENTROPY, Side, linear_rows, with_cross_entropy
+from distill._engine.squared.heads import check_vocabulary
+from distill._reduction import Reduction, check_mask, check_reduction
+from distill.losses._base import RowLoss
+from distill.losses._heads import HeadPair, check_head, check_scale
+
+_IGNORED = -100
+
+
+class LinearLoss(nn.Module):
+    """Any loss of rows on the logits of two heads, from hidden states, without holding the logits.
+
+    It gives what `loss(student_head(h_s), teacher_head(h_t), target, mask=mask)` gives, plus `cross_entropy` times the
+    cross-entropy of the student's logits, in one pass over some rows at a time: values, and the gradients of hidden
+    states and student's head. Nothing is formed twice; memory is two chunks of logits beside the gradients. With
+    `reduction="none"` the student's logits are formed once more in backward.
+
+    Use it as a `Term` at what the heads see: `at="lm_head:input"`, or at the last norm of models that then need no
+    logits at all. The heads are referred to, not owned: they are in no `parameters()` of the loss.
+
+    Args:
+        loss: A loss of rows: `KLLoss`, `ReverseKLLoss`, `JSLoss`, `DKDLoss` and the others on logits, with its options
+            and reduction; or one of yours that is built on `RowLoss`.
+        student_head: The student's head: `nn.Linear`, `nn.Embedding` (tied or not), or another module that computes
+            `W h + b` with a matrix `weight` of V rows.
+        teacher_head: The teacher's head. A constant.
+        cross_entropy: What the cross-entropy is multiplied by, zero or positive. It counts samples that have a label: a
+            target of -100 has none. It is over the student's whole vocabulary.
+        vocab_size: Compare the first so many rows of both heads only, which must mean the same tokens.
+        student_scale: What the student's logits are multiplied by.
+        teacher_scale: What the teacher's logits are multiplied by.
+        rows: How many samples at a time; None: 256 on a CPU, 2048 elsewhere. More take more memory, fewer more time.
+
+    Raises:
+        TypeError: If the loss is no loss of rows.
+        ValueError: If a head does more than `W h + b`, the vocabularies differ, or an option is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from distill import KLLoss, LinearLoss
+        >>> student_head, teacher_head = torch.nn.Linear(4, 100), torch.nn.Linear(8, 100)
+        >>> loss = LinearLoss(KLLoss(2.0), student_head, teacher_head)
+        >>> student, teacher = torch.randn(2, 16, 4), torch.randn(2, 16, 8)
+        >>> formed = KLLoss(2.0)(student_head(student), teacher_head(teacher))
+        >>> torch.allclose(loss(student, teacher), formed)
+        True
+    """
+
+    def __init__(
+        self,
+        loss: RowLoss,
+        student_head: nn.Module,
+        teacher_head: nn.Module,
+        *,
+        cross_entropy: float = 0.0,
+        vocab_size: int | None = None,
+        student_scale: float = 1.0,
+        teacher_scale: float = 1.0,
+        rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(loss, RowLoss):
+            raise TypeError(
+                f"loss must be a loss of rows of logits, such as KLLoss(), got {type(loss).__name__}; other losses "
+                "take formed logits"
+            )
+        if loss.dim not in (None, -1):
+            raise ValueError(f"the loss must take the last dimension, got dim={loss.dim}")
+        self.loss = loss
+        self.cross_entropy = check_not_negative("cross_entropy", cross_entropy)
+        self.vocab_size = vocab_size
+        self.student_scale = check_scale("student_scale", student_scale)
+        self.teacher_scale = check_scale("teacher_scale", teacher_scale)
+        self.rows = None if rows is None else check_count("rows", rows)
+        # Not a module, so that nn.Module finds no submodules: the models own their heads.
+        self._heads = HeadPair(student_head, teacher_head)
+        self._heads.check(student_scale, teacher_scale)
+        weight, _, teacher_weight, _ = self._heads.tensors()
+        check_vocabulary(len(weight), len(teacher_weight), vocab_size)
+
+    if TYPE_CHECKING:
+
+        @override
+        def __call__(
+            self,
+            student: Tensor,
+            teacher: Tensor,
+            target: Tensor | None = None,
+            *,
+            mask: Tensor | None = None,
+            denominator: float | Tensor | None = None,
+        ) -> Tensor: ...
+
+    @property
+    def reduction(self) -> Reduction:
+        """The reduction of the loss."""
+        return self.loss.reduction
+
+    def check_models(self, student: object, teacher: object) -> None:
+        """Raise ValueError if a model has another head now than this loss; the Distiller asks at every call."""
+        self._heads.check_models(student, teacher)
+
+    @override
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: What the student's head sees, `(..., d_s)`.
+            teacher: What the teacher's head sees, `(..., d_t)`. A constant.
+            target: Labels, `(...)`, where the loss or the cross-entropy uses them; -100 has no cross-entropy.
+            mask: Bool or weights, `(...)`. What a 0 hides counts nowhere, and its logits are not formed.
+            denominator: A mean becomes the sum divided by this number.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(...)`.
+
+        Raises:
+            TypeError: If what must be a tensor is none.
+            ValueError: If shapes, dtypes or devices do not fit, or a label is no class.
+        """
+        check_tensors(student, teacher)
+        self._heads.check(self.student_scale, self.teacher_scale)
+        weight, bias, teacher_weight, teacher_bias = self._heads.tensors()
+        size = check_vocabulary(len(weight), len(teacher_weight), self.vocab_size)
+        _check_hidden("student", student, weight)
+        _check_hidden("teacher", teacher, teacher_weight)
+        if student.shape[:-1] != teacher.shape[:-1] or student.device != teacher.device:
+            raise ValueError(
+                "hidden states must have the same shape but for their width and be on one device (nothing is "
+                f"broadcast), got {tuple(student.shape)} on {student.device} and {tuple(teacher.shape)} on "
+                f"{teacher.device}"
+            )
+        if self.cross_entropy == 0:
+            weight, bias = weight[:size], None if bias is None else bias[:size]
+        teacher_weight = ordinary(teacher_weight.detach()[:size])
+        teacher_bias = None if teacher_bias is None else ordinary(teacher_bias.detach()[:size])
+        theirs = Side(
+            ordinary(teacher.detach()).reshape(-1, teacher.shape[-1]), teacher_weight, teacher_bias, self.teacher_scale
+        )
+        ours = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.student_scale)
+        reduction = self.loss.reduction_over(denominator)
+        dtype = torch.promote_types(torch.promote_types(student.dtype, weight.dtype), torch.float32)
+        flat = _flat_mask(mask, student, dtype)
+        engine, labels = self.loss.rows, None
+        if self.cross_entropy:
+            labels = _labels(target, student, len(weight), flat)
+            factor = _share(labels, flat, reduction, dtype) * self.cross_entropy
+            engine = with_cross_entropy(engine, factor, None if size == len(weight) else size)
+        elif engine.labels:
+            labels = _labels(target, student, size, flat)
+        if self.loss.rows.labels and labels is not None:
+            _check_classes(labels, flat, size)
+        call = Call(engine, self.loss.given(), -1, dtype, reduction)
+        value = linear_rows(call, ours, theirs, labels, flat, chunk=self.rows)
+        value = value.reshape(student.shape[:-1]) if reduction == "none" else value
+        return value if denominator is None else value / denominator
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options and the heads' sizes in `repr`."""
+        weight, _, teacher_weight, _ = self._heads.tensors()
+        return (
+            f"cross_entropy={self.cross_entropy}, vocab_size={self.vocab_size}, student_scale={self.student_scale}, "
+            f"teacher_scale={self.teacher_scale}, student_head={tuple(weight.shape)}, "
+            f"teacher_head={tuple(teacher_weight.shape)}"
+        )
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """Cross-entropy of a head's logits from hidden states, without holding the logits.
+
+    For a student without a teacher, or as the task loss beside other terms; `LinearLoss(..., cross_entropy=1.0)` does
+    both in one pass.
+
+    Args:
+        head: `nn.Linear`, `nn.Embedding`, or another module that computes `W h + b`. Referred to, not owned.
+        scale: What the logits are multiplied by.
+        ignore_index: A label that means "none".
+        reduction: Over samples: `"mean"`, `"sum"` or `"none"`.
+        rows: As in `LinearLoss`.
+
+    Raises:
+        ValueError: If the head does more than `W h + b`, or an option is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from distill import LinearCrossEntropyLoss
+        >>> head = torch.nn.Linear(8, 100)
+        >>> hidden, labels = torch.randn(4, 8), torch.randint(100, (4,))
+        >>> formed = torch.nn.functional.cross_entropy(head(hidden), labels)
+        >>> torch.allclose(LinearCrossEntropyLoss(head)(hidden, labels), formed)
+        True
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        *,
+        scale: float = 1.0,
+        ignore_index: int = _IGNORED,
+        reduction: Reduction = "mean",
+        rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = check_scale("scale", scale)
+        self.ignore_index = ignore_index
+        self.reduction = check_reduction(reduction)
+        self.rows = None if rows is None else check_count("rows", rows)
+        check_head("head", head, scale)
+        self._head = (head,)  # in a tuple, where nn.Module does not look for submodules
+
+    if TYPE_CHECKING:
+
+        @override
+        def __call__(
+            self,
+            student: Tensor,
+            target: Tensor,
+            *,
+            mask: Tensor | None = None,
+            denominator: float | Tensor | None = None,
+        ) -> Tensor: ...
+
+    @override
+    def forward(
+        self,
+        student: Tensor,
+        target: Tensor,
+        *,
+        mask: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: What the head sees, `(..., d)`.
+            target: Labels, `(...)`.
+            mask: Bool or weights, `(...)`.
+            denominator: A mean becomes the sum divided by this number.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(...)`.
+
+        Raises:
+            TypeError: If what must be a tensor is none.
+            ValueError: If shapes, dtypes or devices do not fit, or a label is no class.
+        """
+        check_tensors(student, student)
+        head: Any = self._head[0]
+        weight, bias = head.weight, getattr(head, "bias", None)
+        _check_hidden("student", student, weight)
+        if denominator is not None and self.reduction != "mean":
+            raise ValueError(f"denominator must come with reduction='mean', got reduction={self.reduction!r}")
+        dtype = torch.promote_types(torch.promote_types(student.dtype, weight.dtype), torch.float32)
+        flat = _flat_mask(mask, student, dtype)
+        labels = _labels(target, student, len(weight), flat, self.ignore_index)
+        counted = (labels.squeeze(-1) >= 0).to(dtype)
+        flat = counted if flat is None else flat * counted
+        side = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.scale)
+        call = Call(CROSS_ENTROPY, {}, -1, dtype, self.reduction if denominator is None else "sum")
+        value = linear_rows(call, side, None, labels, flat, chunk=self.rows)
+        value = value.reshape(student.shape[:-1]) if self.reduction == "none" else value
+        return value if denominator is None else value / denominator
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the options and the head's size in `repr`."""
+        head: Any = self._head[0]
+        return f"scale={self.scale}, reduction={self.reduction!r}, head={tuple(head.weight.shape)}"
+
+
+def _check_hidden(side: str, hidden: Tensor, weight: Tensor) -> None:
+    if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or hidden.numel() == 0:
+        raise ValueError(
+            f"the {side}'s hidden states must be (..., {weight.shape[1]}), as wide as its head, and not empty, "
+            f"got shape {tuple(hidden.shape)}"
+        )
+    if not hidden.is_floating_point():
+        raise ValueError(f"the {side}'s hidden states must be floating-point, got {hidden.dtype}")
+    if hidden.device != weight.device:
+        raise ValueError(
+            f"the {side}'s hidden states must be on its head's device, {weight.device}, got {hidden.device}"
+        )
+
+
+def _flat_mask(mask: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    check_mask(mask, hidden.shape[:-1], hidden.device)
+    return ordinary(mask).reshape(-1).to(dtype)
+
+
+def _labels(
+    target: Tensor | None, hidden: Tensor, classes: int, mask: Tensor | None, ignore_index: int = _IGNORED
+) -> Tensor:
+    """Labels `(N, 1)`, checked, -1 where there is none or the mask hides it."""
+    if target is None:
+        raise ValueError("target must be the class of every sample, got None")
+    if isinstance(target, Tensor) and target.shape == hidden.shape[:-1]:
+        target = ordinary(target).reshape(-1)
+        none = target == ignore_index if mask is None else (target == ignore_index) | (mask.detach() == 0)
+        checked = check_labels(target, target.new_empty(1).expand(len(target), classes), dim=-1, mask=~none)
+        return checked.masked_fill(none.unsqueeze(-1), -1)
+    return check_labels(target, hidden.new_empty(1).expand(*hidden.shape[:-1], classes), dim=-1)
+
+
+def _check_classes(labels: Tensor, mask: Tensor | None, size: int) -> None:
+    """A loss that uses labels needs a class among the compared ones for every sample that counts."""
+    counted = labels if mask is None else labels.masked_fill((mask.detach() == 0).unsqueeze(-1), 0)
+    check_labels(counted.squeeze(-1), counted.new_empty(1).expand(len(labels), size), dim=-1)
+
+
+def _share(labels: Tensor, mask: Tensor | None, reduction: Reduction, dtype: torch.dtype) -> Tensor | float:
+    """What turns a mean over all counted samples into one over those that have a label."""
+    if reduction != "mean":
+        return 1.0
+    labelled = labels.squeeze(-1) >= 0
+    counts = labelled.new_ones(len(labelled), dtype=dtype) if mask is None else mask.detach()
+    having = (counts * labelled).sum()
+    return counts.sum() / torch.where(having == 0, 1.0, having)
