@@ -165,8 +165,12 @@ class Call:
             for needed, width in zip((*copied, True, True), (columns, teacher.shape[-1], columns, columns), strict=True)
         ]
         block = self.loss.in_blocks()
-        in_place = gradient is not None and gradient.dtype == self.dtype and gradient.is_contiguous()
-        in_place = in_place and gradient.data_ptr() != student.data_ptr()  # a block still reads what it would overwrite
+        in_place = (
+            gradient is not None
+            and gradient.dtype == self.dtype
+            and gradient.is_contiguous()
+            and gradient.data_ptr() != student.data_ptr()  # a block still reads what it would overwrite
+        )
         for index in _cut(student.shape, limit):
             ours, theirs = _rows(student[index], buffers[0]), _rows(teacher[index], buffers[1])
             grad, spare = buffers[2][: len(ours)], buffers[3][: len(ours)]

@@ -130,8 +130,9 @@ class _Linear(torch.autograd.Function):
 
 def _sides(tensors: list[Any], extra: tuple[Any, ...]) -> tuple[Side, Side | None]:
     _, student_scale, teacher_scale, has_teacher, _ = extra
-    student = Side(*tensors[:3], student_scale)
-    return student, Side(*tensors[3:6], teacher_scale) if has_teacher else None
+    hidden, weight, bias, theirs, their_weight, their_bias, *_ = tensors
+    student = Side(hidden, weight, bias, student_scale)
+    return student, Side(theirs, their_weight, their_bias, teacher_scale) if has_teacher else None
 
 
 def _plain(call: Call, student: Side, teacher: Side | None, labels: Tensor | None, mask: Tensor | None) -> Tensor:
