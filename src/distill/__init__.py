@@ -5,6 +5,7 @@ from distill._distiller.distiller import Distiller
 from distill._distiller.terms import DistillerOutput, TeacherOutput, Term
 from distill._reduction import Reduction
 from distill._registry import create_loss, get_loss, list_losses, register_loss
+from distill.diagnostics import agreement, tap_shapes
 from distill.language import next_tokens
 from distill.linear import LinearCrossEntropyLoss, LinearLoss
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
@@ -83,6 +84,7 @@ __all__ = [
     "VIDLoss",
     "WSLDLoss",
     "adapt",
+    "agreement",
     "alpha_beta_loss",
     "at_loss",
     "cc_loss",
@@ -116,6 +118,7 @@ __all__ = [
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "sp_loss",
+    "tap_shapes",
     "tvd_loss",
     "vid_loss",
     "wsld_loss",

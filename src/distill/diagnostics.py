@@ -1,0 +1,218 @@
+"""Looks at models before and after: what each module gives, and how often student and teacher agree."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from distill._checks import check_classes, check_inputs
+from distill._distiller.evaluate import call
+from distill._distiller.stand_ins import Listener, listen
+from distill._reduction import reduce
+
+__all__ = ["TapShape", "TapShapes", "agreement", "tap_shapes"]
+
+_WIDTH = 60
+
+
+@dataclass(frozen=True)
+class TapShape:
+    """What one module was given and gave in a forward; an entry of `tap_shapes`.
+
+    Attributes:
+        calls: How often it was called. A tap at a module called more than once names the call: `"path#0"`.
+        inputs: Its first input in each call: a tensor's shape, or the structure of anything else, in words.
+        outputs: What it gave in each call, likewise.
+        input_overwritten: Whether a first input was changed in place later: a tap at `"path:input"` needs `copy=True`.
+        overwritten: The same for what it gave, and a tap at `"path"`.
+    """
+
+    calls: int
+    inputs: tuple[tuple[int, ...] | str, ...]
+    outputs: tuple[tuple[int, ...] | str, ...]
+    input_overwritten: bool
+    overwritten: bool
+
+    @property
+    def shape(self) -> tuple[int, ...] | str | None:
+        """What it gave in its first call; None if it was not called."""
+        return self.outputs[0] if self.outputs else None
+
+
+class TapShapes(Mapping[str, TapShape]):
+    """What `tap_shapes` gives: a `TapShape` by path, in the order of `named_modules()`; prints as a table."""
+
+    def __init__(self, entries: Mapping[str, TapShape]) -> None:
+        self._entries = dict(entries)
+
+    @override
+    def __getitem__(self, path: str) -> TapShape:
+        return self._entries[path]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @override
+    def __repr__(self) -> str:
+        rows = [("path", "calls", "input", "output", "overwritten later")]
+        for path, entry in self._entries.items():
+            which = {"input": entry.input_overwritten, "output": entry.overwritten}
+            rows.append(
+                (
+                    path or "(the model)",
+                    str(entry.calls),
+                    _distinct(entry.inputs),
+                    _distinct(entry.outputs),
+                    ", ".join(name for name, is_so in which.items() if is_so),
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def tap_shapes(model: nn.Module, inputs: Any) -> TapShapes:
+    """Run a model once and say what each of its modules is given and gives: all that a `Term`'s paths need.
+
+    The model runs in eval mode and without gradients. Its modes and buffers are afterwards as they were.
+
+    Args:
+        model: The model, a student or a teacher.
+        inputs: For the model, as the Distiller takes them: a tensor is passed as `model(x)`, a tuple as `model(*x)`, a
+            mapping as `model(**x)`, anything else as `model(x)`.
+
+    Returns:
+        A mapping from the path of every module to its `TapShape`; printed, a table.
+
+    Raises:
+        TypeError: If the model is no module.
+
+    Examples:
+        >>> import torch
+        >>> from distill import tap_shapes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 3))
+        >>> shapes = tap_shapes(model, torch.zeros(2, 8))
+        >>> shapes["0"].shape
+        (2, 4)
+        >>> print(shapes)
+        path         calls  input   output  overwritten later
+        (the model)  1      (2, 8)  (2, 3)
+        0            1      (2, 8)  (2, 4)  output
+        1            1      (2, 4)  (2, 4)  input
+        2            1      (2, 4)  (2, 3)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
+    paths = dict(model.named_modules(remove_duplicate=False))
+    looks = {
+        id(module): (_Look(module, takes_input=True), _Look(module, takes_input=False)) for module in paths.values()
+    }
+    with _as_it_was(model), torch.no_grad():
+        model.eval()
+        listen([look for pair in looks.values() for look in pair], lambda: call(model, inputs))
+    return TapShapes({path: _entry(*looks[id(module)]) for path, module in paths.items()})
+
+
+@torch.no_grad()
+def agreement(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, dim: int | None = None) -> Tensor:
+    """Share of the samples in which student and teacher put the same class first.
+
+    Args:
+        student: The student's logits, `(..., C)`, or with the `C` classes along `dim`.
+        teacher: The teacher's logits, same shape.
+        mask: Bool or weights, one per sample, `(...)`: what a 0 hides counts nowhere.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
+
+    Returns:
+        A scalar from 0 to 1, float32, or float64 if an input is; 0 where the mask hides all, NaN where logits that
+        count are.
+
+    Raises:
+        TypeError: If an input is no tensor.
+        ValueError: If shapes or devices differ, an input is empty or not floating-point, there is only one class,
+            `dim` is out of range or not given where there are four dimensions or more, or the mask has another shape.
+
+    Examples:
+        >>> import torch
+        >>> from distill import agreement
+        >>> student = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> agreement(student, student.flip(0))
+        tensor(0.5000)
+    """
+    dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim)
+    dim = check_classes(student, dim=dim)
+    (ours, our_class), (theirs, their_class) = student.max(dim), teacher.max(dim)
+    same = (our_class == their_class).to(dtype).masked_fill(ours.isnan() | theirs.isnan(), torch.nan)
+    return reduce(same, "mean", mask)
+
+
+class _Look(Listener):
+    """Notes what passes, and the version of every tensor in it."""
+
+    def __init__(self, module: nn.Module, *, takes_input: bool) -> None:
+        super().__init__(module, "distill look", takes_input=takes_input)
+        self.seen: list[tuple[int, ...] | str] = []
+        self.versions: list[tuple[Tensor, int]] = []
+
+    @override
+    def hear(self, call: int, value: Any) -> None:
+        self.seen.append(_describe(value))
+        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        self.versions += [(leaf, leaf._version) for leaf in leaves]
+
+    def overwritten(self) -> bool:
+        return any(tensor._version != version for tensor, version in self.versions)
+
+
+def _entry(given: _Look, gave: _Look) -> TapShape:
+    return TapShape(gave.calls, tuple(given.seen), tuple(gave.seen), given.overwritten(), gave.overwritten())
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put modes and buffers back."""
+    modes = {module: module.training for module in model.modules()}
+    tables = {module: dict(module._buffers) for module in model.modules()}
+    kept = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for module, table in tables.items():
+            module._buffers.update(table)
+        with torch.no_grad():
+            for buffer, version, clone in kept:
+                if buffer._version != version:
+                    buffer.copy_(clone)
+
+
+def _describe(value: Any) -> tuple[int, ...] | str:
+    """A tensor's shape; the structure of anything else in words."""
+    return tuple(value.shape) if isinstance(value, Tensor) else _in_words(value)
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_in_words(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(_in_words, value)) + "]"
+    return "None" if value is None else type(value).__name__
+
+
+def _distinct(seen: Sequence[tuple[int, ...] | str]) -> str:
+    """Each once, shortened for the table."""
+    text = " | ".join(dict.fromkeys(map(str, seen)))
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
