@@ -12,3 +12,4 @@ def form(request, monkeypatch):
         monkeypatch.setattr(engine, "SMALL", 0)
         monkeypatch.setattr(engine, "SHORT", 1)
         monkeypatch.setattr(engine, "_block_elements", lambda device: 16)
+    return request.param

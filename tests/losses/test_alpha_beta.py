@@ -1,5 +1,6 @@
 """AlphaBetaLoss against the formula of Wang et al. (2025), after Cichocki, Cruces and Amari (2011)."""
 
+import functools
 import math
 
 import numpy as np
@@ -8,6 +9,14 @@ import torch
 
 from contract import assert_loss_contract, gradient, make_pair
 from distill import AlphaBetaLoss, alpha_beta_loss, kl_loss, reverse_kl_loss
+from divergences import (
+    assert_compiles,
+    assert_hessian_where_equal,
+    assert_keeps_digits,
+    assert_knows_zeros,
+    assert_light,
+    assert_shows_nan,
+)
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -21,9 +30,15 @@ def reference(student, teacher, alpha, beta, temperature=1.0, axis=-1):
         p = np.exp(t[sample] / temperature)
         for pc, qc in zip(p / p.sum(), q / q.sum(), strict=True):
             if beta == 0:
-                term = (pc**alpha * math.log(pc**alpha / qc**alpha) - pc**alpha + qc**alpha) / alpha**2
+                if 0 in (pc, qc):
+                    term = math.inf if pc else qc**alpha / alpha**2
+                else:
+                    term = (pc**alpha * math.log(pc**alpha / qc**alpha) - pc**alpha + qc**alpha) / alpha**2
             elif alpha == 0:
-                term = (qc**beta * math.log(qc**beta / pc**beta) - qc**beta + pc**beta) / beta**2
+                if 0 in (pc, qc):
+                    term = math.inf if qc else pc**beta / beta**2
+                else:
+                    term = (qc**beta * math.log(qc**beta / pc**beta) - qc**beta + pc**beta) / beta**2
             else:
                 both = alpha + beta
                 term = pc**alpha * qc**beta - alpha / both * pc**both - beta / both * qc**both
@@ -72,17 +87,9 @@ def test_gradient(alpha, beta):
     assert torch.autograd.gradgradcheck(lambda s: alpha_beta_loss(s, teacher, alpha=alpha, beta=beta), student)
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(0.2, 0.7), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("alpha", "beta"), EXPONENTS)
 def test_second_derivative_where_they_are_equal(alpha, beta):
-    # Divergences of this family all have the Hessian diag(p) - p p' there, in the logits, times p^(alpha + beta - 1).
-    logits = make_pair(1, 4)[1][0]
-    p = logits.softmax(-1)
-    jacobian = torch.diag(p) - p[:, None] * p
-    expected = jacobian @ torch.diag(p ** (alpha + beta - 2)) @ jacobian
-    hessian = torch.autograd.functional.hessian(
-        lambda s: alpha_beta_loss(s, logits, alpha=alpha, beta=beta), logits.clone()
-    )
-    torch.testing.assert_close(hessian, expected)
+    assert_hessian_where_equal(lambda: AlphaBetaLoss(alpha, beta), 1.0, power=alpha + beta)
 
 
 def test_contract():
@@ -191,3 +198,38 @@ def test_repr_shows_options():
         repr(AlphaBetaLoss(0.2, 0.7, 2.0, reduction="none"))
         == "AlphaBetaLoss(alpha=0.2, beta=0.7, temperature=2.0, reduction='none', dim=None)"
     )
+
+
+def test_a_probability_of_0_is_a_probability():
+    for alpha, beta in EXPONENTS:
+        assert_knows_zeros(
+            functools.partial(AlphaBetaLoss, alpha, beta, 2.0),
+            lambda s, t: reference(s, t, alpha, beta, 2.0),  # noqa: B023
+            infinite=(beta == 0, alpha == 0),
+        )
+    assert_shows_nan(AlphaBetaLoss(0.2, 0.7))
+
+
+def test_keeps_its_digits_near_agreement_and_is_never_negative():
+    for alpha, beta in EXPONENTS:
+        assert_keeps_digits(functools.partial(AlphaBetaLoss, alpha, beta))
+
+
+def test_exponents_that_come_to_be_both_zero_are_refused(form):
+    loss = AlphaBetaLoss(1.0, 0.0)
+    loss.alpha = 0.0
+    with pytest.raises(ValueError, match="alpha and beta must not both be zero, got 0.0 and 0.0"):
+        loss(*make_pair(6, 10))
+    loss.beta = 1.0
+    assert torch.equal(loss(*make_pair(6, 10)), AlphaBetaLoss(0.0, 1.0)(*make_pair(6, 10)))
+
+
+def test_compiles_for_any_batch_size_and_after_a_change_of_an_option(form):
+    if form == "plain":
+        assert_compiles(AlphaBetaLoss(0.2, 0.7), "alpha", 0.6)
+
+
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody
+def test_takes_little_memory(form, monkeypatch):
+    if form == "blocks":
+        assert_light(AlphaBetaLoss(0.2, 0.7), monkeypatch)

@@ -1,5 +1,6 @@
 """JSLoss against the formula of Agarwal et al. (2024), equation 1."""
 
+import functools
 import math
 
 import numpy as np
@@ -8,6 +9,14 @@ import torch
 
 from contract import assert_loss_contract, make_pair
 from distill import JSLoss, js_loss, kl_loss, reverse_kl_loss
+from divergences import (
+    assert_compiles,
+    assert_hessian_where_equal,
+    assert_keeps_digits,
+    assert_knows_zeros,
+    assert_light,
+    assert_shows_nan,
+)
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -22,7 +31,8 @@ def reference(student, teacher, beta, temperature, axis=-1):
         q, p = q / q.sum(), p / p.sum()
         for pc, qc in zip(p, q, strict=True):
             m = beta * pc + (1 - beta) * qc
-            values[sample] += beta * pc * math.log(pc / m) + (1 - beta) * qc * math.log(qc / m)
+            values[sample] += beta * pc * math.log(pc / m) if pc else 0
+            values[sample] += (1 - beta) * qc * math.log(qc / m) if qc else 0
     return temperature**2 * values
 
 
@@ -116,3 +126,33 @@ def test_rejects_bad_temperatures(temperature):
 
 def test_repr_shows_options():
     assert repr(JSLoss(0.1, 2.0, reduction="none")) == "JSLoss(beta=0.1, temperature=2.0, reduction='none', dim=None)"
+
+
+def test_a_probability_of_0_is_a_probability():
+    for beta, temperature in ((0.1, 1.0), (0.5, 4.0)):
+        assert_knows_zeros(
+            functools.partial(JSLoss, beta, temperature),
+            lambda s, t: reference(s, t, beta, temperature),  # noqa: B023
+        )
+    assert_shows_nan(JSLoss(0.3))
+
+
+def test_keeps_its_digits_near_agreement_and_is_never_negative():
+    for beta in (0.1, 0.5):
+        assert_keeps_digits(functools.partial(JSLoss, beta))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_second_derivative_where_they_are_equal(beta):
+    assert_hessian_where_equal(lambda: JSLoss(beta, 3.0), beta * (1 - beta), temperature=3.0)
+
+
+def test_compiles_for_any_batch_size_and_after_a_change_of_an_option(form):
+    if form == "plain":
+        assert_compiles(JSLoss(0.3), "beta", 0.7)
+
+
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody
+def test_takes_little_memory(form, monkeypatch):
+    if form == "blocks":
+        assert_light(JSLoss(0.3), monkeypatch)

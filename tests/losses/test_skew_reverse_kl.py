@@ -1,5 +1,6 @@
 """SkewReverseKLLoss against the formula of Ko, Kim, Chen and Yun (2024)."""
 
+import functools
 import math
 
 import numpy as np
@@ -8,6 +9,14 @@ import torch
 
 from contract import assert_loss_contract, make_pair
 from distill import SkewReverseKLLoss, reverse_kl_loss, skew_reverse_kl_loss
+from divergences import (
+    assert_compiles,
+    assert_hessian_where_equal,
+    assert_keeps_digits,
+    assert_knows_zeros,
+    assert_light,
+    assert_shows_nan,
+)
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -22,7 +31,7 @@ def reference(student, teacher, alpha, temperature, axis=-1):
         q, p = q / q.sum(), p / p.sum()
         for pc, qc in zip(p, q, strict=True):
             m = (1 - alpha) * pc + alpha * qc
-            values[sample] += qc * math.log(qc / m)
+            values[sample] += (qc * math.log(qc / m) if m else math.inf) if qc else 0
     return temperature**2 * values
 
 
@@ -116,3 +125,34 @@ def test_repr_shows_options():
         repr(SkewReverseKLLoss(0.2, 2.0, reduction="none"))
         == "SkewReverseKLLoss(alpha=0.2, temperature=2.0, reduction='none', dim=None)"
     )
+
+
+def test_a_probability_of_0_is_a_probability():
+    for alpha, temperature in ((0.1, 1.0), (0.4, 2.0), (0.0, 2.0)):
+        assert_knows_zeros(
+            functools.partial(SkewReverseKLLoss, alpha, temperature),
+            lambda s, t: reference(s, t, alpha, temperature),  # noqa: B023
+            infinite=(False, alpha == 0),
+        )
+    assert_shows_nan(SkewReverseKLLoss(0.3))
+
+
+def test_keeps_its_digits_near_agreement_and_is_never_negative():
+    for alpha in (0.0, 0.1, 0.5):
+        assert_keeps_digits(functools.partial(SkewReverseKLLoss, alpha))
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5])
+def test_second_derivative_where_they_are_equal(alpha):
+    assert_hessian_where_equal(lambda: SkewReverseKLLoss(alpha, 3.0), (1 - alpha) ** 2, temperature=3.0)
+
+
+def test_compiles_for_any_batch_size_and_after_a_change_of_an_option(form):
+    if form == "plain":
+        assert_compiles(SkewReverseKLLoss(0.3), "alpha", 0.7)
+
+
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody
+def test_takes_little_memory(form, monkeypatch):
+    if form == "blocks":
+        assert_light(SkewReverseKLLoss(0.3), monkeypatch)

@@ -1,5 +1,6 @@
 """TVDLoss against the formula of Wen, Li, Du and Mou (2023)."""
 
+import functools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from contract import assert_loss_contract, gradient, make_pair
 from distill import TVDLoss, kl_loss, tvd_loss
+from divergences import NoTies, assert_compiles, assert_keeps_digits, assert_knows_zeros, assert_light, assert_shows_nan
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -100,3 +102,36 @@ def test_rejects_bad_temperatures(temperature):
 
 def test_repr_shows_options():
     assert repr(TVDLoss(2.0, reduction="none")) == "TVDLoss(temperature=2.0, reduction='none', dim=None)"
+
+
+def test_a_probability_of_0_is_a_probability():
+    for temperature in (1.0, 4.0):
+        assert_knows_zeros(functools.partial(TVDLoss, temperature), lambda s, t: reference(s, t, temperature))  # noqa: B023
+    assert_shows_nan(TVDLoss())
+
+
+def test_keeps_its_digits_near_agreement_and_is_never_negative():
+    assert_keeps_digits(TVDLoss)
+
+
+def test_gradient_where_some_probabilities_are_equal_is_that_of_the_middle():
+    # From below the slope of |p - q| / 2 is -1/2, from above 1/2: between them lies 0, and it is not left to PyTorch.
+    logits = torch.tensor([[0.0, 1.0, 2.0, 2.0]], dtype=torch.float64)
+    teacher = torch.tensor([[1.0, 0.0, 2.0, 2.0]], dtype=torch.float64)
+    q = logits.softmax(-1)[0]
+    side = torch.tensor([-0.5, 0.5, 0.0, 0.0], dtype=torch.float64)
+    with NoTies():
+        slope = gradient(TVDLoss(), logits, teacher)
+        assert gradient(TVDLoss(), logits, logits).abs().max() == 0
+    torch.testing.assert_close(slope[0], q * (side - (q * side).sum()))
+
+
+def test_compiles_for_any_batch_size_and_after_a_change_of_an_option(form):
+    if form == "plain":
+        assert_compiles(TVDLoss(), "temperature", 2.0)
+
+
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody
+def test_takes_little_memory(form, monkeypatch):
+    if form == "blocks":
+        assert_light(TVDLoss(), monkeypatch)

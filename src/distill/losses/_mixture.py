@@ -4,12 +4,11 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill._checks import check_fraction
 from distill._engine.fused import block_by_autograd
-from distill.losses._softened import divergence, harden, not_negative, soften, softmax_rows
+from distill.losses._softened import divergence_of_logits, harden, not_negative, soften, softmax_rows
 
 check_skew = functools.partial(check_fraction, zero=True)  # what both skew divergences ask of `alpha`
 
@@ -53,8 +52,8 @@ def from_mixture(student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int
     """
     share, of_teacher, of_student = mixture
     if share in (0, 1):
-        log_p, log_q = (F.log_softmax(soften(logits, temperature), dim) for logits in (teacher, student))
-        return harden(divergence(log_p, log_q, dim) if of_teacher else divergence(log_q, log_p, dim), temperature)
+        a, b = (teacher, student) if of_teacher else (student, teacher)
+        return divergence_of_logits(a, b, dim=dim, temperature=temperature)
     q = torch.softmax(soften(student, temperature), dim)
     p = torch.softmax(soften(teacher, temperature), dim)
     difference = q - p

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill._checks import check_not_negative, check_positive
+from distill._checks import check_not_negative, check_positive, may_look
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
@@ -13,8 +13,8 @@ from distill.losses._softened import log_softmax_rows, not_negative, soften
 
 FAMILY = "logits"
 
-# Exponents below this want the form of `_centred`; above it the plain form loses no more than rounding times 1 / 0.05.
-_SMALL = 0.05
+_SMALL = 0.05  # an exponent below which the formula as it stands would drown in rounding
+_CLOSE = 0.01  # what must be left of the two sums of powers, or it loses too many digits
 _NEGLIGIBLE = 1e-30  # an exponent that changes no digit of anything, and with which float32 can no longer compute
 _FAR = 40.0  # exp(-40) does not count beside 1
 
@@ -31,13 +31,14 @@ def _formula(student: Tensor, teacher: Tensor, *, dim: int, alpha: float, beta: 
     log_q = F.log_softmax(soften(student, temperature), dim)
     log_p = F.log_softmax(soften(teacher, temperature), dim)
     total = alpha + beta
-    if min(alpha, beta) < _SMALL:
-        values = _centred(log_p, log_q, alpha, beta).sum(dim) / total
-    else:
+    if min(alpha, beta) >= _SMALL and may_look(student):  # the formula as it stands takes two thirds of the time
         of_teacher = (total * log_p).exp().sum(dim) * (alpha / total)
         of_student = (total * log_q).exp().sum(dim) * (beta / total)
-        values = (of_teacher + of_student - (alpha * log_p + beta * log_q).exp().sum(dim)) / (alpha * beta)
-    return not_negative(values)
+        both = of_teacher + of_student
+        left = both - (alpha * log_p + beta * log_q).exp().sum(dim)
+        if bool((left.detach() >= _CLOSE * both.detach()).all()):
+            return left / (alpha * beta)
+    return not_negative(_centred(log_p, log_q, alpha, beta).sum(dim) / total)
 
 
 def _centred(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
