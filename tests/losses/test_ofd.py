@@ -219,3 +219,14 @@ def test_rejects_what_is_no_tensor():
             build()
     with pytest.raises(TypeError, match="margin must be a tensor, got float"):
         ofd_loss(*make_pair(2, 3, 4), margin=-1.0)
+
+
+def test_a_mask_leaves_the_value_of_the_kept_samples_alone():
+    student, teacher = make_maps((5, 2, 4, 4), (5, 4, 4, 4))
+    loss = with_weights(OFDLoss(2, 4, MARGIN))
+    for mask in (torch.tensor([True, False, True, True, False]), torch.tensor([2.0, 0.0, 2.0, 2.0, 0.0])):
+        alone = loss(student[mask != 0], teacher[mask != 0])
+        torch.testing.assert_close(loss(student, teacher, mask=mask), alone, rtol=1e-12, atol=1e-12)
+    student = student.detach().clone()
+    student[1], student[4] = torch.nan, torch.inf
+    torch.testing.assert_close(loss(student, teacher, mask=mask), alone, rtol=1e-12, atol=1e-12)

@@ -221,3 +221,17 @@ def test_rejects_bad_maps():
 def test_repr_shows_options():
     expected = "ReviewLoss(\n  student_channels=(2, 3), teacher_channels=(4, 5), mid_channels=3, reduction='sum'\n"
     assert repr(ReviewLoss((2, 3), (4, 5), reduction="sum")).startswith(expected)
+
+
+def test_a_mask_leaves_the_value_of_the_kept_samples_alone():
+    def levels(maps):
+        return maps, maps[..., ::2, ::2]
+
+    student, teacher = make_pair(5, 2, 6, 4, teacher_shape=(5, 3, 6, 4))
+    loss = with_weights(ReviewLoss((2, 2), (3, 3)))
+    for mask in (torch.tensor([True, False, True, True, False]), torch.tensor([2.0, 0.0, 2.0, 2.0, 0.0])):
+        alone = loss(levels(student[mask != 0]), levels(teacher[mask != 0]))
+        torch.testing.assert_close(loss(levels(student), levels(teacher), mask=mask), alone, rtol=1e-12, atol=1e-12)
+    student = student.detach().clone()
+    student[1], student[4] = torch.nan, torch.inf
+    torch.testing.assert_close(loss(levels(student), levels(teacher), mask=mask), alone, rtol=1e-12, atol=1e-12)

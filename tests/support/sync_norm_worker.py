@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from contract import make_pair
+from contract import make_pair, with_weights
 from distill import OFDLoss, ReviewLoss
-from learned import with_weights
 
 BORDERS = (0, 3, 8)  # samples per process: unequal
 
