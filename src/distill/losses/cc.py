@@ -86,7 +86,8 @@ def _correlations(features: Tensor, gamma: float, order: int) -> Tensor:
 class CCLoss(BatchLoss):
     """Mean squared difference of the correlations between samples; see `cc_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
+    train together, each compares the samples of its own batch.
 
     Args:
         gamma: Of the Gaussian kernel, positive and finite. It may be changed between steps.

@@ -130,7 +130,8 @@ def _norm(centred: Tensor, dim: int) -> Tensor:
 class DISTLoss(BatchLoss):
     """Correlation of the predictions over classes and over samples; see `dist_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
+    train together, each compares the samples of its own batch.
 
     Args:
         beta: Weight of the part over classes, zero or positive.

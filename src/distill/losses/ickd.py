@@ -65,7 +65,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _correlation(maps: Tensor) -> Tensor:
-    channels = over_largest(maps.flatten(2), (1, 2))
+    channels = over_largest(maps.flatten(1), dim=1).reshape(*maps.shape[:2], -1)
     with without_autocast(maps):
         return normalize(channels @ channels.mT, dim=2)
 

@@ -104,7 +104,8 @@ def _standardize(maps: Tensor, kept: Tensor | None) -> Tensor:
 class PearsonLoss(BatchLoss):
     """Half the mean squared difference of the standardised maps; see `pearson_loss` for the formula.
 
-    It has no options, and no reduction: the loss is one number for the whole batch, whose mask selects samples.
+    It has no options, and no reduction: the loss is one number for the whole batch, whose mask selects samples. Where
+    several processes train together, each takes the statistics of its own batch.
 
     Examples:
         >>> import torch

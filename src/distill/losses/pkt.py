@@ -77,7 +77,8 @@ def _neighbours(features: Tensor, kept: Tensor | None = None) -> Tensor:
 class PKTLoss(BatchLoss):
     """Divergence of the chances of samples to be neighbours; see `pkt_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
+    train together, each compares the samples of its own batch.
 
     Examples:
         >>> import torch

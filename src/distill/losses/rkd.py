@@ -197,7 +197,8 @@ def _inverse_root(squares: Tensor) -> Tensor:
 class RKDLoss(BatchLoss):
     """Difference between distances and angles of the samples; see `rkd_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
+    train together, each compares the samples of its own batch.
 
     Args:
         distance_weight: Of the pairs, finite and not negative. It may be changed between steps.

@@ -63,7 +63,7 @@ def sp_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> 
 
 
 def _similarities(features: Tensor) -> Tensor:
-    features = over_largest(features, (0, 1))
+    features = over_largest(features.flatten(), dim=0).reshape(features.shape)
     return normalize(features @ features.mT, dim=1)
 
 
@@ -71,7 +71,8 @@ def _similarities(features: Tensor) -> Tensor:
 class SPLoss(BatchLoss):
     """Squared difference of the similarities between samples; see `sp_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
+    train together, each compares the samples of its own batch.
 
     Examples:
         >>> import torch
