@@ -84,7 +84,7 @@ class ICKDLoss(SampleLoss):
         >>> import torch
         >>> from distill import ICKDLoss
         >>> loss = ICKDLoss()
-        >>> maps = torch.arange(32.0).reshape(2, 4, 2, 2)
+        >>> maps = torch.arange(1.0, 33.0).reshape(2, 4, 2, 2)
         >>> loss(maps, maps.flip(3))  # where in the map does not count
         tensor(0.)
     """
