@@ -34,34 +34,34 @@ def pair(difference: float, *, equal: bool) -> Inputs:
         basis = torch.linalg.qr(normal(2 * SIZE, SIZE)).Q
         wide = weight @ basis.T + other_weight @ torch.linalg.qr(basis, mode="complete").Q[:, SIZE:].T
         inputs = hidden, wide @ basis, (hidden + difference * other) @ basis.T, wide
-    student, student_weight, teacher, teacher_weight = (tensor.float() for tensor in inputs)
-    return student, student_weight, teacher, teacher_weight
+    student_hidden, student_weight, teacher_hidden, teacher_weight = (tensor.float() for tensor in inputs)
+    return student_hidden, student_weight, teacher_hidden, teacher_weight
 
 
-def formed(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+def formed(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
     """The loss of formed logits."""
-    return logit_loss(student @ student_weight.T, teacher @ teacher_weight.T)
+    return logit_loss(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T)
 
 
-def plain(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+def plain(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
     """The Gram formula as it stands, in the dtype of its inputs."""
-    ours = (student @ (student_weight.T @ student_weight) * student).sum(-1)
-    cross = (teacher @ (teacher_weight.T @ student_weight) * student).sum(-1)
-    theirs = (teacher @ (teacher_weight.T @ teacher_weight) * teacher).sum(-1)
+    ours = (student_hidden @ (student_weight.T @ student_weight) * student_hidden).sum(-1)
+    cross = (teacher_hidden @ (teacher_weight.T @ student_weight) * student_hidden).sum(-1)
+    theirs = (teacher_hidden @ (teacher_weight.T @ teacher_weight) * teacher_hidden).sum(-1)
     return (ours - 2 * cross + theirs) / len(student_weight)
 
 
 def results(form: str, inputs: Inputs) -> list[Tensor]:
     """Values, gradient for the hidden states and gradient for the weight."""
-    student, weight, teacher, teacher_weight = inputs
-    student, weight = student.clone().requires_grad_(), weight.clone().requires_grad_(form != "factor")
-    given = student, weight, teacher, teacher_weight
+    hidden, weight, teacher_hidden, teacher_weight = inputs
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_(form != "factor")
+    given = hidden, weight, teacher_hidden, teacher_weight
     if form in ("formed", "plain"):
         values = {"formed": formed, "plain": plain}[form](*given)
     else:
         method: Method = "factor" if form == "factor" else "gram" if form == "gram" else "blocks"
         values = linear_logit_loss(*given, method=method)
-    return [values.detach(), *torch.autograd.grad(values.mean(), [x for x in (student, weight) if x.requires_grad])]
+    return [values.detach(), *torch.autograd.grad(values.mean(), [x for x in (hidden, weight) if x.requires_grad])]
 
 
 def errors(form: str, inputs: Inputs) -> list[float]:

@@ -54,6 +54,28 @@ def hidden(*shape, sizes=(6, 9), seed=1, dtype=torch.float32):
     return pair[0].requires_grad_(), pair[1]
 
 
+class LoRA(nn.Module):
+    """What adapter libraries put in a layer's place: at the start its outputs are those of the layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, 2, bias=False)
+        self.lora_B = nn.Linear(2, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
 def by_logits(pair, states):
     return LogitLoss()(pair[0](states[0]), pair[1](states[1]))
 

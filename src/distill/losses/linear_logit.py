@@ -282,6 +282,7 @@ class LinearLogitLoss(SampleLoss):
         """
         if samples < 1:
             raise ValueError(f"samples must be positive, got {samples!r}")
+        self._heads.check(self.student_scale, self.teacher_scale)
         tensors = self._heads.tensors()
         nothing = tensors[0].new_empty(1)
         hidden, teacher_hidden = (nothing.expand(samples, weight.shape[1]) for weight in tensors[::2])

@@ -161,10 +161,10 @@ def check_heads(
         ValueError: As `linear_logit_loss` says.
     """
     given = (hidden, teacher_hidden, weight, bias, teacher_weight, teacher_bias)
-    for tensor in given:
-        if tensor is not None and type(tensor) not in _PLAIN:
-            _check_kinds(*given)
-            break
+    if not all(type(tensor) in _PLAIN for tensor in (hidden, teacher_hidden, weight, teacher_weight)) or not all(
+        tensor is None or type(tensor) in _PLAIN for tensor in (bias, teacher_bias)
+    ):
+        _check_kinds(*given)
     # Each look at a tensor's shape, dtype or device costs as much as some of these comparisons: once is enough.
     shape, theirs = weight.shape, teacher_weight.shape
     for name, matrix in (("student_weight", shape), ("teacher_weight", theirs)):
