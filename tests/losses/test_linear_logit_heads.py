@@ -284,6 +284,8 @@ def test_rejects_what_is_no_tensor():
                 linear_logit_loss(**{**given, name: bad})
     with pytest.raises(TypeError, match="student_bias must be a tensor, got float"):
         linear_logit_loss(**given, student_bias=1.0)
+    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+        LinearLogitLoss(*heads())(*hidden(2), mask=[1, 0])
     with pytest.raises(TypeError, match="student_hidden must be a tensor, got NoneType"):
         LinearLogitLoss(*heads())(None, hidden(5)[1])
 

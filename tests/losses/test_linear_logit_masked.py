@@ -74,6 +74,21 @@ def test_what_a_mask_hides_counts_nowhere(method, reduction, spoilt):
         torch.testing.assert_close(kept, gradient(loss, *(x[mask] for x in clean)))
 
 
+@pytest.mark.parametrize("method", ["auto", *METHODS])
+def test_denominator_stands_for_the_number_of_samples(method):
+    pair, states = heads(trains=method != "factor", dtype=torch.float64), hidden(7, dtype=torch.float64)
+    loss, total = (LinearLogitLoss(*pair, method=method, reduction=x) for x in ("mean", "sum"))
+    mask = torch.arange(7) > 2
+    for given in ({}, {"mask": mask}):
+        for denominator in (11, torch.tensor(11)):
+            value = loss(*states, denominator=denominator, **given)
+            torch.testing.assert_close(value, total(*states, **given) / 11)
+            ours = gradient(loss, *states, denominator=denominator, **given)
+            torch.testing.assert_close(ours, gradient(total, *states, **given) / 11)
+    with pytest.raises(ValueError, match="denominator must come with reduction='mean', got reduction='sum'"):
+        total(*states, denominator=3)
+
+
 @traces_functions
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -6,13 +6,14 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from distill import LinearLogitLoss
+from distill import Distiller, LinearLogitLoss, LogitLoss, Term
 from linear_heads import METHODS, LoRA, by_logits, heads, hidden
 
 
@@ -76,6 +77,36 @@ def test_check_models_of_a_copy_starts_anew_and_keeps_no_model_alive():
     del student
     gc.collect()
     assert seen() is None
+
+
+def test_a_distiller_refuses_a_head_that_its_model_has_replaced():
+    """A vocabulary that grows gives a transformers model another head, and so does an assignment."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    models = [
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, hidden_size=size, tie_word_embeddings=False))
+        for size in (8, 16)
+    ]
+    tokens = torch.arange(10).view(2, 5)
+    terms = Term(LinearLogitLoss(*(model.lm_head for model in models)), at="model.norm")
+    distiller = Distiller(*models, terms, task_loss=None)
+    expected = LogitLoss()(*(model(tokens).logits for model in models))
+    torch.testing.assert_close(distiller({"input_ids": tokens, "logits_to_keep": 1}).loss, expected)
+
+    narrow = Distiller(*models, Term(terms.loss, at="lm_head:input"), task_loss=None)
+    for given in ({"mask": torch.ones(2, 5)}, {"target": torch.zeros(2, 5, dtype=torch.long)}):
+        with pytest.raises(ValueError, match=r"must be shaped like the per-sample values, \(2, 1\), got \(2, 5\)"):
+            narrow({"input_ids": tokens, "logits_to_keep": 1}, **given)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models[0].resize_token_embeddings(48)
+    if models[0].lm_head is not terms.loss.student_head:  # a release of transformers may keep the module
+        with pytest.raises(ValueError, match="LlamaForCausalLM has another module at 'lm_head' now: build the loss"):
+            distiller(tokens)
+    models[0].lm_head = nn.Linear(8, 40)
+    with pytest.raises(ValueError, match="student_head must be the head that the model has, but LlamaForCausalLM has"):
+        distiller(tokens)
 
 
 def test_replaced_parameters_are_seen_at_each_call():

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill._engine.squared.heads import check_whole
+from distill._checks import is_integer
+from distill._engine.squared.heads import FEWER, check_whole
 
 # The size of the larger logits of the probe: caps far beyond it do not show. And what a vector may be multiplied by for
 # that: half goes no further.
@@ -57,6 +58,16 @@ def check_scale(name: str, value: Any) -> Any:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive and finite number, got {value!r}")
     return value
+
+
+def check_positions(target: Any, samples: torch.Size) -> None:
+    """Raise ValueError for labels of other positions than the hidden states have."""
+    if not isinstance(target, Tensor) or not is_integer(target) or target.ndim != len(samples):
+        return
+    if target.shape != samples:
+        raise ValueError(
+            f"labels must be shaped like the per-sample values, {tuple(samples)}, got {tuple(target.shape)}{FEWER}"
+        )
 
 
 def check_head(name: str, head: nn.Module, scale: float) -> None:

@@ -6,15 +6,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import is_integer
 from distill._engine.squared.gram import factorise, teacher_gram
-from distill._engine.squared.heads import FEWER, Problem, check_heads, check_vocabulary
+from distill._engine.squared.heads import Problem, check_heads, check_vocabulary
 from distill._engine.squared.kept import Kept, may_keep
 from distill._engine.squared.plan import Plan, Size, cheapest
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
-from distill.losses._heads import HeadPair, check_scale
+from distill.losses._heads import HeadPair, check_positions, check_scale
 from distill.losses.logit import _ROWS
 
 FAMILY = "logits"
@@ -226,7 +225,13 @@ class LinearLogitLoss(SampleLoss):
 
     @override
     def forward(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, mask: Tensor | None = None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        denominator: float | Tensor | None = None,
     ) -> Tensor:
         """Compute the loss.
 
@@ -236,6 +241,7 @@ class LinearLogitLoss(SampleLoss):
             target: Not used. Labels of another number of positions are refused: the heads then saw not all of them.
             mask: Bool or weights, `(...)`, shaped like the per-sample values. What a 0 hides counts nowhere, also where
                 it is NaN or infinite.
+            denominator: A mean becomes the sum divided by this number, such as the tokens of all micro-batches.
 
         Returns:
             A scalar, or with `reduction="none"` one value per sample, `(...)`.
@@ -249,7 +255,12 @@ class LinearLogitLoss(SampleLoss):
             self._heads.check(self.student_scale, self.teacher_scale)
         tensors = self._heads.tensors()
         problem = self._problem(student, teacher, tensors)
-        _check_positions(target, student.shape[:-1])
+        check_positions(target, student.shape[:-1])
+        reduction = self.reduction_over(denominator)
+        value = self._value(problem, tensors, reduction, mask)
+        return value if denominator is None else value / denominator
+
+    def _value(self, problem: Problem, tensors: tuple[Any, ...], reduction: Reduction, mask: Tensor | None) -> Tensor:
         if mask is not None:
             problem = problem.without_hidden(mask)
         chosen: str = self.method
@@ -257,7 +268,7 @@ class LinearLogitLoss(SampleLoss):
             chosen = "logits" if problem.is_tiny() else cheapest(self._size(problem, tensors).costs())
         problem.check_possible(chosen)
         if chosen == "logits":
-            return _ROWS.reduced(*problem.logits(), dim=-1, reduction=self.reduction, mask=mask)
+            return _ROWS.reduced(*problem.logits(), dim=-1, reduction=reduction, mask=mask)
         factor = theirs = None
         if chosen == "factor":
             weights = problem.weight, problem.bias, problem.teacher_weight, problem.teacher_bias
@@ -265,7 +276,7 @@ class LinearLogitLoss(SampleLoss):
             factor = self._kept.get("factor", weights, lambda: factorise(problem.heads()), *scales)
         elif chosen == "gram":
             theirs = self._kept.get("gram", [problem.teacher_weight], lambda: teacher_gram(problem.teacher_weight))
-        return problem.loss(chosen, self.reduction, mask, factor=factor, theirs=theirs)
+        return problem.loss(chosen, reduction, mask, factor=factor, theirs=theirs)
 
     def plan(self, samples: int) -> Plan:
         """Tell which form a call takes in the present state of the heads and of grad mode, and why.
@@ -333,13 +344,3 @@ class LinearLogitLoss(SampleLoss):
         keeps_teacher = may_keep([teacher_weight])
         may_factor = frozen and keeps_teacher and may_keep([weight, bias, teacher_bias])
         return problem.size(reduction=self.reduction, may_factor=may_factor, keeps_teacher=keeps_teacher)
-
-
-def _check_positions(target: Any, samples: torch.Size) -> None:
-    """Raise ValueError for labels of other positions than the hidden states have."""
-    if not isinstance(target, Tensor) or not is_integer(target) or target.ndim != len(samples):
-        return
-    if target.shape != samples:
-        raise ValueError(
-            f"labels must be shaped like the per-sample values, {tuple(samples)}, got {tuple(target.shape)}{FEWER}"
-        )

@@ -1,6 +1,6 @@
 """Two linear heads and what they see: the checks, and the way to the form that compares them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -225,11 +225,9 @@ def _check_kinds(*given: Tensor | None) -> None:
             check_whole(name, tensor)
 
 
-def check_whole(name: str, tensor: object) -> None:
+def check_whole(name: str, tensor: Any) -> None:
     """Raise TypeError for what is no tensor, ValueError for one that other tensors stand for."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if type(tensor) in _PLAIN:
+    if type(check_tensor(name, tensor)) in _PLAIN:
         return
     kind = type(tensor).__name__
     if hasattr(tensor, "full_tensor"):
