@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,22 @@ def test_a_loss_left_on_another_device_is_an_error(loss):
     sides = [(x,) if isinstance(loss, ReviewLoss) else x for x in (torch.ones(2, 3, 4, 4), torch.ones(2, 4, 4, 4))]
     with pytest.raises(ValueError, match=r"must be on the device of what it compares, cpu, got meta: .*\.to\(device\)"):
         copy.deepcopy(loss).to("meta")(*sides)
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "was", "other"),
+    [
+        (HintLoss(3, 4), "student_channels", 3, 4),
+        (HintLoss(), "teacher_channels", None, 4),
+        (VIDLoss(3, 4), "init_variance", 5.0, 4.0),
+        (OFDLoss(3, 4, torch.zeros(4)), "teacher_channels", 4, 3),
+        (MGDLoss(3, 4), "teacher_channels", 4, 3),
+        (ReviewLoss((3,), (4,)), "student_channels", (3,), (4,)),
+        (ReviewLoss((3,), (4,)), "mid_channels", 3, 4),
+    ],
+)
+def test_what_made_the_layers_cannot_be_changed_without_effect(loss, name, was, other):
+    with pytest.raises(ValueError, match=re.escape(f"{name} made the layers and must stay {was!r}, got {other!r}")):
+        setattr(loss, name, other)
+    setattr(loss, name, was)
+    assert getattr(copy.deepcopy(loss), name) == was

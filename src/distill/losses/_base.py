@@ -3,7 +3,7 @@
 A loss class is its options and, but for losses of rows, one method that calls its function.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ class Loss(nn.Module):
     """Options by name, each with the check that it must pass whenever it is set; `repr` shows them in this order."""
 
     options: ClassVar[Mapping[str, Callable[[str, Any], Any]]] = {}
+    built: ClassVar[Collection[str]] = ()  # options that made the layers: another value later would do nothing
 
     if TYPE_CHECKING:
 
@@ -35,7 +36,10 @@ class Loss(nn.Module):
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         check = self.options.get(name)
-        super().__setattr__(name, value if check is None else check(name, value))
+        value = value if check is None else check(name, value)
+        if name in self.built and self.__dict__.get(name, value) != value:
+            raise ValueError(f"{name} made the layers and must stay {self.__dict__[name]!r}, got {value!r}")
+        super().__setattr__(name, value)
 
     def given(self) -> dict[str, Any]:
         """The options of the formula, as they are now."""

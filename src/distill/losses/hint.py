@@ -134,6 +134,7 @@ class HintLoss(SampleLoss):
         "teacher_channels": _check_channels,
         "dim": _check_dim,
     }
+    built = ("student_channels", "teacher_channels")
 
     def __init__(
         self,

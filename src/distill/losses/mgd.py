@@ -110,6 +110,7 @@ class MGDLoss(SampleLoss):
         "mask_ratio": _check_ratio,
         "alpha": check_positive,
     }
+    built = ("student_channels", "teacher_channels")
 
     def __init__(
         self,

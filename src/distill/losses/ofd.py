@@ -144,6 +144,7 @@ class OFDLoss(SampleLoss):
     """
 
     options = {"student_channels": check_count, "teacher_channels": check_count}  # noqa: RUF012 - declared in the base
+    built = ("student_channels", "teacher_channels")
     margin: Tensor
 
     def __init__(

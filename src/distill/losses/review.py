@@ -114,6 +114,7 @@ class ReviewLoss(SampleLoss):
         "teacher_channels": _check_channels,
         "mid_channels": check_count,
     }
+    built = ("student_channels", "teacher_channels", "mid_channels")
 
     def __init__(
         self,

@@ -100,6 +100,7 @@ class VIDLoss(SampleLoss):
         "init_variance": check_positive,
         "eps": check_positive,
     }
+    built = ("student_channels", "teacher_channels", "init_variance")
 
     def __init__(
         self,
