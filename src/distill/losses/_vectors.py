@@ -21,7 +21,7 @@ def normalize(tensor: Tensor, *, dim: int) -> Tensor:
     return scaled / norm.masked_fill(zero, math.inf)
 
 
-def over_largest(tensor: Tensor, *, dim: int) -> Tensor:
+def over_largest(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Divide by the largest magnitude along `dim`, where only proportions count: products neither over- nor underflow.
 
     The largest is a constant in the gradient: right where what follows does not depend on the scale.
@@ -30,7 +30,7 @@ def over_largest(tensor: Tensor, *, dim: int) -> Tensor:
     return tensor / largest.masked_fill(largest == 0, 1.0)
 
 
-def magnitude(tensor: Tensor, dim: int) -> Tensor:
+def magnitude(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """The largest magnitude along `dim`, which is kept with size 1; without a graph."""
     tensor = tensor.detach()
     return torch.maximum(tensor.amax(dim, keepdim=True), -tensor.amin(dim, keepdim=True))
