@@ -1,5 +1,6 @@
 """For tests of more than one folder."""
 
+import math
 import os
 from pathlib import Path
 
@@ -21,3 +22,12 @@ def fused(monkeypatch):
     monkeypatch.setattr(engine, "SMALL", 0)
     monkeypatch.setattr(engine, "SHORT", 1)
     monkeypatch.setattr(engine, "_block_elements", lambda device: 64)
+
+
+@pytest.fixture(params=["plain", "blocks"])
+def form(request, monkeypatch):
+    """Each of the two forms of a loss of rows, whatever the size: the plain formula, or blocks of a few rows."""
+    monkeypatch.setattr(engine, "SMALL", 0 if request.param == "blocks" else math.inf)
+    monkeypatch.setattr(engine, "SHORT", 1)
+    monkeypatch.setattr(engine, "_block_elements", lambda device: 16)
+    return request.param

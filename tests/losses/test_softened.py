@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from contract import make_pair
+from contract import gradient, make_pair
+from distill import KLLoss, LogitLoss, ReverseKLLoss
+from distill.losses import kl, reverse_kl
 from distill.losses._softened import divergence, expectation, not_negative
 
 INF = math.inf
@@ -91,3 +93,109 @@ def test_what_rounding_leaves_below_0_is_0_with_the_derivatives_it_had():
     value = not_negative(x)
     torch.testing.assert_close(value, x.detach().clamp(min=0), equal_nan=True, rtol=0, atol=0)
     assert torch.autograd.grad(value.sum(), x)[0].tolist() == [1, 1, 1, 1, 1]
+
+
+def divergence_of(module, student, teacher):
+    """The textbook's sum and its gradient in float64, over the classes that have a probability."""
+    p, q = ((x.double() / module.temperature).softmax(-1) for x in (teacher, student))
+    a, b = (p, q) if isinstance(module, KLLoss) else (q, p)
+    ratio = torch.where(a > 0, a.log() - b.log(), 0.0)
+    value = (a * ratio).sum(-1, keepdim=True)
+    slope = q - p if isinstance(module, KLLoss) else q * (ratio - value)
+    return module.temperature**2 * value.squeeze(-1), module.temperature * slope
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("build", [KLLoss, ReverseKLLoss])
+def test_classes_without_probability(form, build, dtype):
+    student, teacher = make_pair(6, 10, dtype=dtype)
+    student = student.detach()
+    teacher[0, 3] = teacher[2, :9] = teacher[3, [0, 9]] = teacher[4, 5] = -INF
+    student[1, 3] = student[2, :9] = student[3, [0, 9]] = student[4, [1, 5]] = -INF
+    module = build(2.5, reduction="none")
+    values = module(student, teacher)
+    expected, slope = divergence_of(module, student, teacher)
+    # The student's alone: nothing under kl to expect there, all under reverse_kl; the teacher's alone the other way.
+    infinite = [1, 4] if build is KLLoss else [0]
+    assert values.isinf().nonzero().flatten().tolist() == infinite
+    assert not values.isnan().any()
+    tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-5, "atol": 1e-12 if dtype == torch.float64 else 1e-6}
+    torch.testing.assert_close(values.double(), expected, **tolerance)
+    finite = [i for i in range(6) if i not in infinite]
+    mask = torch.ones(6)
+    mask[infinite] = 0
+    for reduction in ("none", "sum"):
+        ours = gradient(lambda s, r=reduction: build(2.5, reduction=r)(s, teacher, mask=mask).sum(), student)
+        torch.testing.assert_close(ours[finite].double(), slope[finite], **tolerance)
+        assert (ours[infinite] == 0).all()
+    if build is KLLoss:  # also where the value is infinite the gradient is T (q - p)
+        torch.testing.assert_close(gradient(build(2.5, reduction="sum"), student, teacher).double(), slope, **tolerance)
+    first, second = hessian_rows(build(2.5), student[finite], teacher[finite])
+    assert first.isfinite().all()
+    assert second.isfinite().all()
+
+
+def hessian_rows(module, student, teacher):
+    student = student.detach().requires_grad_()
+    (first,) = torch.autograd.grad(module(student, teacher), student, create_graph=True)
+    return first, torch.autograd.grad((first**2).sum(), student)[0]
+
+
+def test_logit_says_that_an_infinite_difference_is_none(form):
+    student, teacher = (x.detach() for x in make_pair(3, 10))
+    student[0, 1] = teacher[1, 1] = student[2, 1] = teacher[2, 1] = -INF
+    values = LogitLoss(reduction="none")(student, teacher)
+    assert values[:2].tolist() == [INF, INF]
+    assert values[2].isnan()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "columns", "share"), [(4.0, 50257, 0.01), (1000.0, 50257, 1.0), (1.0, 1000, 0.01)]
+)
+@pytest.mark.parametrize("build", [KLLoss, ReverseKLLoss])
+def test_close_logits_keep_their_digits(form, build, temperature, columns, share):
+    student, teacher = make_pair(4, columns, dtype=torch.float32)
+    near = ((1 - share) * teacher + share * student.detach()).detach()
+    module = build(temperature, reduction="none")
+    values = module(near, teacher)
+    expected, slope = divergence_of(module, near, teacher)
+    assert (values > 0).all()
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=0)
+    ours = gradient(build(temperature, reduction="sum"), near, teacher).double()
+    assert (ours - slope).norm() <= (1e-5 if form == "blocks" else 1e-4) * slope.norm()
+    # A row far apart in the same block changes nothing.
+    far = near.clone()
+    far[0] += 100 * temperature * student.detach()[0].abs()
+    torch.testing.assert_close(module(far, teacher)[1:].double(), expected[1:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("step", [0.0, 1e-8, 1e-7, 1e-6, 1e-5])
+@pytest.mark.parametrize("build", [KLLoss, ReverseKLLoss])
+def test_values_are_never_negative(form, build, step):
+    student, teacher = make_pair(200, 10, dtype=torch.float32)
+    for temperature in (1.0, 4.0, 1000.0):
+        values = build(temperature, reduction="none")(teacher + step * student.detach(), teacher)
+        assert (values >= 0).all()
+        assert step > 0 or (values == 0).all()
+
+
+@pytest.mark.parametrize("build", [KLLoss, ReverseKLLoss])
+def test_derivatives_where_student_and_teacher_agree(form, build):
+    """No derivative rests on what PyTorch takes it for where a maximum or an absolute value turns: it is 0, then F."""
+    _, teacher = make_pair(2, 5)
+    p = (teacher[0] / 2).softmax(-1)
+    expected = torch.diag(p) - torch.outer(p, p)  # Fisher's information, T^2 times 1 / T^2 of it
+    module = build(2.0, reduction="sum")
+    assert gradient(module, teacher, teacher).abs().max() < 1e-15
+    ours = torch.autograd.functional.hessian(lambda s: module(s, teacher[:1]), teacher[:1])
+    torch.testing.assert_close(ours.view(5, 5), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("module", "build"), [(kl, KLLoss), (reverse_kl, ReverseKLLoss)])
+def test_the_two_forms_of_the_formula_agree_to_the_second_derivative(module, build, monkeypatch):
+    student, teacher = make_pair(4, 5)
+    ours = torch.autograd.functional.hessian(lambda s: build()(s, teacher), student.detach())
+    monkeypatch.setattr("distill.losses._softened.may_look", lambda x: False)  # as in a compiled graph, and on a GPU
+    theirs = torch.autograd.functional.hessian(lambda s: build()(s, teacher), student.detach())
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+    assert module._ROWS is build.rows

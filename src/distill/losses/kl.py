@@ -62,15 +62,15 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
     Doubt: none known.
 
     Args:
-        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
-            float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
+            computed in float32.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. A constant: no gradient reaches it.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
-        One value per sample, shape `(...)`, in nats times the squared temperature, not negative but for rounding;
-        float32, or float64 if an input is.
+        One value per sample, shape `(...)`, in nats times the squared temperature, never negative; infinite where a
+        class has a probability of 0 for the student alone. float32, or float64 if an input is.
 
     Raises:
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not
@@ -99,6 +99,9 @@ class KLLoss(RowLoss):
 
     With large inputs a mean or sum forms the gradient already in the forward, which costs one tensor of the student's
     size: evaluate under `torch.no_grad()`.
+
+    Leave student, teacher and mask as they are until backward: to change one in place is an error with large inputs and
+    may be one with small ones, but never gives a wrong gradient.
 
     Args:
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.

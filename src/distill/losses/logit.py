@@ -70,8 +70,9 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
     no public code was seen that has it.
 
     Args:
-        student: What the student gives, `(..., C)`: logits, or features of equal width. Any floating dtype; half and
-            bfloat16 are computed in float32.
+        student: What the student gives, `(..., C)`: logits, or features of equal width, all finite: the
+            difference to -inf is infinite, and that of two -inf no number. Any floating dtype; half and bfloat16 are
+            computed in float32.
         teacher: What the teacher gives, same shape. A constant: no gradient reaches it.
         dim: The dimension of the `C` values.
 
@@ -102,6 +103,9 @@ class LogitLoss(RowLoss):
 
     With large inputs a mean or sum forms the gradient already in the forward, which costs one tensor of the student's
     size: evaluate under `torch.no_grad()`.
+
+    Leave student, teacher and mask as they are until backward: to change one in place is an error with large inputs and
+    may be one with small ones, but never gives a wrong gradient.
 
     Args:
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).

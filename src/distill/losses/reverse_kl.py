@@ -61,19 +61,20 @@ def reverse_kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.
     is one term of its objective, no replacement for it. The factor T^2 is in neither code.
 
     Args:
-        student: The student's logits, finite, `(..., C)`. Any floating dtype; half and bfloat16 are computed in
-            float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
+            computed in float32.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. A constant: no gradient reaches it.
         temperature: What both logits are divided by, positive and finite.
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Returns:
-        One value per sample, shape `(...)`, in nats times the squared temperature, not negative but for rounding;
-        float32, or float64 if an input is.
+        One value per sample, shape `(...)`, in nats times the squared temperature, never negative; infinite where a
+        class has a probability of 0 for the teacher alone. float32, or float64 if an input is.
 
     Raises:
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not
-            positive and finite, or `dim` is out of range.
+            positive and finite, there is only one class, or `dim` is out of range or not given where there are four
+            dimensions or more.
 
     Examples:
         >>> import torch
@@ -95,14 +96,19 @@ def reverse_kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.
 class ReverseKLLoss(RowLoss):
     """Reverse divergence of the softened distributions, T^2 KL(student || teacher); see `reverse_kl_loss`.
 
+    With large inputs a mean or sum forms the gradient already in the forward, which costs one tensor of the student's
+    size: evaluate under `torch.no_grad()`.
+
+    Leave student, teacher and mask as they are until backward: to change one in place is an error with large inputs and
+    may be one with small ones, but never gives a wrong gradient.
+
     Args:
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
-        dim: The dimension of the `C` classes.
+        dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
-        ValueError: If the temperature is not positive and finite, or the
-            reduction is unknown.
+        ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:
         >>> import torch
