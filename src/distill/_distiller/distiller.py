@@ -142,6 +142,7 @@ class Distiller(nn.Module):
         # What was found in order before, so that it is looked at again only where it changed.
         self._known_tensors: list[int] = []
         self._known_model = 0
+        self._averaged_outside = False  # whether a trainer averages the gradients of what learns in the losses
 
     if TYPE_CHECKING:
 
@@ -297,7 +298,7 @@ class Distiller(nn.Module):
                 check(self.student, self.teacher)
         if not trains:
             return
-        if model is not self.student:
+        if model is not self.student and not self._averaged_outside:
             check_losses_in_step([*self.losses.items(), *self.adapters.items()])
         if isinstance(self.teacher, nn.Module):
             now = identities(self, self.teacher)

@@ -1,0 +1,1 @@
+"""Where distill meets other frameworks: each file imports its own, and nothing imports these files."""

@@ -1,0 +1,223 @@
+"""DistillTrainer: gradients whatever the batches are cut into, learned losses, checkpoints, logs, evaluation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+
+from distill import Distiller, HintLoss, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
+from distill.integrations.transformers import DistillTrainer  # noqa: E402
+
+V = 31
+
+
+def llama(width, layers=2, seed=0, tied=False):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows(count=8):
+    """Rows of unequal length, padded on the right, prompts of two tokens not learned."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for index in range(count):
+        length = 5 + index % 4
+        tokens = torch.randint(1, V, (9,), generator=generator)
+        attention = (torch.arange(9) < length).long()
+        labels = tokens.masked_fill(attention == 0, -100)
+        labels[:2] = -100
+        made.append({"input_ids": tokens * attention, "attention_mask": attention, "labels": labels})
+    return made
+
+
+def build(terms=None, **options):
+    student, teacher = llama(8), llama(16, seed=1)
+    terms = terms or {"kl": KLLoss(2.0), "hint": Term(HintLoss(8, 16), at="model.norm")}
+    return Distiller(student, teacher, terms, **options)
+
+
+def arguments(folder, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+def stack(batch):
+    return {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
+
+
+def change(distiller, before):
+    return {name: before[name] - value for name, value in distiller.state_dict().items()}
+
+
+@pytest.mark.parametrize("size", [8, 4, 2, 1])
+def test_the_step_does_not_depend_on_how_the_batch_is_cut(tmp_path, size):
+    torch.manual_seed(0)
+    distiller = build()
+    before = copy.deepcopy(distiller.state_dict())
+    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+    DistillTrainer(distiller=distiller, args=arguments(tmp_path, **options), train_dataset=rows()).train()
+
+    torch.manual_seed(0)
+    by_hand = build()
+    by_hand.load_state_dict(before)
+    batch = stack(rows())
+    target, mask = next_tokens(batch.pop("labels"))
+    by_hand(batch, target, mask=mask).loss.backward()
+    for name, parameter in by_hand.named_parameters():
+        torch.testing.assert_close(change(distiller, before)[name], 0.1 * parameter.grad, rtol=1e-4, atol=2e-7)
+
+
+def test_batch_losses_are_averaged_over_micro_batches(tmp_path):
+    distiller = build({"rkd": Term(RKDLoss(), at=lambda out: out.logits[:, 0])}, task_loss=None)
+    before = copy.deepcopy(distiller.state_dict())
+    prepare = lambda batch: ({k: v for k, v in batch.items() if k != "labels"}, None, None)  # noqa: E731
+    args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), prepare=prepare, data_collator=stack)
+    trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), prepare=prepare)
+    seen = []
+    compute = trainer.compute_loss
+
+    def spy(model, inputs, *rest, **options):
+        seen.append({name: value for name, value in inputs.items() if name != "labels"})
+        return compute(model, inputs, *rest, **options)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    by_hand = build({"rkd": Term(RKDLoss(), at=lambda out: out.logits[:, 0])}, task_loss=None)
+    by_hand.load_state_dict(before)
+    assert len(seen) == 2
+    for batch in seen:
+        (by_hand(batch).loss / 2).backward()
+    for name, parameter in by_hand.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(change(distiller, before)[name], 0.1 * grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_linear_loss_forms_no_logits_and_takes_the_same_step(tmp_path):
+    distiller = build()
+    student, teacher = distiller.student, distiller.teacher
+    soft = LinearLoss(KLLoss(2.0), student.lm_head, teacher.lm_head, cross_entropy=1.0)
+    linear = Distiller(student, teacher, {"soft": Term(soft, at="model.norm")}, task_loss=None)
+    before = copy.deepcopy(student.state_dict())
+
+    def prepare(batch):
+        target, mask = next_tokens(batch["labels"])
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return {**inputs, "logits_to_keep": 1}, target, mask
+
+    args = arguments(tmp_path, gradient_accumulation_steps=4)
+    DistillTrainer(distiller=linear, args=args, train_dataset=rows(), prepare=prepare).train()
+    moved = {name: before[name] - value for name, value in student.state_dict().items()}
+    student.load_state_dict(before)
+    batch = stack(rows())
+    target, mask = next_tokens(batch.pop("labels"))
+    student.zero_grad()
+    Distiller(student, teacher, {"kl": KLLoss(2.0)})(batch, target, mask=mask).loss.backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(moved[name], 0.1 * parameter.grad, rtol=1e-4, atol=2e-7)
+
+
+def test_what_learns_is_trained_saved_and_resumed_and_terms_are_logged(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+    torch.manual_seed(0)
+    distiller = build()
+    first = copy.deepcopy(distiller.losses.state_dict())
+    trainer = DistillTrainer(distiller=distiller, args=arguments(tmp_path / "a", **options), train_dataset=rows())
+    distiller.weights["kl"] = 0.5
+    trainer.train()
+    assert not torch.equal(distiller.losses["hint"].regressor.weight, first["hint.regressor.weight"])
+    logs = [entry for entry in trainer.state.log_history if "term/kl" in entry]
+    assert len(logs) == 4
+    assert all(set(entry) >= {"term/kl", "term/hint", "term/task", "loss"} for entry in logs)
+    total = 0.5 * logs[0]["term/kl"] + logs[0]["term/hint"] + logs[0]["term/task"]
+    assert logs[0]["loss"] == pytest.approx(total, rel=1e-3)
+
+    torch.manual_seed(0)
+    again = build()
+    resumed = DistillTrainer(distiller=again, args=arguments(tmp_path / "a", **options), train_dataset=rows())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+    assert again.weights["kl"] == 0.5
+    for name, value in distiller.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_saves_the_student_alone_and_evaluates(tmp_path):
+    distiller = build()
+    distiller.student = llama(8, tied=True)
+    distiller = Distiller(distiller.student, distiller.teacher, {"kl": KLLoss()})
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+    trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), eval_dataset=rows(4))
+    trainer.train()
+    batch = stack(rows(4))
+    target, mask = next_tokens(batch.pop("labels"))
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    trainer.evaluate()
+    distiller.eval()
+    pieces = [{name: value[i : i + 8] for name, value in batch.items()} for i in (0,)]
+    expected = distiller(pieces[0], target, mask=mask).loss.item()
+    assert evaluated[-1] == pytest.approx(expected, rel=1e-4)
+    trainer.save_model(str(tmp_path / "out"))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded(**batch).logits, distiller.student(**batch).logits)
+
+
+def test_students_without_keywords_get_the_same_gradient(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self, seed=0):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.embedding, self.head = nn.Embedding(V, 8), nn.Linear(8, V)
+
+        def forward(self, input_ids, attention_mask=None):
+            return {"logits": self.head(self.embedding(input_ids))}
+
+    distiller = Distiller(Plain(), Plain(1), {"kl": KLLoss()})
+    before = copy.deepcopy(distiller.state_dict())
+    shift = lambda batch: ({"input_ids": batch["input_ids"]}, *next_tokens(batch["labels"]))  # noqa: E731
+    args = arguments(tmp_path, gradient_accumulation_steps=4, remove_unused_columns=False)
+    DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), prepare=shift).train()
+    by_hand = Distiller(Plain(), Plain(1), {"kl": KLLoss()})
+    batch = stack(rows())
+    target, mask = next_tokens(batch["labels"])
+    by_hand({"input_ids": batch["input_ids"]}, target, mask=mask).loss.backward()
+    for name, parameter in by_hand.named_parameters():
+        torch.testing.assert_close(change(distiller, before)[name], 0.1 * parameter.grad, rtol=1e-4, atol=2e-7)
+
+
+def test_rejects(tmp_path):
+    with pytest.raises(TypeError, match="distiller must be a Distiller, got int"):
+        DistillTrainer(distiller=3)
+    with pytest.raises(ValueError, match="the model must be the Distiller's student"):
+        DistillTrainer(distiller=build(), model=llama(8), args=arguments(tmp_path))
+    assert issubclass(DistillTrainer, Trainer)
