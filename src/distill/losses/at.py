@@ -75,8 +75,8 @@ def _attention(maps: Tensor, p: float) -> Tensor:
         powers = maps.square()
     else:
         # |f| by the sign: where the formula has a kink, for p = 1 at 0, this chooses the slope 0.
-        magnitudes = maps * maps.detach().sign()
-        powers = over_largest(magnitudes, tuple(range(1, maps.ndim))).pow(p)  # high powers leave the range sooner
+        magnitudes = (maps * maps.detach().sign()).flatten(1)
+        powers = over_largest(magnitudes, dim=1).reshape(maps.shape).pow(p)  # high powers leave the range sooner
     # The sum for the mean: 1/C cancels, and the gradient of mean() would be a tensor of the size of the map.
     return normalize(powers.sum(1).flatten(1), dim=1)
 
