@@ -117,7 +117,7 @@ def _section(doc: str, name: str) -> str:
 
 def _public(module: str) -> list[str]:
     """The public names of a loss's file: functions first, as the file has them."""
-    names = [name for name in distill.__all__ if getattr(distill, name).__module__ == module]
+    names = [name for name in distill.__all__ if getattr(getattr(distill, name), "__module__", None) == module]
     return sorted(names, key=lambda name: (name[0].isupper(), name))
 
 

@@ -13,7 +13,7 @@ from distill import KLLoss, LogitLoss, ReverseKLLoss, kl_loss, logit_loss
 from distill._engine import fused as engine
 from distill._engine.rows import Rows
 from distill._reduction import REDUCTIONS, reduce, row_weights
-from distill.losses import kl, logit
+from distill.losses import _mean_squares, kl
 from rowwise import LOSSES, is_fused
 
 TOLERANCE = {
@@ -177,7 +177,7 @@ def test_block_size_grows_with_the_threads_within_limits(threads, monkeypatch):
 def test_rows_are_read_once_where_the_reduction_allows_it(fused, reduction, dtype, passes, masked, factor):
     student, teacher = make_pair(12, 16, dtype=dtype)  # 3 blocks of 4 rows
     mask = torch.arange(12) > 3 if masked else None
-    counted = Counted(logit._ROWS)
+    counted = Counted(LogitLoss.rows)
     value = counted.loss.reduced(student, teacher, dim=-1, reduction=reduction, mask=mask)
     assert counted.calls == 3
     (factor * value.sum()).backward()
@@ -190,9 +190,9 @@ def test_values_alone_take_no_gradient(fused):
 
     def block(ours, theirs, factors, *buffers):
         seen.append(factors)
-        return logit._block(ours, theirs, factors, *buffers)
+        return _mean_squares._block(ours, theirs, factors, *buffers)
 
-    loss = Rows(logit._formula, block=block)
+    loss = Rows(_mean_squares._formula, block=block)
     with torch.no_grad():
         loss.reduced(student, teacher, dim=-1, reduction="mean")
     with torch.inference_mode():
@@ -284,7 +284,9 @@ def test_an_offset_between_student_and_teacher_costs_kl_of_blocks_no_more_than_t
 def test_squares_of_a_row_are_as_exact_as_a_sum(columns):
     for row in (make_pair(3, columns, dtype=torch.float32)[1], torch.full((3, columns), 0.1)):
         exact = row.double().square().sum(-1)
-        torch.testing.assert_close(logit._squares(row, torch.empty_like(row)).double(), exact, rtol=2e-6, atol=0)
+        torch.testing.assert_close(
+            _mean_squares._squares(row, torch.empty_like(row)).double(), exact, rtol=2e-6, atol=0
+        )
 
 
 def test_equals_torch_on_a_large_input():

@@ -1,12 +1,13 @@
 """What the tests of `Rows` share."""
 
+from distill import LogitLoss
 from distill._engine.rows import Rows
-from distill.losses import kl, logit, reverse_kl
+from distill.losses import kl, reverse_kl
 
 # What a loss with nothing but a formula gets; the options say that they reach it.
 BY_AUTOGRAD = Rows(kl._formula)
 LOSSES = {
-    "logit": (logit._ROWS, {}),
+    "logit": (LogitLoss.rows, {}),
     "kl": (kl._ROWS, {"temperature": 2.5}),
     "reverse_kl": (reverse_kl._ROWS, {"temperature": 2.5}),
     "by_autograd": (BY_AUTOGRAD, {"temperature": 2.5}),

@@ -14,10 +14,10 @@ from distill._engine import fused as engine
 from distill._engine import triton as kernels
 from distill._engine.rows import Rows
 from distill._reduction import reduce
-from distill.losses import kl, logit, reverse_kl
+from distill.losses import kl, reverse_kl
 
 LOSSES = [
-    (logit._ROWS, LogitLoss(), {}),
+    (LogitLoss.rows, LogitLoss(), {}),
     (kl._ROWS, KLLoss(2.5), {"temperature": 2.5}),
     (reverse_kl._ROWS, ReverseKLLoss(2.5), {"temperature": 2.5}),
 ]

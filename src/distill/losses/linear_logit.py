@@ -14,7 +14,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._heads import HeadPair, check_positions, check_scale
-from distill.losses.logit import _ROWS
+from distill.losses._mean_squares import ROWS
 
 FAMILY = "logits"
 
@@ -127,7 +127,7 @@ def linear_logit_loss(
     if chosen == "auto":
         chosen = "logits" if problem.is_tiny() else cheapest(problem.size().costs())
     problem.check_possible(chosen)
-    return _ROWS.values(*problem.logits(), dim=-1) if chosen == "logits" else problem.loss(chosen)
+    return ROWS.values(*problem.logits(), dim=-1) if chosen == "logits" else problem.loss(chosen)
 
 
 @register_loss("linear_logit")
@@ -268,7 +268,7 @@ class LinearLogitLoss(SampleLoss):
             chosen = "logits" if problem.is_tiny() else cheapest(self._size(problem, tensors).costs())
         problem.check_possible(chosen)
         if chosen == "logits":
-            return _ROWS.reduced(*problem.logits(), dim=-1, reduction=reduction, mask=mask)
+            return ROWS.reduced(*problem.logits(), dim=-1, reduction=reduction, mask=mask)
         factor = theirs = None
         if chosen == "factor":
             weights = problem.weight, problem.bias, problem.teacher_weight, problem.teacher_bias
