@@ -11,15 +11,16 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 # Each room and the rooms that it may import from, beside itself; "" is the index, distill/__init__.py.
 BASE = {"_checks", "_reduction", "_registry"}
 LIBRARY = {*BASE, "_engine", "losses"}
-OVER_LOSSES = {"language", "task", "adapt", "teachers", "store", "diagnostics"}
+OVER_LOSSES = {"adapt", "language", "linear", "store", "task", "teachers"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "_engine": BASE,
     "losses": {*BASE, "_engine"},
     **dict.fromkeys(OVER_LOSSES, LIBRARY),
     "_distiller": {*BASE, *OVER_LOSSES},
-    "integrations": {*LIBRARY, *OVER_LOSSES, "", "_distiller"},
-    "__init__": {*LIBRARY, *OVER_LOSSES, "_distiller"},
+    "diagnostics": {*BASE, "_distiller"},
+    "integrations": {*LIBRARY, *OVER_LOSSES, "", "_distiller", "diagnostics"},
+    "__init__": {*LIBRARY, *OVER_LOSSES, "_distiller", "diagnostics"},
 }
 
 
