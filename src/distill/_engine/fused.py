@@ -293,8 +293,7 @@ def redo(
     formula: Callable[..., Tensor],
     student: Tensor,
     teacher: Tensor,
-    factors: Tensor | None,
-    gradient: Tensor,
+    *rest: Any,
     **options: Any,
 ) -> Tensor:
     """Do some rows of a block once more with the formula, and return the values.
@@ -303,16 +302,18 @@ def redo(
         rows: The indices of the rows that the quick form of a block cannot do.
         values: The values of all rows, `(R,)`, which are mended in place.
         formula: As in `Rows`.
-        student: As in `Rows.block`, and so are the others.
+        student: As in `Rows.block`.
         teacher: The teacher's rows.
-        factors: What each row's gradient is multiplied by, or None.
-        gradient: Where the block leaves the gradient, mended in place.
+        rest: The labels, where the loss has them; what each row's gradient is multiplied by, or None; and where the
+            block leaves the gradient, mended in place.
         options: What the formula takes.
     """
+    *labels, factors, gradient = rest
     if len(rows):
         counts = None if factors is None else factors[rows]
         mended = torch.empty_like(gradient[rows])
-        values[rows] = block_by_autograd(formula, student[rows], teacher[rows], counts, mended, None, **options)
+        some = (x[rows] for x in (student, teacher, *labels))
+        values[rows] = block_by_autograd(formula, *some, counts, mended, None, **options)
         if factors is not None:
             gradient[rows] = mended
     return values

@@ -1,14 +1,13 @@
-"""What the block functions of several losses share: how they are written, and who does what they cannot do."""
+"""What the block functions of the losses with rows that need care share: who does what they cannot do."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distill._checks import may_look
-from distill._engine.fused import block_by_autograd
+from distill._engine.fused import block_by_autograd, redo
 
 
 def ordinary_rows(formula: Callable[..., Tensor], block: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -27,66 +26,26 @@ def ordinary_rows(formula: Callable[..., Tensor], block: Callable[..., Tensor]) 
             return block_by_autograd(formula, student, teacher, *rest, **options)
         values = block(student, teacher, *rest, **options)
         left = (~values.isfinite()).nonzero().squeeze(-1)
-        if len(left):
-            *labels, factors, gradient, spare = rest
-            part = student.new_empty(len(left), student.shape[-1])
-            some = [x[left] for x in (student, teacher, *labels)]
-            counts = None if factors is None else factors[left]
-            values[left] = block_by_autograd(formula, *some, counts, part, spare, **options)
-            if counts is not None:
-                gradient[left] = part
-        return values
+        *labels, factors, gradient, _ = rest
+        return redo(left, values, formula, student, teacher, *labels, factors, gradient, **options)
 
     return run
 
 
-def set_apart_rows(logits: Tensor, labels: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Do the first half of `set_apart`, in a buffer.
+def without_rows(logits: Tensor, labels: Tensor, temperature: float, *, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the target out of rows of logits, in a buffer.
 
     Args:
         logits: `(R, C)`.
         labels: `(R, 1)`.
-        temperature: What the logits are divided by.
-        out: `(R, C)`; here comes each logit over the temperature, from the largest other class; -inf at the target.
+        temperature: What the logits will be divided by.
+        out: `(R, C)`; here come the logits less the largest of the other classes; the target's is so low that nothing
+            is left of it in an exponential.
 
     Returns:
-        The target's logit over the temperature from there, and the same at temperature 1, `(R, 1)` each.
+        The target's logit less the largest other one, and that one, `(R, 1)` each.
     """
     out.copy_(logits).scatter_(-1, labels, -math.inf)
     largest = out.amax(-1, keepdim=True)
-    out.sub_(largest)
-    target = logits.gather(-1, labels) - largest
-    if temperature == 1:
-        return target, target
-    out.mul_(1 / temperature)
-    return target / temperature, target
-
-
-def compare_rows(
-    student: Tensor, teacher: Tensor, spare: Tensor, labels: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compare two softmaxes in place, with `divergence`'s accuracy: log(1 + sum_c p_c (exp(v_c) - 1 - v_c)).
-
-    v are the differences of the logits, student less teacher, each from their mean under p.
-
-    Args:
-        student: `(R, C)`, logits over the temperature; exp(v) p comes in their place, up to the same factor as p's.
-        teacher: The same, none above 0; p comes in their place, up to a factor.
-        spare: `(R, C)`.
-        labels: `(R, 1)`, a class that counts on neither side, -inf in both.
-
-    Returns:
-        KL(p || q), the sums of what is in place of student and teacher, and the logarithm of what the student's sum
-        was divided by, `(R, 1)` each.
-    """
-    v = torch.sub(student, teacher, out=spare)
-    if labels is not None:
-        v.scatter_(-1, labels, 0.0)
-    e_p = teacher.exp_()
-    sum_p = e_p.sum(-1, keepdim=True)
-    mean = torch.mul(v, e_p, out=student).sum(-1, keepdim=True) / sum_p
-    v.sub_(mean)
-    w = torch.expm1(v, out=student)
-    value = torch.sub(w, v, out=v).mul_(e_p).sum(-1, keepdim=True).div_(sum_p).log1p_()
-    e_q = w.mul_(e_p).add_(e_p)
-    return value, e_q.sum(-1, keepdim=True), sum_p, mean
+    out.sub_(largest).scatter_(-1, labels, -1000.0 * max(temperature, 1.0))
+    return logits.gather(-1, labels) - largest, largest
