@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill._checks import may_look
 from distill.losses._softened import soften
 
 
@@ -25,9 +24,7 @@ def set_apart(logits: Tensor, labels: Tensor, *, dim: int, temperature: float) -
     """
     others, largest, nothing = _without(logits, labels, dim)
     others = soften(others, temperature)
-    mass = others.logsumexp(dim, keepdim=True)
-    if nothing is not None:
-        mass = mass.masked_fill(nothing, -math.inf)
+    mass = others.logsumexp(dim, keepdim=True).masked_fill(nothing, -math.inf)
     target = soften(logits.gather(dim, labels) - largest, temperature)
     pair = F.log_softmax(torch.cat([target, mass], dim), dim)
     return pair, _log_softmax(others, labels, nothing, dim)
@@ -46,23 +43,20 @@ def weigh(values: Tensor, weight: float) -> Tensor:
     return values * weight
 
 
-def _without(logits: Tensor, labels: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _without(logits: Tensor, labels: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """The logits with -inf at the target, less the largest of the others; that one; and where there is no other.
 
     What all logits of a sample have in common would only cost digits. The largest is a constant: the results do not
-    depend on it. Where no other class has a probability all logits are 0 instead; None: that is nowhere.
+    depend on it. Where no other class has a probability all logits are 0 instead.
     """
     others = logits.scatter(dim, labels, -math.inf)
     largest = others.detach().amax(dim, keepdim=True)
     nothing = largest == -math.inf
-    if may_look(nothing) and not bool(nothing.any()):
-        return others - largest, largest, None
     largest = largest.masked_fill(nothing, 0.0)
     return others.masked_fill(nothing, 0.0) - largest, largest, nothing
 
 
-def _log_softmax(others: Tensor, labels: Tensor, nothing: Tensor | None, dim: int) -> Tensor:
+def _log_softmax(others: Tensor, labels: Tensor, nothing: Tensor, dim: int) -> Tensor:
     if others.shape[dim] == 2:  # the other one alone has all of what is not the target's, also where that is 0
         return others.new_zeros(others.shape).scatter(dim, labels, -math.inf)
-    logs = F.log_softmax(others, dim)
-    return logs if nothing is None else logs.masked_fill(nothing, -math.inf)
+    return F.log_softmax(others, dim).masked_fill(nothing, -math.inf)

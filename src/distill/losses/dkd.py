@@ -6,32 +6,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill._checks import check_not_negative, check_positive, may_look
+from distill._checks import check_not_negative, check_positive
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._blocks import ordinary_rows, without_rows
+from distill.losses._blocks import ordinary_rows, quick_first, without_rows
 from distill.losses._others import set_apart, weigh
-from distill.losses._softened import LARGEST, compare_rows, divergence
+from distill.losses._softened import compare_rows, divergence, soften
 
 FAMILY = "refined logits"
 
 
-def _formula(
+def _quick(
+    student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    s, mass_q, pair_q = _relative(student, labels, dim, temperature)
+    t, mass_p, pair_p = _relative(teacher, labels, dim, temperature)
+    d = (s - t).scatter(dim, labels, 0.0) - (mass_q - mass_p)
+    of_others = ((t - mass_p).exp() * (torch.expm1(d) - d)).sum(dim)
+    d = pair_q - pair_p
+    of_target = (pair_p.exp() * (torch.expm1(d) - d)).sum(dim)
+    return of_target.mul(alpha * temperature**2).add(of_others, alpha=beta * temperature**2)
+
+
+def _relative(logits: Tensor, labels: Tensor, dim: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    others = logits.scatter(dim, labels, -math.inf)
+    largest = others.detach().amax(dim, keepdim=True)
+    others = soften(others - largest, temperature)
+    mass = others.exp().sum(dim, keepdim=True).log()
+    target = soften(logits.gather(dim, labels) - largest, temperature)
+    return others, mass, F.log_softmax(torch.cat([target, mass], dim), dim)
+
+
+def _careful(
     student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, alpha: float, beta: float, temperature: float
 ) -> Tensor:
     pair_q, log_q = set_apart(student, labels, dim=dim, temperature=temperature)
     pair_p, log_p = set_apart(teacher, labels, dim=dim, temperature=temperature)
-    of_target = divergence(pair_p, pair_q, dim)
-    d = (log_q - log_p).scatter(dim, labels, 0.0)
-    if may_look(d) and bool(d.detach().amax() < LARGEST):
-        of_others = (log_p.exp() * (torch.expm1(d) - d)).sum(dim)
-    else:
-        of_others = divergence(log_p, log_q, dim)
+    of_target, of_others = divergence(pair_p, pair_q, dim), divergence(log_p, log_q, dim)
     # Where the teacher gives no other class a probability there is nothing to compare.
     of_others = of_others.masked_fill(pair_p.select(dim, 1) == -math.inf, 0.0)
     return temperature**2 * (weigh(of_target, alpha) + weigh(of_others, beta))
+
+
+_formula = quick_first(_quick, _careful)
 
 
 def _block(

@@ -1,5 +1,7 @@
 """Normalised distillation: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation" (ICCV 2023)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,19 +11,30 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._blocks import ordinary_rows, without_rows
+from distill.losses._blocks import ordinary_rows, quick_first, without_rows
 from distill.losses._others import log_of_others, weigh
-from distill.losses._softened import expectation
+from distill.losses._softened import expectation, soften
 
 FAMILY = "refined logits"
 
 
-def _formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamma: float, temperature: float) -> Tensor:
+def _quick(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamma: float, temperature: float) -> Tensor:
+    of_target = F.softmax(teacher, dim).gather(dim, labels) * F.log_softmax(student, dim).gather(dim, labels)
+    student, teacher = (soften(x, temperature).scatter(dim, labels, -math.inf) for x in (student, teacher))
+    log_q = F.log_softmax(student, dim).scatter(dim, labels, 0.0)
+    of_others = (F.softmax(teacher, dim) * log_q).sum(dim)
+    return -of_target.squeeze(dim).add(of_others, alpha=gamma * temperature**2)
+
+
+def _careful(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamma: float, temperature: float) -> Tensor:
     log_q = log_of_others(student, labels, dim=dim, temperature=temperature)
     log_p = log_of_others(teacher, labels, dim=dim, temperature=temperature)
     p_target = F.softmax(teacher, dim).gather(dim, labels)
     of_target = expectation(p_target, F.log_softmax(student, dim).gather(dim, labels), dim)
     return -of_target - weigh(expectation(log_p.exp(), log_q, dim), gamma * temperature**2)
+
+
+_formula = quick_first(_quick, _careful)
 
 
 def _block(

@@ -11,7 +11,7 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._blocks import ordinary_rows
+from distill.losses._blocks import ordinary_rows, quick_first
 from distill.losses._softened import expectation, harden, soften
 
 FAMILY = "refined logits"
@@ -19,7 +19,14 @@ FAMILY = "refined logits"
 _EPS = 1e-7
 
 
-def _formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temperature: float) -> Tensor:
+def _quick(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temperature: float) -> Tensor:
+    log_q = F.log_softmax(soften(student, temperature), dim)
+    p = torch.softmax(soften(teacher, temperature), dim)
+    ratio = _on_label(student.detach(), labels, dim) / (_on_label(teacher, labels, dim) + _EPS)
+    return torch.expm1(-ratio) * harden((p * log_q).sum(dim), temperature)
+
+
+def _careful(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temperature: float) -> Tensor:
     weight = _weight(_on_label(student.detach(), labels, dim), _on_label(teacher, labels, dim))
     p = torch.softmax(soften(teacher, temperature), dim)
     values = harden(-expectation(p, F.log_softmax(soften(student, temperature), dim), dim), temperature)
@@ -36,6 +43,9 @@ def _weight(of_student: Tensor, of_teacher: Tensor) -> Tensor:
     # A label that neither gives a probability: both cross-entropies grow alike, and their ratio tends to 1.
     ratio = ratio.masked_fill((of_student == math.inf) & (of_teacher == math.inf), 1.0)
     return -torch.expm1(-ratio)
+
+
+_formula = quick_first(_quick, _careful)
 
 
 def _block(
