@@ -27,8 +27,8 @@ def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) 
 def _standardise(logits: Tensor, dim: int) -> Tensor:
     if may_look(logits):
         std, mean = torch.std_mean(logits, dim, keepdim=True)
-        known = std.detach()
-        if math.isfinite(float((known / known).sum())):  # none is 0, infinite or NaN
+        least, most = std.detach().aminmax()
+        if least > 0 and most < _LARGE:
             return (logits - mean) / (std + _EPS)
     # A class at -inf has no probability and is none of those that are standardised.
     none = logits == -math.inf
