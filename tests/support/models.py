@@ -54,6 +54,59 @@ class Hint(nn.Module):
         return logit_loss(self.regressor(student), teacher).mean()
 
 
+class BasicBlock(nn.Module):
+    """Two convolutions and a shortcut; one ReLU, in place, is called twice, and the sum is in place too."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = None
+        if stride != 1 or channels != width:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    """As torchvision's, small: images (N, 3, H, W), four stages of one or two blocks, `fc`."""
+
+    def __init__(self, *, width: int = 4, blocks: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.relu = nn.ReLU(inplace=True)
+            for stage in range(4):
+                channels = width * 2 ** max(stage - 1, 0)
+                out = width * 2**stage
+                first = BasicBlock(channels, out, 1 if stage == 0 else 2)
+                rest = (BasicBlock(out, out, 1) for _ in range(blocks - 1))
+                setattr(self, f"layer{stage + 1}", nn.Sequential(first, *rest))
+            self.avgpool = nn.AdaptiveAvgPool2d(1)
+            self.fc = nn.Linear(width * 8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def images(size: int = 4, *, side: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, side, side) and labels (N,) of 5 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 3, side, side, generator=generator), torch.randint(5, (size,), generator=generator)
+
+
 def batch(size: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Inputs (N, 6) and labels (N,) of 5 classes."""
     generator = torch.Generator().manual_seed(seed)
