@@ -34,8 +34,9 @@ reproduce: $(READY)
 demo: $(READY)
 	python examples/cifar_resnet.py --out runs/digits
 
+# Two workers, each with one thread, so that two cores are never asked for more.
 test: $(READY)
-	python -m pytest --cov --cov-fail-under=100
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal --cov --cov-fail-under=100
 
 lint: $(READY)
 	ruff check .
