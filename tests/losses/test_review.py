@@ -116,6 +116,12 @@ def test_levels_of_the_pyramid_count_one_half_quarter_and_eighth():
     torch.testing.assert_close(review_loss((board[None, None],), (zeros,)), torch.tensor([8 / 15]))  # only the first is
 
 
+def test_pooled_features_are_a_map_of_one_position():
+    student, teacher = make_pair(3, 4)
+    expected = (student - teacher).square().mean(1)
+    torch.testing.assert_close(review_loss((student,), (teacher,)), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_sums_over_levels():
     a, b, c = (torch.full((2, 1, 8, 8), float(value)) for value in (1, 2, 3))
     torch.testing.assert_close(review_loss((a, b, c), (0 * a, 0 * b, 0 * c)), torch.full((2,), 14.0))

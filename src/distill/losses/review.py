@@ -38,8 +38,8 @@ def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     Doubt: none known.
 
     Args:
-        student: The student's fused maps, each `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in
-            float32.
+        student: The student's fused maps, each `(N, C, H, W)`, or `(N, C)` for pooled features. Any floating dtype;
+            half and bfloat16 are computed in float32.
         teacher: The teacher's maps, as many, each of the same shape as the student's. Constants: no gradient reaches
             them.
 
@@ -169,7 +169,7 @@ class ReviewLoss(SampleLoss):
 
 
 def _context(student: Tensor, teacher: Tensor) -> Tensor:
-    student, teacher = check_pair(student, teacher, dim=1)
+    student, teacher = (_as_map(maps) for maps in check_pair(student, teacher, dim=1))
     if student.ndim != 4:
         raise ValueError(f"student and teacher must be tuples of maps (N, C, H, W), got {tuple(student.shape)}")
     # Pooling is linear: the difference of the pooled maps is the pooled difference.
