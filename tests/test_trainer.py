@@ -1,6 +1,11 @@
 """DistillTrainer: gradients whatever the batches are cut into, learned losses, checkpoints, logs, evaluation."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,71 +14,13 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+from transformers import LlamaForCausalLM, Trainer  # noqa: E402
 
-from distill import Distiller, HintLoss, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
+from distill import Distiller, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
+from language_models import VOCABULARY, arguments, build, llama, rows, stack  # noqa: E402
 
-V = 31
-
-
-def llama(width, layers=2, seed=0, tied=False):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
-
-
-def rows(count=8):
-    """Rows of unequal length, padded on the right, prompts of two tokens not learned."""
-    generator = torch.Generator().manual_seed(3)
-    made = []
-    for index in range(count):
-        length = 5 + index % 4
-        tokens = torch.randint(1, V, (9,), generator=generator)
-        attention = (torch.arange(9) < length).long()
-        labels = tokens.masked_fill(attention == 0, -100)
-        labels[:2] = -100
-        made.append({"input_ids": tokens * attention, "attention_mask": attention, "labels": labels})
-    return made
-
-
-def build(terms=None, **options):
-    student, teacher = llama(8), llama(16, seed=1)
-    terms = terms or {"kl": KLLoss(2.0), "hint": Term(HintLoss(8, 16), at="model.norm")}
-    return Distiller(student, teacher, terms, **options)
-
-
-def arguments(folder, **options):
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "max_steps": 1,
-        "learning_rate": 0.1,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 1e9,
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return TrainingArguments(**{**defaults, **options})
-
-
-def stack(batch):
-    return {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
+WORKER = Path(__file__).parent / "support/tokens_worker.py"
 
 
 def change(distiller, before):
@@ -197,7 +144,7 @@ def test_students_without_keywords_get_the_same_gradient(tmp_path):
         def __init__(self, seed=0):
             super().__init__()
             torch.manual_seed(seed)
-            self.embedding, self.head = nn.Embedding(V, 8), nn.Linear(8, V)
+            self.embedding, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
 
         def forward(self, input_ids, attention_mask=None):
             return {"logits": self.head(self.embedding(input_ids))}
@@ -213,6 +160,31 @@ def test_students_without_keywords_get_the_same_gradient(tmp_path):
     by_hand({"input_ids": batch["input_ids"]}, target, mask=mask).loss.backward()
     for name, parameter in by_hand.named_parameters():
         torch.testing.assert_close(change(distiller, before)[name], 0.1 * parameter.grad, rtol=1e-4, atol=2e-7)
+
+
+@pytest.mark.subprocess
+def test_two_processes_take_the_step_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(world), str(port), str(tmp_path)], env=environment
+        )
+        for rank, world in ((0, 1), (0, 2), (1, 2))
+    ]
+    try:
+        assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    for rank in (0, 1):
+        both = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(both["hand"], one["hand"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(both["trainer"], one["trainer"], rtol=1e-3, atol=1e-6)
+        assert any(name.startswith("losses.hint") for name in both["trainer"])
 
 
 def test_rejects(tmp_path):
