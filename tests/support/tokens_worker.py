@@ -1,6 +1,6 @@
 """One process of a step over token batches of unequal length: by hand under DDP, and through DistillTrainer.
 
-Called as `python tokens_worker.py RANK WORLD_SIZE PORT FOLDER`; saves the gradients and what the Trainer's step changed.
+Called as `python tokens_worker.py RANK WORLD_SIZE PORT FOLDER`; saves gradients and what the Trainer's step changed.
 """
 
 import os
