@@ -201,6 +201,36 @@ def test_copies_and_pickles_taken_inside_a_forward_carry_nothing(own):
         assert torch.equal(twin(torch.ones(2, 8)), expected)
 
 
+@pytest.mark.parametrize("forward", [torch.relu, staticmethod(torch.nn.functional.relu)], ids=["builtin", "static"])
+def test_hears_a_forward_that_is_no_method(forward):
+    model = type("Relu", (nn.Module,), {"forward": forward})()
+    result, seen = see(model, "", ":input")
+    assert torch.equal(result, batch()[0].relu())
+    assert seen[""] is result
+    assert torch.equal(seen[":input"], batch()[0])
+
+
+def test_a_model_compiled_into_one_graph_before_is_heard_without_compiling_anew():
+    torch.compiler.reset()
+    net, (x, _) = Net(inplace=True).eval(), batch()
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    taps = [Tap("body.1"), Tap("fc:input"), Tap("fc#0")]
+    for seed in range(4):
+        x = batch(seed=seed)[0]
+        result, seen = run_with_taps(net, taps, lambda x=x: compiled(x), side="student")
+        torch.testing.assert_close(seen[taps[0]], net.body[1](net.body[0](x)))
+        torch.testing.assert_close(seen[taps[1]], net.body(x))
+        torch.testing.assert_close(seen[taps[2]], result)
+        torch.testing.assert_close(compiled(x), net(x))
+    assert len(compilations) == 2  # with taps and without
+
+
 def test_runs_inside_each_other_hear_what_they_listen_to():
     net, inner = Net().eval(), []
 

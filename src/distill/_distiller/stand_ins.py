@@ -158,7 +158,10 @@ def _heard(key: int, /, *args: Any, **kwargs: Any) -> Any:
 
 def _own_forward(module: nn.Module) -> Callable[..., Any]:
     """A module's `forward` from its class, as a function: `torch.compile` compiles anew for another bound method."""
-    forward = type(module).forward
+    bound = module.forward
+    forward = getattr(bound, "__func__", None)
+    if forward is None:  # a static method, or a function of C
+        return bound
 
     def inner(*args: Any, **kwargs: Any) -> Any:
         return forward(module, *args, **kwargs)
