@@ -110,7 +110,6 @@ def test_a_change_in_place_before_backward_is_an_error_or_harmless(form, build, 
         torch.testing.assert_close(result, expected)
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("build", LOSSES)
 def test_compiles_for_sizes_that_change_and_another_temperature(build):
     torch.compiler.reset()

@@ -21,12 +21,12 @@ def harden(values: Tensor, temperature: float) -> Tensor:
 
 def softmax_rows(logits: Tensor, temperature: float, *, out: Tensor) -> Tensor:
     """Give the softmax of rows of logits over the temperature in a buffer, for the blocks of a loss."""
-    return torch.softmax(logits if temperature == 1 else torch.div(logits, temperature, out=out), -1, out=out)
+    return torch.softmax(logits if temperature == 1 else torch.mul(logits, 1 / temperature, out=out), -1, out=out)
 
 
 def log_softmax_rows(logits: Tensor, temperature: float, *, out: Tensor) -> Tensor:
     """Do what `softmax_rows` does for the logarithms."""
-    return torch.log_softmax(logits if temperature == 1 else torch.div(logits, temperature, out=out), -1, out=out)
+    return torch.log_softmax(logits if temperature == 1 else torch.mul(logits, 1 / temperature, out=out), -1, out=out)
 
 
 def not_negative(values: Tensor) -> Tensor:
