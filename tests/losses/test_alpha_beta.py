@@ -10,7 +10,6 @@ import torch
 from contract import assert_loss_contract, gradient, make_pair
 from distill import AlphaBetaLoss, alpha_beta_loss, kl_loss, reverse_kl_loss
 from divergences import (
-    assert_compiles,
     assert_hessian_where_equal,
     assert_keeps_digits,
     assert_knows_zeros,
@@ -222,11 +221,6 @@ def test_exponents_that_come_to_be_both_zero_are_refused(form):
         loss(*make_pair(6, 10))
     loss.beta = 1.0
     assert torch.equal(loss(*make_pair(6, 10)), AlphaBetaLoss(0.0, 1.0)(*make_pair(6, 10)))
-
-
-def test_compiles_for_any_batch_size_and_after_a_change_of_an_option(form):
-    if form == "plain":
-        assert_compiles(AlphaBetaLoss(0.2, 0.7), "alpha", 0.6)
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody

@@ -2,15 +2,15 @@
 
 import functools
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from contract import assert_loss_contract, make_pair
+from contract import assert_loss_contract, gradient, make_pair
 from distill import JSLoss, js_loss, kl_loss, reverse_kl_loss
 from divergences import (
-    assert_compiles,
     assert_hessian_where_equal,
     assert_keeps_digits,
     assert_knows_zeros,
@@ -147,12 +147,23 @@ def test_second_derivative_where_they_are_equal(beta):
     assert_hessian_where_equal(lambda: JSLoss(beta, 3.0), beta * (1 - beta), temperature=3.0)
 
 
-def test_compiles_for_any_batch_size_and_after_a_change_of_an_option(form):
-    if form == "plain":
-        assert_compiles(JSLoss(0.3), "beta", 0.7)
-
-
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody
 def test_takes_little_memory(form, monkeypatch):
     if form == "blocks":
         assert_light(JSLoss(0.3), monkeypatch)
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own imports
+def test_compiles_with_dynamic_shapes_and_after_a_change_of_beta(form):
+    if form == "blocks":  # what is compiled is the formula
+        return
+    torch.compiler.reset()
+    loss = JSLoss(0.3)
+    compiled = torch.compile(loss, fullgraph=True, backend="inductor", dynamic=True)
+    for size, beta in ((6, 0.3), (9, 0.7)):
+        loss.beta = beta
+        student, teacher = make_pair(size, 10, dtype=torch.float32)
+        torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
+        torch.testing.assert_close(gradient(compiled, student, teacher), gradient(loss, student, teacher))

@@ -10,7 +10,6 @@ import torch
 from contract import assert_loss_contract, make_pair
 from distill import SkewKLLoss, kl_loss, skew_kl_loss
 from divergences import (
-    assert_compiles,
     assert_hessian_where_equal,
     assert_keeps_digits,
     assert_knows_zeros,
@@ -143,11 +142,6 @@ def test_keeps_its_digits_near_agreement_and_is_never_negative():
 @pytest.mark.parametrize("alpha", [0.1, 0.5])
 def test_second_derivative_where_they_are_equal(alpha):
     assert_hessian_where_equal(lambda: SkewKLLoss(alpha, 3.0), (1 - alpha) ** 2, temperature=3.0)
-
-
-def test_compiles_for_any_batch_size_and_after_a_change_of_an_option(form):
-    if form == "plain":
-        assert_compiles(SkewKLLoss(0.3), "alpha", 0.7)
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody

@@ -131,20 +131,6 @@ class NoTies(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def assert_compiles(loss: nn.Module, option: str, value: float, *, backend: str = "aot_eager") -> None:
-    """Compiled for any batch size, and after a change of an option, it gives the same."""
-    for dynamic in (None, True):
-        torch.compiler.reset()
-        compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=dynamic)
-        before = getattr(loss, option)
-        for size, given in ((6, before), (9, before), (9, value)):
-            setattr(loss, option, given)
-            student, teacher = make_pair(size, 10, dtype=torch.float32)
-            torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
-            torch.testing.assert_close(gradient(compiled, student, teacher), gradient(loss, student, teacher))
-        setattr(loss, option, before)
-
-
 def assert_light(loss: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of large inputs hold little beyond the gradient: at most 1.6 times the student in all."""
     monkeypatch.setattr(fused, "_block_elements", lambda device: 2**15)
