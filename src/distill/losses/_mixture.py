@@ -11,6 +11,7 @@ from distill._engine.fused import block_by_autograd
 from distill.losses._softened import divergence_of_logits, harden, not_negative, soften, softmax_rows
 
 check_skew = functools.partial(check_fraction, zero=True)  # what both skew divergences ask of `alpha`
+_LITTLE = 1e-3  # a share below which 1 minus it loses digits that count where q is 0
 
 
 class Mixture(NamedTuple):
@@ -57,16 +58,18 @@ def from_mixture(student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int
     q = torch.softmax(soften(student, temperature), dim)
     p = torch.softmax(soften(teacher, temperature), dim)
     difference = q - p
-    w = difference / (share * p + torch.finfo(p.dtype).tiny + (1 - share) * q)
+    tiny = torch.finfo(p.dtype).tiny
     to_p, to_q = mixture.factors(q.dtype)
-    parts = []
-    if of_teacher:
-        parts.append(_times(of_teacher, (p * torch.log1p(to_p * w)).sum(dim)))
-    if of_student:
-        parts.append(_times(of_student, (q * torch.log1p(to_q * w)).sum(dim)))
+    if not of_student and share > _LITTLE:  # log(m / p) as it stands: to divide by a constant is the cheaper way
+        values = -(p * torch.log1p(difference / (p + tiny) * (1 - share))).sum(dim)
+    else:
+        w = difference / (share * p + tiny + (1 - share) * q)
+        parts = (of_teacher, p, to_p), (of_student, q, to_q)
+        terms = [weight * (x * torch.log1p(factor * w)).sum(dim) for weight, x, factor in parts if weight]
+        values = functools.reduce(torch.add, terms)
     if mixture.drift:  # each divergence changes with the sums of p and q, which are 1 only up to rounding
-        parts.append(difference.detach().sum(dim) * mixture.drift)
-    return not_negative(harden(functools.reduce(torch.add, parts), temperature))
+        values = torch.add(values, difference.detach().sum(dim), alpha=mixture.drift)
+    return not_negative(harden(values, temperature))
 
 
 def block_from_mixture(
@@ -108,7 +111,3 @@ def block_from_mixture(
         mean = torch.mul(slope, q, out=spare).sum(-1, keepdim=True)
         gradient.mul_(slope.sub_(mean).mul_(temperature * factors))
     return torch.mul(values, temperature**2).clamp_(min=0)
-
-
-def _times(weight: float, values: Tensor) -> Tensor:
-    return values if weight == 1 else values * weight
