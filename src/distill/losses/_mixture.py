@@ -17,9 +17,7 @@ _LITTLE = 1e-3  # a share below which 1 minus it loses digits that count where q
 class Mixture(NamedTuple):
     """Which mixture m = share p + (1 - share) q is meant, and how much the divergences from it count."""
 
-    share: (
-        float  # the teacher's, from 0 to 1; at 0 the mixture is q and `of_student` is 0, at 1 it is p and the other is
-    )
+    share: float  # of the teacher, from 0 to 1; at 0, where m is q, only `of_teacher` counts, at 1 only the other
     of_teacher: float  # the weight of KL(p || m)
     of_student: float  # the weight of KL(q || m)
 
@@ -68,7 +66,7 @@ def from_mixture(student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int
         terms = [weight * (x * torch.log1p(factor * w)).sum(dim) for weight, x, factor in parts if weight]
         values = functools.reduce(torch.add, terms)
     if mixture.drift:  # each divergence changes with the sums of p and q, which are 1 only up to rounding
-        values = torch.add(values, difference.detach().sum(dim), alpha=mixture.drift)
+        values = values + mixture.drift * difference.detach().sum(dim)
     return not_negative(harden(values, temperature))
 
 
