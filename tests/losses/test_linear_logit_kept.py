@@ -204,6 +204,14 @@ def test_every_single_number_is_looked_at(width, dtype, layout):
     assert before.numbers[0].equal(fingerprint([tensor]).numbers[0])
 
 
+def test_columns_that_change_places_are_noticed():
+    """Moved by whole words they leave the sum of each row as it is: the words that are looked at themselves tell."""
+    weight = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0))
+    before, after = fingerprint([weight]), fingerprint([weight.roll(2, 1)])
+    assert torch.equal(before.numbers[0], after.numbers[0])
+    assert not before.equals(after)
+
+
 def test_fingerprint_tells_options_kinds_and_devices_apart():
     tensor = torch.ones(40, 6)
     before = fingerprint([tensor, None], 1.0)
