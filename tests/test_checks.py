@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill._checks import check_pair, check_positive, without_autocast
-from distill._reduction import reduce
+from distill._reduction import hide, reduce
 
 
 def test_pair_is_computed_in_the_wider_dtype_and_at_least_float32():
@@ -55,3 +55,22 @@ def test_products_stay_as_they_are_without_autocast():
         assert (matrix @ matrix).dtype == torch.bfloat16
     with without_autocast(matrix.to("meta")):
         assert (matrix.to("meta") @ matrix.to("meta")).shape == (2, 2)
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([True, False, True]), torch.tensor([0.5, 0.0, 2.0])])
+@pytest.mark.parametrize("dim", [None, 1])
+def test_hidden_samples_are_0_and_get_no_gradient(mask, dim):
+    tensor = torch.tensor([[1.0, 2.0], [torch.nan, -torch.inf], [3.0, 4.0]], requires_grad=True)
+    with torch.inference_mode():
+        constant = mask.clone()
+    for given in (mask, constant):
+        hidden = hide(tensor, given, dim=dim)
+        assert hidden.tolist() == [[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]]
+        (gradient,) = torch.autograd.grad((hidden * torch.tensor([[1.0], [torch.nan], [2.0]])).sum(), tensor)
+        assert gradient.tolist() == [[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]]
+
+
+def test_hides_along_the_samples_also_where_their_values_lie_between():
+    maps = torch.ones(2, 3, 2)
+    mask = torch.tensor([[True, False], [False, True]])
+    assert hide(maps, mask, dim=1).sum(1).tolist() == [[3.0, 0.0], [0.0, 3.0]]
