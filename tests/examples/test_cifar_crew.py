@@ -47,6 +47,13 @@ def measured(out):
     return sorted((r.method, r.seed, r.acc, r.acc_last, r.agreement) for r in read_results(out))
 
 
+def here(capfd, out, *options):
+    """Runs the command in this process, which saves it a start of Python: exit code, output, errors."""
+    capfd.readouterr()
+    code = cifar_resnet.main([*OPTIONS, "--out", str(out), *options])
+    return (code, *capfd.readouterr())
+
+
 @pytest.fixture(scope="module")
 def one_by_one(tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "runs"
@@ -54,11 +61,12 @@ def one_by_one(tmp_path_factory):
     return out
 
 
-def test_side_by_side_gives_the_same_networks_and_table_as_one_by_one(one_by_one, tmp_path):
-    done = subprocess.run(command(tmp_path, "--jobs", "2"), capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "3 (0 done), 2 side by side" in done.stdout
-    lines = [line for line in done.stdout.splitlines() if "  epoch " in line]
+@pytest.mark.subprocess
+def test_side_by_side_gives_the_same_networks_and_table_as_one_by_one(one_by_one, tmp_path, capfd):
+    code, output, errors = here(capfd, tmp_path, "--jobs", "2")
+    assert (code, errors) == (0, "")
+    assert "3 (0 done), 2 side by side" in output
+    lines = [line for line in output.splitlines() if "  epoch " in line]
     assert len(lines) == 3 * 2
     assert all(", all runs " in line for line in lines)
     assert lines[-1].startswith("logit seed 0  epoch 2/2")  # it had to wait for its teacher
@@ -66,8 +74,9 @@ def test_side_by_side_gives_the_same_networks_and_table_as_one_by_one(one_by_one
     assert measured(tmp_path) == measured(one_by_one)
 
 
-def test_killed_side_by_side_it_goes_on_and_ends_the_same(tmp_path):
-    options = ["--jobs", "2", "--epochs", "6"]
+@pytest.mark.subprocess
+def test_killed_side_by_side_it_goes_on_and_ends_the_same(tmp_path, capfd):
+    options = ["--jobs", "2", "--epochs", "3"]
     with subprocess.Popen(command(tmp_path, *options), stdout=subprocess.DEVNULL) as process:
         until(lambda: list(tmp_path.glob("checkpoints/*.pt")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -75,24 +84,23 @@ def test_killed_side_by_side_it_goes_on_and_ends_the_same(tmp_path):
     # The processes that train must end too, or they would train beside those of the next call.
     assert children
     until(lambda: not any(alive(int(pid)) for pid in children))
-    done = subprocess.run(command(tmp_path, *options), capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "goes on after epoch" in done.stdout
-    assert cifar_resnet.main([*OPTIONS, "--epochs", "6", "--out", str(tmp_path / "whole")]) == 0
+    code, output, errors = here(capfd, tmp_path, *options)
+    assert (code, errors) == (0, "")
+    assert "goes on after epoch" in output
+    assert here(capfd, tmp_path / "whole", "--epochs", "3")[0] == 0
     assert_same_weights(tmp_path, tmp_path / "whole")
     assert measured(tmp_path) == measured(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_loss_that_is_not_finite_keeps_no_other_run_from_its_end(one_by_one, tmp_path, jobs):
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.subprocess)])
+def test_a_loss_that_is_not_finite_keeps_no_other_run_from_its_end(one_by_one, tmp_path, jobs, capfd):
     # With such a weight the first step overflows.
     shutil.copytree(one_by_one, tmp_path / "runs")
-    options = ["--weight", "1e38", "--runs", "2", "--jobs", jobs]
-    done = subprocess.run(command(tmp_path / "runs", *options), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
+    code, output, errors = here(capfd, tmp_path / "runs", "--weight", "1e38", "--runs", "2", "--jobs", jobs)
+    assert code == 1
     diverged = r"logit seed \d: the loss must stay finite, got [^;]*"
-    assert re.fullmatch(rf"error: {diverged}; {diverged}\n", done.stderr)
-    assert [line for line in done.stdout.splitlines() if line.startswith("baseline seed 1  epoch 2/2")]
+    assert re.fullmatch(rf"error: {diverged}; {diverged}\n", errors)
+    assert [line for line in output.splitlines() if line.startswith("baseline seed 1  epoch 2/2")]
     methods = [(result.method, result.seed, result.weight) for result in read_results(tmp_path / "runs")]
     assert sorted(methods[1:]) == [("baseline", 0, None), ("baseline", 1, None), ("logit", 0, 1.0)]
 
@@ -122,6 +130,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.subprocess
 def test_ctrl_c_stops_every_process(tmp_path):
     with subprocess.Popen(
         command(tmp_path, "--jobs", "2", "--epochs", "1000"),
@@ -146,18 +155,20 @@ def group_exists(group):
     return True
 
 
-def test_a_run_that_fails_is_named_and_ends_the_command(one_by_one, tmp_path):
+@pytest.mark.subprocess
+def test_a_run_that_fails_is_named_and_ends_the_command(one_by_one, tmp_path, capfd):
     # A checkpoint of other settings, which only the process that trains that run opens.
     name = next((one_by_one / "weights").glob("*baseline*")).name
     (tmp_path / "checkpoints").mkdir(parents=True)
     torch.save({"config": {}}, tmp_path / "checkpoints" / name)
-    done = subprocess.run(command(tmp_path, "--jobs", "2"), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: baseline seed 0: ")
-    assert f"{name} belongs to a run with other settings" in done.stderr
-    assert done.stderr.count("\n") == 1
+    code, _, errors = here(capfd, tmp_path, "--jobs", "2")
+    assert code == 1
+    assert errors.startswith("error: baseline seed 0: ")
+    assert f"{name} belongs to a run with other settings" in errors
+    assert errors.count("\n") == 1
 
 
+@pytest.mark.subprocess
 def test_a_process_that_dies_is_named(monkeypatch, tmp_path, capsys):
     killer = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
     (tmp_path / "sitecustomize.py").write_text(killer)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import refusals
-from distill.losses._base import BatchLoss, Loss
+from distill.losses._base import Loss
 
 
 def make_pair(
@@ -101,21 +101,18 @@ def assert_loss_contract(
         _check_reads_no_value(loss, *pair(torch.float32), target)
     _check_func(loss, *pair(), target)
     _check_vmap(loss, *pair(), *pair(seed=1), target)
-    moved = isinstance(inner(loss), Loss)  # what is not on the common base yet does not promise the rest
     _check_zeros_and_extremes(loss, *pair(), target)
-    if moved:
-        _check_inference_tensors(loss, *pair(), target)
-        refusals.check_later_options(build())
-        refusals.check_classes(build(), *pair(), target)
+    _check_inference_tensors(loss, *pair(), target)
+    refusals.check_later_options(build())
+    refusals.check_classes(build(), *pair(), target)
     if learned:
         _check_weights(build, pair)
     if per_sample:
         _check_reductions(build, *pair(), target)
         _check_mask(build, *pair(), target, meet=meet)
-        if moved:
-            _check_hides(build, *pair(), target, learned=learned)
-        refusals.check_masks(build, *pair(), target, moved=moved)
-    elif isinstance(loss, BatchLoss):
+        _check_hides(build, *pair(), target, learned=learned)
+        refusals.check_masks(build, *pair(), target)
+    else:
         _check_selects(loss, *pair(), target)
 
 
