@@ -5,15 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from contract import gradient, make_pair
-from distill import KLLoss
+from distill import KLLoss, LogitLoss, ReverseKLLoss
 from distill._engine import fused as engine
 from distill._engine.rows import Rows
-from distill.losses import kl
+from distill.losses import kl, logit, reverse_kl
 
 WORKER = Path(__file__).parents[1] / "support/triton_worker.py"
 
@@ -104,3 +105,26 @@ def test_kernels_may_decline_and_scale_where_they_are(fused, monkeypatch):
     monkeypatch.setattr(KLLoss, "rows", Rows(kl._formula, block=kl._block, kernel=lambda: KLLoss))
     torch.testing.assert_close(gradient(lambda s: 2 * KLLoss()(s, teacher), student), expected)
     assert Kernels.scaled == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "rows"), [(kl, KLLoss.rows), (logit, LogitLoss.rows), (reverse_kl, ReverseKLLoss.rows)]
+)
+def test_a_loss_holds_its_kernel(monkeypatch, loss, rows):
+    kernels = SimpleNamespace(kl=kl, logit=logit, reverse_kl=reverse_kl)
+    monkeypatch.setitem(sys.modules, "distill._engine.triton", kernels)
+    assert rows.kernel() is loss
+
+
+@pytest.mark.parametrize("loss", [kl, reverse_kl])
+def test_blocks_on_a_gpu_without_a_kernel_look_at_no_value(fused, monkeypatch, loss):
+    student, teacher = make_pair(6, 10)
+    teacher[0, 3] = -torch.inf
+
+    def call(s):
+        return loss._ROWS.reduced(s, teacher, dim=-1, reduction="mean", mask=torch.arange(6) % 5, temperature=2.0)
+
+    expected = call(student), gradient(call, student)
+    monkeypatch.setattr(loss, "may_look", lambda x: False)
+    monkeypatch.setattr(loss, "compare_rows", None)
+    torch.testing.assert_close((call(student), gradient(call, student)), expected)

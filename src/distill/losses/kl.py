@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill._checks import check_positive
+from distill._checks import check_positive, may_look
 from distill._engine.fused import block_by_autograd, redo
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
@@ -23,7 +23,7 @@ def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) 
 def _block(
     student: Tensor, teacher: Tensor, factors: Tensor | None, gradient: Tensor, spare: Tensor, *, temperature: float
 ) -> Tensor:
-    if student.is_cuda:  # to look at how far the rows are apart would wait for the device
+    if not may_look(student):  # on a GPU: to see how far the rows are apart would wait for it
         return block_by_autograd(_formula, student, teacher, factors, gradient, spare, temperature=temperature)
     d, p = gradient, spare
     u, far = compare_rows(teacher, student, d, p, temperature=temperature)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill._checks import check_positive
+from distill._checks import check_positive, may_look
 from distill._engine.fused import block_by_autograd, redo
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
@@ -22,7 +22,7 @@ def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) 
 def _block(
     student: Tensor, teacher: Tensor, factors: Tensor | None, gradient: Tensor, spare: Tensor, *, temperature: float
 ) -> Tensor:
-    if student.is_cuda:  # to look at how far the rows are apart would wait for the device
+    if not may_look(student):  # on a GPU: to see how far the rows are apart would wait for it
         return block_by_autograd(_formula, student, teacher, factors, gradient, spare, temperature=temperature)
     d, q = gradient, spare
     u, far = compare_rows(student, teacher, d, q, temperature=temperature)
