@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._checks import check_count, check_labels, check_not_negative, check_tensors, ordinary
+from distill._engine.cross_entropy import CROSS_ENTROPY, with_cross_entropy
 from distill._engine.fused import Call
-from distill._engine.linear import CROSS_ENTROPY, Side, linear_rows, with_cross_entropy
+from distill._engine.linear import Side, linear_rows
 from distill._engine.squared.heads import check_vocabulary
 from distill._reduction import Reduction, check_mask, check_reduction
 from distill.losses._base import RowLoss

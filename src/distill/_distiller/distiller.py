@@ -1,6 +1,6 @@
 """Runs teacher and student, taps them and adds the losses up."""
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from distill._distiller.evaluate import call, check_tapped, find_tensor, recorded, seen_by, task_value, term_value
 from distill._distiller.guards import (
+    ask_losses,
     check_disjoint,
     check_losses_in_step,
     check_reached,
@@ -139,7 +140,7 @@ class Distiller(nn.Module):
         # Kept past nn.Module's attribute registration: a submodule would be trained, saved and sent by DDP.
         self.__dict__["teacher"] = teacher
         self._has_modes = freeze(teacher)
-        self._ask_losses(self.losses)
+        ask_losses(self.losses, list(self.losses), student=student, teacher=teacher)
         # What was found in order before, so that it is looked at again only where it changed.
         self._known_tensors: list[int] = []
         self._known_model = 0
@@ -293,7 +294,7 @@ class Distiller(nn.Module):
         """What may have changed in the models since the last call."""
         if torch.compiler.is_compiling():
             return
-        self._ask_losses(names)
+        ask_losses(self.losses, names, student=self.student, teacher=self.teacher)
         if not trains:
             return
         if model is not self.student and not self._averaged_outside:
@@ -303,13 +304,6 @@ class Distiller(nn.Module):
             if now != self._known_tensors:
                 check_disjoint(self, self.teacher)
                 self._known_tensors = now
-
-    def _ask_losses(self, names: Iterable[str]) -> None:
-        """Let losses that refer to a part of the models, such as a head, say whether it is still there."""
-        for name in names:
-            check = getattr(self.losses[name], "check_models", None)
-            if check is not None:
-                check(self.student, self.teacher)
 
     def _run_teacher(
         self, names: list[str], inputs: Any, teacher_inputs: Any, teacher_output: Any

@@ -7,6 +7,14 @@ import torch
 from torch import Tensor, nn
 
 
+def ask_losses(losses: nn.ModuleDict, names: list[str], *, student: nn.Module, teacher: Any) -> None:
+    """Let losses that refer to a part of the models, such as a head, say whether it is still there."""
+    for name in names:
+        check = getattr(losses[name], "check_models", None)
+        if check is not None:
+            check(student, teacher)
+
+
 def check_disjoint(trained: nn.Module, teacher: nn.Module) -> None:
     """Raise ValueError if a parameter or buffer of the teacher is trained as well."""
     ours = {_storage(tensor): name for name, tensor in _named_tensors(trained)}

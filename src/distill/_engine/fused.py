@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,28 @@ from typing_extensions import override
 from distill._checks import ordinary
 from distill._reduction import Reduction, hide, reduce, row_weights
 
-if TYPE_CHECKING:
-    from distill._engine.rows import Rows
+
+class Formula(Protocol):
+    """What is run here: `Rows` in `rows.py`."""
+
+    @property
+    def formula(self) -> Callable[..., Tensor]: ...
+
+    @property
+    def kernel(self) -> Callable[[], Any] | None: ...
+
+    @property
+    def pays_from(self) -> float: ...
+
+    def in_blocks(self) -> Callable[..., Tensor]: ...
+
 
 SMALL = 2**20  # elements below which a few plain operations cost less than the fused form
 SHORT = 64  # columns below which summing row by row costs more than a single operation for the mean saves
 LARGEST_ROW = 2**21  # elements of a row above which the buffers of a block would no longer be small
 
 
-def can_fuse(loss: Rows, student: Tensor, teacher: Tensor, dim: int, options: dict[str, Any], *, mean: bool) -> bool:
+def can_fuse(loss: Formula, student: Tensor, teacher: Tensor, dim: int, options: dict[str, Any], *, mean: bool) -> bool:
     """Whether these are ordinary tensors, large enough, with rows in one piece, and nobody traces or transforms.
 
     Args:
@@ -55,7 +68,7 @@ def can_fuse(loss: Rows, student: Tensor, teacher: Tensor, dim: int, options: di
 
 
 def run(
-    loss: Rows,
+    loss: Formula,
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
@@ -90,7 +103,7 @@ def run(
 class Call:
     """One call of a loss, but for its tensors."""
 
-    loss: Rows
+    loss: Formula
     options: dict[str, Any]
     dim: int
     dtype: torch.dtype
@@ -266,57 +279,6 @@ def _rows(x: Tensor, buffer: Tensor) -> Tensor:
     rows = buffer[: x.numel() // x.shape[-1]]
     rows.view(x.shape).copy_(x)
     return rows
-
-
-def block_by_autograd(
-    formula: Callable[..., Tensor],
-    student: Tensor,
-    teacher: Tensor,
-    *rest: Any,  # labels, where the loss has them, then what every block function takes
-    **options: Any,
-) -> Tensor:
-    """Do what `Rows.block` does with the formula alone: autograd finds the gradient."""
-    *operands, factors, gradient, _ = rest
-    if factors is None:
-        return formula(student, teacher, *operands, dim=-1, **options)
-    # Hooks from outside (checkpointing, offloading) are for what outlives the forward; they would recompute it here.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved):
-        student = student.detach().requires_grad_()
-        values = formula(student, teacher, *operands, dim=-1, **options)
-        gradient.copy_(torch.autograd.grad(values, student, factors.view(-1))[0])
-    return values.detach()
-
-
-def redo(
-    rows: Tensor,
-    values: Tensor,
-    formula: Callable[..., Tensor],
-    student: Tensor,
-    teacher: Tensor,
-    *rest: Any,
-    **options: Any,
-) -> Tensor:
-    """Do some rows of a block once more with the formula, and return the values.
-
-    Args:
-        rows: The indices of the rows that the quick form of a block cannot do.
-        values: The values of all rows, `(R,)`, which are mended in place.
-        formula: As in `Rows`.
-        student: As in `Rows.block`.
-        teacher: The teacher's rows.
-        rest: The labels, where the loss has them; what each row's gradient is multiplied by, or None; and where the
-            block leaves the gradient, mended in place.
-        options: What the formula takes.
-    """
-    *labels, factors, gradient = rest
-    if len(rows):
-        counts = None if factors is None else factors[rows]
-        mended = torch.empty_like(gradient[rows])
-        some = (x[rows] for x in (student, teacher, *labels))
-        values[rows] = block_by_autograd(formula, *some, counts, mended, None, **options)
-        if factors is not None:
-            gradient[rows] = mended
-    return values
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distill._checks import check_classes, check_inputs, check_labels, ordinary, widen
 from distill._engine import fused
+from distill._engine.blocks import block_by_autograd
 from distill._reduction import Reduction, check_mask, hide, reduce
 
 
@@ -44,7 +45,7 @@ class Rows:
 
     def in_blocks(self) -> Callable[..., Tensor]:
         """The block function: its own, or the formula's by autograd."""
-        return self.block or functools.partial(fused.block_by_autograd, self.formula)
+        return self.block or functools.partial(block_by_autograd, self.formula)
 
     def values(
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, dim: int | None = None, **options: Any

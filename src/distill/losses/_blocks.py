@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from distill._checks import may_look
-from distill._engine.fused import block_by_autograd, redo
+from distill._engine.blocks import block_by_autograd, redo
 
 
 def ordinary_rows(formula: Callable[..., Tensor], block: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distill._checks import check_fraction
-from distill._engine.fused import block_by_autograd
+from distill._engine.blocks import block_by_autograd
 from distill.losses._softened import divergence_of_logits, harden, not_negative, soften, softmax_rows
 
 check_skew = functools.partial(check_fraction, zero=True)  # what both skew divergences ask of `alpha`

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from distill._checks import check_positive, may_look
-from distill._engine.fused import block_by_autograd, redo
+from distill._engine.blocks import block_by_autograd, redo
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss

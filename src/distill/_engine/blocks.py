@@ -1,0 +1,60 @@
+"""Blocks of rows by autograd: for losses without a closed form, and for rows that a closed form cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def block_by_autograd(
+    formula: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    *rest: Any,  # labels, where the loss has them, then what every block function takes
+    **options: Any,
+) -> Tensor:
+    """Do what `Rows.block` does with the formula alone: autograd finds the gradient."""
+    *operands, factors, gradient, _ = rest
+    if factors is None:
+        return formula(student, teacher, *operands, dim=-1, **options)
+    # Hooks from outside (checkpointing, offloading) are for what outlives the forward; they would recompute it here.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved):
+        student = student.detach().requires_grad_()
+        values = formula(student, teacher, *operands, dim=-1, **options)
+        gradient.copy_(torch.autograd.grad(values, student, factors.view(-1))[0])
+    return values.detach()
+
+
+def redo(
+    rows: Tensor,
+    values: Tensor,
+    formula: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    *rest: Any,
+    **options: Any,
+) -> Tensor:
+    """Do some rows of a block once more with the formula, and return the values.
+
+    Args:
+        rows: The indices of the rows that the quick form of a block cannot do.
+        values: The values of all rows, `(R,)`, which are mended in place.
+        formula: As in `Rows`.
+        student: As in `Rows.block`.
+        teacher: The teacher's rows.
+        rest: The labels, where the loss has them; what each row's gradient is multiplied by, or None; and where the
+            block leaves the gradient, mended in place.
+        options: What the formula takes.
+    """
+    *labels, factors, gradient = rest
+    if len(rows):
+        counts = None if factors is None else factors[rows]
+        mended = torch.empty_like(gradient[rows])
+        some = (x[rows] for x in (student, teacher, *labels))
+        values[rows] = block_by_autograd(formula, *some, counts, mended, None, **options)
+        if factors is not None:
+            gradient[rows] = mended
+    return values
