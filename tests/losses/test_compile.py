@@ -1,4 +1,4 @@
-"""Every loss under `torch.compile`: one graph for two batch sizes and two values of an option.
+"""Every loss under `torch.compile`: whole graphs, two batch sizes, and where it is only traced two values of an option.
 
 What is compiled is what the loss's own test file gives the contract, in its functions `test_contract*`.
 """
@@ -43,7 +43,8 @@ def find_contracts(stem: str) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Functions that are traced
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own imports
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own imports, and what it calls
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")
 def test_compiles(stem, backend):
     cases = list(find_contracts(stem))
     assert cases, f"tests/losses/test_{stem}.py must have a test_contract"
@@ -69,6 +70,8 @@ def check(backend, build, *, shape, teacher_shape=None, target=None, moves=True,
 
     for less in (0, 1):
         torch.testing.assert_close(results(compiled, less), results(loss, less), rtol=1e-4, atol=1e-5)
+    if backend == "inductor":  # a new value is a new trace, which the other backend shows at a fraction of the cost
+        return
     before = results(loss, 1)
     own = contract.inner(loss)
     numbers = [name for name in getattr(own, "options", ()) if isinstance(getattr(own, name), float)]
