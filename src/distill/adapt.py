@@ -43,7 +43,7 @@ class NHWC(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Drops tokens in front of those of the image or text: class, distillation and register tokens.
+    """Drops the tokens in front of those of the image or text: class, distillation and register tokens.
 
     Args:
         prefix: How many there are: 1 for a class token, 2 for DeiT's, 1 and the registers for DINO's.
@@ -151,6 +151,9 @@ class Select(nn.Module):
 
     Args:
         key: An index (an integer), or a key or the name of an attribute.
+
+    Raises:
+        TypeError: If the key is neither an integer nor a string.
 
     Examples:
         >>> import torch

@@ -82,7 +82,7 @@ class TapShapes(Mapping[str, TapShape]):
 
 
 def tap_shapes(model: nn.Module, inputs: Any) -> TapShapes:
-    """Run a model once and say what each of its modules is given and gives: all that a `Term`'s paths need.
+    """Run a model once and say what each of its modules is given and gives: what to look at when writing paths.
 
     The model runs in eval mode and without gradients. Its modes and buffers are afterwards as they were.
 

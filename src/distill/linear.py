@@ -1,4 +1,4 @@
-"""Losses of two heads' logits that never exist: hidden states and heads in, value and gradients out."""
+"""Losses on logits that are never held: hidden states and heads in, value and gradients out, some rows at a time."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class LinearLoss(nn.Module):
     """Any loss of rows on the logits of two heads, from hidden states, without holding the logits.
 
     It gives what `loss(student_head(h_s), teacher_head(h_t), target, mask=mask)` gives, plus `cross_entropy` times the
-    cross-entropy of the student's logits, in one pass over some rows at a time: values, and the gradients of hidden
-    states and student's head. Nothing is formed twice; memory is two chunks of logits beside the gradients. With
-    `reduction="none"` the student's logits are formed once more in backward.
+    cross-entropy of the student's logits. Values and the gradients of the hidden states and of the student's head come
+    from one pass, some rows at a time. No logits are formed twice; memory is two chunks of logits beside the gradients.
+    With `reduction="none"` the student's logits are formed once more in backward.
 
-    Use it as a `Term` at what the heads see: `at="lm_head:input"`, or at the last norm of models that then need no
-    logits at all. The heads are referred to, not owned: they are in no `parameters()` of the loss.
+    Use it as a `Term` at what the heads see: `at="lm_head:input"`, or at the last norm of models, which then need no
+    logits at all. The heads are referred to, not owned: they are not in the loss's `parameters()`.
 
     Args:
-        loss: A loss of rows: `KLLoss`, `ReverseKLLoss`, `JSLoss`, `DKDLoss` and the others on logits, with its options
-            and reduction; or one of yours that is built on `RowLoss`.
+        loss: A loss of rows, one value for each sample's logits: `KLLoss`, `ReverseKLLoss`, `JSLoss`, `DKDLoss` and
+            others, with its options and reduction; or one of yours that is built on `RowLoss`.
         student_head: The student's head: `nn.Linear`, `nn.Embedding` (tied or not), or another module that computes
             `W h + b` with a matrix `weight` of V rows.
         teacher_head: The teacher's head. A constant.
@@ -46,7 +46,8 @@ class LinearLoss(nn.Module):
 
     Raises:
         TypeError: If the loss is no loss of rows.
-        ValueError: If a head does more than `W h + b`, the vocabularies differ, or an option is out of range.
+        ValueError: If a head does more than `W h + b`, the vocabularies differ and `vocab_size` is None, the loss takes
+            another dimension than the last, or an option is out of range.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What a student is trained on besides its teacher: cross-entropy with one meaning of reduction and mask."""
+"""The student's loss on labels, beside its teacher: cross-entropy with a mask."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CrossEntropyLoss(nn.Module):
     average the loss is 0 with a gradient of 0, not NaN.
 
     Args:
-        label_smoothing: The share of the target spread evenly over the classes, at least 0 and below 1.
+        label_smoothing: The share of a label that is spread evenly over all classes, at least 0 and below 1.
         ignore_index: A label that means "none": such samples do not count.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
         dim: The dimension of the classes in the logits. None: found from the labels' shape, and refused where it could
@@ -81,7 +81,7 @@ class CrossEntropyLoss(nn.Module):
             student: Logits, `(..., C)` or `(N, C, ...)`. Half and bfloat16 are computed in float32.
             target: Labels, shaped like the logits without the classes; or probabilities, shaped like the logits.
             mask: Bool or weights, one per sample. What a 0 hides counts nowhere.
-            denominator: A mean becomes the sum divided by this number.
+            denominator: A mean becomes the sum divided by this number. Not used with another reduction.
 
         Returns:
             A scalar, or with `reduction="none"` one value per sample.

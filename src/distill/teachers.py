@@ -18,10 +18,10 @@ class Teachers(nn.Module):
     A path of a `Term` starts with the teacher's name: `at=("layer3", "big.layer4")`.
 
     Args:
-        combine: What the Distiller's terms without `at` compare with. `"logits"`: the weighted mean of the teachers'
-            logits. `"probabilities"`: the logarithm of the weighted mean of their softmaxes over the last dimension,
-            which are logits again. A function of the dict of what each returned, by name. None: that dict itself, for
-            terms that name one (`at=(lambda out: out.logits, lambda out: out["big"].logits)`).
+        combine: What the terms without `at` compare with. `"logits"`: the weighted mean of the teachers' logits.
+            `"probabilities"`: the logarithm of the weighted mean of their softmaxes over the last dimension, which are
+            logits again. A function: it gets a dict of what each teacher returned, by name. None: that dict itself, for
+            terms that pick from it (`at=(lambda out: out.logits, lambda out: out["big"].logits)`).
         weights: A share for each teacher's name, not negative and not all 0; they are divided by their sum. None:
             equal shares. Only for `"logits"` and `"probabilities"`.
         **teachers: The teachers by name: modules or other callables.

@@ -48,27 +48,25 @@ class Distiller(nn.Module):
 
     Args:
         student: The model that learns. `distiller.student` is this very module.
-        teacher: The model to imitate: a module, which is put in eval mode and frozen, or any callable (an exported
-            program, a function that asks a server, a stored teacher), or `Teachers(...)`. None where every call brings
-            `teacher_output=` or all terms are losses of the student alone.
+        teacher: The model to imitate: a module, any callable (an exported program, a function that asks a server), or
+            `Teachers(...)`. None if every call brings `teacher_output=`, or all terms are losses of the student alone.
         losses: A loss, a `Term`, or a dict of them by name. A single one is named `"distillation"`.
         task_loss: Called as `task_loss(student_output, target)`, or without the target if it takes one argument only;
             gives a scalar. One that takes a keyword `mask` gets the mask of the call. None trains without labels.
         task_weight: What the task loss is multiplied by in the total, finite; 0 switches it off.
-        output: Takes what a model returned and gives the tensor that the terms without `at` (and the task loss)
-            compare. Not needed for models that return a tensor, or an object or mapping with the tensor as `logits`.
-        task_output: Takes what the student returned and gives what the task loss takes, where that is something else:
-            a detector's dict of losses, a model's own `.loss`.
+        output: A function of what a model returned: it finds the tensor for the terms without `at` and for the task
+            loss. Not needed if models return a tensor, or an object or mapping with the tensor as `logits`.
+        task_output: A function of what the student returned: it finds what the task loss takes, if that is something
+            else (a detector's dict of losses, a model's own `.loss`).
 
     Attributes:
         weights: The weights by name, `"task"` among them: `distiller.weights["hint"] = 0.5` counts from the next call.
-            They are not in `state_dict()`. To save them: `{"weights": dict(distiller.weights), ...}`, and to resume:
-            `distiller.weights.update(checkpoint["weights"])`.
+            Not in `state_dict()`: save `dict(distiller.weights)`, and restore with `distiller.weights.update(saved)`.
 
     Raises:
         ValueError: If a path names no module, student and teacher share a parameter or buffer, there is no loss at
             all, or an argument is malformed.
-        TypeError: If a weight is no number.
+        TypeError: If the student is no module, the teacher cannot be called, or a weight is no number.
 
     Examples:
         >>> import torch
@@ -183,15 +181,11 @@ class Distiller(nn.Module):
         Args:
             inputs: For the models: a tensor is passed as `model(x)`, a tuple as `model(*x)`, a mapping as
                 `model(**x)`, anything else (a list, a namedtuple) as `model(x)`.
-            target: Labels for the task loss and for the losses that use them; or a mapping by the terms' names, the
-                task's being `"task"`.
-            mask: Bool or weights, shaped like the per-sample values, for every term and the task loss; or a mapping by
-                name for those it is meant for.
-            denominator: What stands in place of the number of samples: every mean over samples becomes a sum divided
-                by it, so that the gradients of micro-batches or processes add up to that of the whole batch. Losses of
-                a whole batch (those without a reduction) are not changed.
-            student: The student as you have wrapped it (DDP, FSDP, `torch.compile`, a trainer's model), run in place
-                of the bare one.
+            target: Labels for the task loss and for the losses that use them; or a mapping by name, with `"task"`.
+            mask: Bool or weights, shaped like the per-sample values, for every term and the task; or a mapping by name.
+            denominator: Every mean over samples becomes a sum divided by this number, so that the gradients of
+                micro-batches or processes add up to that of the whole batch. Losses without a reduction do not change.
+            student: The student as you have wrapped it (DDP, FSDP, `torch.compile`, a trainer's model), run instead.
             teacher_inputs: For the teacher, where it sees something else than the student.
             teacher_output: What the teacher would return, computed before; it is then not run. With what its taps
                 would see: `TeacherOutput(output, features)`.
@@ -203,6 +197,7 @@ class Distiller(nn.Module):
             ValueError: If an argument is missing or of no use, a tap is not reached or carries no gradient, the student
                 gets no gradient at all, a model's output has no tensor to compare, or a loss refuses its inputs or
                 gives no scalar.
+            TypeError: If a loss is given what is no tensor.
             KeyError: If a mapping has a name that is no term.
         """
         names = [name for name in self.losses if self._weights[name] != 0]

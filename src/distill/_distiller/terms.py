@@ -37,15 +37,17 @@ class Term:
             - a function of what the model returned: `lambda out: out.hidden_states[4]`.
             - None, for the teacher in a pair: nothing. The loss is one of the student alone and gets None there.
         weight: What the loss is multiplied by in the total, a finite number. 0 switches the term off.
-        student: Adapter: a module or function applied to the student's side before the loss sees it, or a tuple of
-            them for a tuple of paths. A module may learn: it trains and is saved with the losses.
+        student: Adapter for the student's side: a module or function, applied before the loss sees it, or a tuple of
+            them for a tuple of paths (`distill.adapt` has the usual ones). A module may learn: it trains and is saved
+            with the losses.
         teacher: Adapter for the teacher's side. A constant: a module with something to learn is refused.
         copy: Compare a copy of what the paths give, taken before a later operation of the model overwrites it
             (`inplace=True`, `+=`). Without it such a change is an error.
 
     Raises:
-        ValueError: If the loss cannot be called so, `at` is of another form, the weight is not finite, a teacher's
-            adapter has something to learn, or `copy` is asked for where there is no path.
+        ValueError: If the loss is no module or cannot be called so, `at` has another form, the weight is not finite, a
+            side that is None has an adapter, the teacher's adapter has something to learn, or `copy` is set and there
+            is no path.
         TypeError: If the weight is no number (a tensor would not be trained), or an adapter cannot be called.
 
     Examples:
@@ -101,7 +103,7 @@ class DistillerOutput(NamedTuple):
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher gave, with what was tapped inside it: for `teacher_output=`, or returned by a stored teacher.
+    """What a teacher gave, with what was tapped inside it: for `teacher_output=`, or from a function as teacher.
 
     Attributes:
         output: What the teacher returned; None where only features are compared.
