@@ -46,7 +46,8 @@ def test_a_row_says_what_the_docstrings_say():
     text = losses_page.render()
     assert (
         "| [`kl`][distill.KLLoss] | `loss = T^2 * KL(p || q) = T^2 * sum_c p_c (log p_c - log q_c)` "
-        "| *student:* The student's logits, finite, `(..., C)`<br>*teacher:* The teacher's logits, finite, same shape "
+        "| *student:* The student's logits, `(..., C)`; -inf is a probability of 0"
+        "<br>*teacher:* The teacher's logits, same shape; -inf is a probability of 0 "
         "| weight 0.9 at temperature 4, beside 0.1 times the cross-entropy (the CIFAR-100 benchmark of Tian, Krishnan "
         'and Isola, "Contrastive Representation Distillation", ICLR 2020)'
         "<br>*Scale:* `distiller_zoo/KD.py` of that benchmark (`HobbitLong/RepDistiller`): T^2 times the sum over the "
