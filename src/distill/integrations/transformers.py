@@ -28,9 +28,9 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
 
     Args:
         distiller: The Distiller. Its terms decide what is compared; its task loss what the labels are for.
-        prepare: Makes of a batch what the Distiller is called with: `prepare(batch) -> (inputs, target, mask)`. None:
-            the labels are taken out of the batch, shifted by `next_tokens` if the student is a causal language model,
-            and labels of -100 are masked; a batch without labels is masked by its `attention_mask`.
+        prepare: `prepare(batch) -> (inputs, target, mask)`, what the Distiller is called with. It is called twice for a
+            batch and must not change it. None: the labels are taken out, shifted by `next_tokens` for a causal language
+            model, and -100 is masked; where there are no labels, the `attention_mask` is the mask.
         **trainer: What `Trainer` takes, but for `model`.
 
     Raises:
