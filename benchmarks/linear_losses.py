@@ -1,8 +1,8 @@
 """LinearLoss against formed logits and the bare products, in one run: `python benchmarks/linear_losses.py`.
 
-Each loss at N hidden states of width d_s and d_t, and V words: forward and backward, the student's head trains. `products`
-are the matrix products alone, which no exact form can spare; `formed` is the plain form on formed logits. Ratios are
-medians over repetitions in which all are timed in turn; memory is what a call holds at most beyond its gradients.
+Each loss at N hidden states of width d_s and d_t, and V words: forward and backward, the student's head trains.
+`products` are the matrix products alone, which no exact form can spare; `formed` is the plain form on formed logits.
+Ratios are medians over repetitions in which all are timed in turn; memory is the most beyond the gradients.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def measure(shape: tuple[int, int, int, int], name: str, dtype: torch.dtype, rep
     linear = LinearLoss(loss, *heads, cross_entropy=share)
 
     def by_linear() -> None:
-        linear(student, states[1], labels).backward()
+        torch.autograd.backward(linear(student, states[1], labels))
 
     def by_formed() -> None:
         logits = heads[0](student)
         with torch.no_grad():
             teacher = heads[1](states[1])
         value = formed(logits, teacher)
-        (value + F.cross_entropy(logits, labels) if share else value).backward()
+        torch.autograd.backward(value + F.cross_entropy(logits, labels) if share else value)
 
     def products() -> None:  # a chunk at a time, as `LinearLoss` does
         weight, other = heads[0].weight.detach(), heads[1].weight.detach()
@@ -96,7 +96,8 @@ def measure(shape: tuple[int, int, int, int], name: str, dtype: torch.dtype, rep
         peak = peak_extra_bytes(ways[way], student.device)
         extra.append("" if peak is None else str(round((peak - gradients) / 1e6)))
     kind = str(dtype).removeprefix("torch.")
-    return f"| {shape} | {name} | {kind} | {ratio('ours', 'products')} | {ratio('formed', 'ours')} | {extra[0]} | {extra[1]} |"
+    ratios = ratio("ours", "products"), ratio("formed", "ours")
+    return f"| {' | '.join([str(shape), name, kind, *ratios, *extra])} |"
 
 
 def main() -> None:

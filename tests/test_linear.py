@@ -243,6 +243,55 @@ def test_as_a_term_of_models_that_form_no_logits():
         distiller(x, labels)
 
 
+def test_a_head_inside_an_adapter_or_replaced_is_refused():
+    class Wrapped(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.base_layer = head
+
+    class Model(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, width), nn.Linear(width, V)
+
+        def forward(self, x):
+            return self.body(x)
+
+    student, teacher = Model(6), Model(9)
+    soft = Term(LinearLoss(KLLoss(), student.head, teacher.head), at="body")
+    student.head = Wrapped(student.head)
+    with pytest.raises(ValueError, match="has it at 'head.base_layer', inside an adapter"):
+        Distiller(student, teacher, soft, task_loss=None)
+    student = Model(6)
+    task = LinearCrossEntropyLoss(student.head)
+    distiller = Distiller(student, teacher, {}, task_loss=task)
+    distiller(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]))
+    student.head = nn.Linear(6, V)
+    with pytest.raises(ValueError, match="student_head must be the head that the model has"):
+        distiller(torch.randn(4, 5), torch.tensor([0, 1, 2, 3]))
+
+
+def test_a_denominator_of_0_gives_0():
+    (ours, theirs), (student, teacher, labels) = heads(), hidden()
+    nothing = torch.zeros(N, dtype=torch.bool)
+    for denominator in (0, torch.tensor(0)):
+        value = LinearLoss(KLLoss(), ours, theirs)(student, teacher, mask=nothing, denominator=denominator)
+        assert value == 0
+        assert all((grad == 0).all() for grad in gradients(value, student, ours))
+        assert CrossEntropyLoss()(ours(student), labels, mask=nothing, denominator=denominator) == 0
+
+
+def test_options_are_checked_when_they_are_set_later():
+    (ours, theirs), _ = heads(), hidden()
+    loss = LinearLoss(KLLoss(), ours, theirs)
+    for name, value in {"cross_entropy": -1.0, "student_scale": -2.0, "rows": 0}.items():
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            setattr(loss, name, value)
+    for loss in (LinearCrossEntropyLoss(ours), CrossEntropyLoss()):
+        with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'avg'"):
+            loss.reduction = "avg"
+
+
 def test_copies_refer_to_their_own_heads():
     (ours, theirs), (student, teacher, _) = heads(), hidden()
     twin = copy.deepcopy(LinearLoss(KLLoss(), ours, theirs))

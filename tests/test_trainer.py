@@ -162,6 +162,81 @@ def test_students_without_keywords_get_the_same_gradient(tmp_path):
         torch.testing.assert_close(change(distiller, before)[name], 0.1 * parameter.grad, rtol=1e-4, atol=2e-7)
 
 
+def test_a_step_without_a_label_changes_nothing(tmp_path):
+    empty = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows(2)]
+    distiller = build({"kl": KLLoss()})
+    soft = LinearLoss(KLLoss(), distiller.student.lm_head, distiller.teacher.lm_head, cross_entropy=1.0)
+    linear = Distiller(distiller.student, distiller.teacher, {"soft": Term(soft, at="model.norm")}, task_loss=None)
+    for each in (distiller, linear):
+        before = copy.deepcopy(each.state_dict())
+        DistillTrainer(distiller=each, args=arguments(tmp_path), train_dataset=empty).train()
+        for name, value in each.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+
+def test_labels_are_shifted_for_subclasses_and_adapters_too(tmp_path):
+    class Mine(LlamaForCausalLM):
+        pass
+
+    student = Mine(llama(8).config)
+    trainer = DistillTrainer(distiller=Distiller(student, llama(16), KLLoss()), args=arguments(tmp_path))
+    batch = stack(rows(2))
+    _, target, _ = trainer.prepare(dict(batch))
+    assert torch.equal(target, next_tokens(batch["labels"])[0])
+
+
+def test_without_a_mask_the_means_of_the_micro_batches_are_averaged(tmp_path):
+    def prepare(batch):
+        return {"input_ids": batch["input_ids"]}, None, None
+
+    distiller = build({"kl": KLLoss(2.0)}, task_loss=None)
+    before = copy.deepcopy(distiller.state_dict())
+    args = arguments(tmp_path, gradient_accumulation_steps=4)
+    DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), prepare=prepare).train()
+    by_hand = build({"kl": KLLoss(2.0)}, task_loss=None)
+    by_hand({"input_ids": stack(rows())["input_ids"]}).loss.backward()
+    for name, parameter in by_hand.named_parameters():
+        torch.testing.assert_close(change(distiller, before)[name], 0.1 * parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_evaluates_before_training_with_the_mask_of_prepare(tmp_path):
+    def prepare(batch):
+        target, mask = next_tokens(batch.pop("labels"))
+        return batch, target, mask & (torch.arange(9) > 3)
+
+    args = arguments(tmp_path, gradient_accumulation_steps=4, per_device_eval_batch_size=8)
+    distiller = build({"kl": KLLoss()})
+    trainer = DistillTrainer(distiller=distiller, args=args, eval_dataset=rows(), prepare=prepare)
+    found = trainer.evaluate()["eval_loss"]
+    batch, target, mask = prepare(stack(rows()))
+    assert found == pytest.approx(distiller.eval()(batch, target, mask=mask).loss.item(), rel=1e-5)
+
+
+def test_an_optimizer_of_ones_own_must_hold_what_learns(tmp_path):
+    distiller = build()
+    theirs = torch.optim.SGD(distiller.student.parameters(), lr=0.1)
+    trainer = DistillTrainer(
+        distiller=distiller, args=arguments(tmp_path), train_dataset=rows(), optimizers=(theirs, None)
+    )
+    with pytest.raises(ValueError, match="the optimizer must hold what learns in the losses"):
+        trainer.train()
+    mine = torch.optim.SGD(distiller.parameters(), lr=0.0)
+    args = arguments(tmp_path, max_steps=3)
+    trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), optimizers=(mine, None))
+    trainer.train()
+    assert all(parameter.grad is None for parameter in distiller.losses.parameters())
+
+
+def test_encoder_decoder_models_get_their_decoder_inputs(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=31, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    student, teacher = (transformers.T5ForConditionalGeneration(config) for _ in range(2))
+    DistillTrainer(
+        distiller=Distiller(student, teacher, KLLoss()), args=arguments(tmp_path), train_dataset=rows()
+    ).train()
+
+
 @pytest.mark.subprocess
 def test_two_processes_take_the_step_of_one(tmp_path):
     with socket.socket() as free:
@@ -188,6 +263,8 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 
 
 def test_rejects(tmp_path):
+    with pytest.raises(ValueError, match="leave compute_loss_func and label_smoothing_factor out"):
+        DistillTrainer(distiller=build(), args=arguments(tmp_path, label_smoothing_factor=0.5))
     with pytest.raises(TypeError, match="distiller must be a Distiller, got int"):
         DistillTrainer(distiller=3)
     with pytest.raises(ValueError, match="the model must be the Distiller's student"):

@@ -29,6 +29,18 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
     return value
 
 
+def check_count_or_none(name: str, value: int | None) -> int | None:
+    """Return `value` if it is None or a positive integer, else raise ValueError that names the option."""
+    return None if value is None else check_count(name, value)
+
+
+def check_integer(name: str, value: int) -> int:
+    """Return `value` if it is an integer, else raise ValueError that names the option."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return value
+
+
 def check_fraction(name: str, value: float, *, zero: bool = False) -> float:
     """Return `value` if it is between 0 and 1, or with `zero` also 0, else raise ValueError that names the option."""
     if not (0 < value < 1 or (zero and value == 0)):

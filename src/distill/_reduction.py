@@ -1,5 +1,7 @@
 """The one meaning of reduction and mask, for every loss: over samples."""
 
+import math
+import numbers
 from typing import Literal, TypeAlias
 
 import torch
@@ -18,6 +20,33 @@ def check_reduction(reduction: Reduction) -> Reduction:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     return reduction
+
+
+def check_denominator(denominator: float | Tensor | None, reduction: Reduction) -> None:
+    """Raise ValueError if a denominator is no positive number, or there is no mean whose place the sum over it takes.
+
+    The value of a tensor is not looked at: that could wait for a device.
+    """
+    if denominator is None:
+        return
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"denominator must be one number, got a tensor of shape {tuple(denominator.shape)}")
+    elif not isinstance(denominator, numbers.Real) or isinstance(denominator, bool):
+        raise TypeError(f"denominator must be a number, got {type(denominator).__name__}")
+    elif not 0 <= denominator < math.inf:
+        raise ValueError(f"denominator must be zero or positive and finite, got {denominator!r}")
+    if reduction != "mean":
+        raise ValueError(f"denominator must come with reduction='mean', got reduction={reduction!r}")
+
+
+def divide(value: Tensor, denominator: float | Tensor | None) -> Tensor:
+    """Divide a sum by the denominator of a call; over 0, where nothing counted, it stays as it is, which is 0."""
+    if denominator is None:
+        return value
+    if isinstance(denominator, Tensor):
+        return value / torch.where(denominator == 0, 1, denominator).to(value.device).reshape(())
+    return value / (denominator or 1.0)
 
 
 def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:

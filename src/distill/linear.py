@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_labels, check_not_negative, check_tensors, ordinary
+from distill._checks import (
+    check_count_or_none,
+    check_integer,
+    check_not_negative,
+    check_tensors,
+    ordinary,
+)
 from distill._engine.cross_entropy import CROSS_ENTROPY, with_cross_entropy
 from distill._engine.fused import Call
 from distill._engine.linear import Side, linear_rows
 from distill._engine.squared.heads import check_vocabulary
-from distill._reduction import Reduction, check_mask, check_reduction
+from distill._hidden import IGNORED, check_compared, check_hidden, find_labels, flat_mask, labelled_share
+from distill._options import Options
+from distill._reduction import Reduction, check_denominator, divide
 from distill.losses._base import RowLoss
-from distill.losses._heads import HeadPair, check_head, check_scale
-
-_IGNORED = -100
+from distill.losses._heads import HeadPair, check_scale
 
 
-class LinearLoss(nn.Module):
+class LinearLoss(Options):
     """Any loss of rows on the logits of two heads, from hidden states, without holding the logits.
 
     It gives what `loss(student_head(h_s), teacher_head(h_t), target, mask=mask)` gives, plus `cross_entropy` times the
@@ -60,6 +66,13 @@ class LinearLoss(nn.Module):
         True
     """
 
+    options: ClassVar = {
+        "cross_entropy": check_not_negative,
+        "student_scale": check_scale,
+        "teacher_scale": check_scale,
+        "rows": check_count_or_none,
+    }
+
     def __init__(
         self,
         loss: RowLoss,
@@ -81,11 +94,11 @@ class LinearLoss(nn.Module):
         if loss.dim not in (None, -1):
             raise ValueError(f"the loss must take the last dimension, got dim={loss.dim}")
         self.loss = loss
-        self.cross_entropy = check_not_negative("cross_entropy", cross_entropy)
+        self.cross_entropy = cross_entropy
         self.vocab_size = vocab_size
-        self.student_scale = check_scale("student_scale", student_scale)
-        self.teacher_scale = check_scale("teacher_scale", teacher_scale)
-        self.rows = None if rows is None else check_count("rows", rows)
+        self.student_scale = student_scale
+        self.teacher_scale = teacher_scale
+        self.rows = rows
         # Not a module, so that nn.Module finds no submodules: the models own their heads.
         self._heads = HeadPair(student_head, teacher_head)
         self._heads.check(student_scale, teacher_scale)
@@ -144,8 +157,8 @@ class LinearLoss(nn.Module):
         self._heads.check(self.student_scale, self.teacher_scale)
         weight, bias, teacher_weight, teacher_bias = self._heads.tensors()
         size = check_vocabulary(len(weight), len(teacher_weight), self.vocab_size)
-        _check_hidden("student", student, weight)
-        _check_hidden("teacher", teacher, teacher_weight)
+        check_hidden("student", student, weight)
+        check_hidden("teacher", teacher, teacher_weight)
         if student.shape[:-1] != teacher.shape[:-1] or student.device != teacher.device:
             raise ValueError(
                 "hidden states must have the same shape but for their width and be on one device (nothing is "
@@ -162,20 +175,20 @@ class LinearLoss(nn.Module):
         ours = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.student_scale)
         reduction = self.loss.reduction_over(denominator)
         dtype = torch.promote_types(torch.promote_types(student.dtype, weight.dtype), torch.float32)
-        flat = _flat_mask(mask, student, dtype)
+        flat = flat_mask(mask, student, dtype)
         engine, labels = self.loss.rows, None
         if self.cross_entropy:
-            labels = _labels(target, student, len(weight), flat)
-            factor = _share(labels, flat, reduction, dtype) * self.cross_entropy
+            labels = find_labels(target, student, len(weight), flat)
+            factor = labelled_share(labels, flat, reduction, dtype) * self.cross_entropy
             engine = with_cross_entropy(engine, factor, None if size == len(weight) else size)
         elif engine.labels:
-            labels = _labels(target, student, size, flat)
+            labels = find_labels(target, student, size, flat)
         if self.loss.rows.labels and labels is not None:
-            _check_classes(labels, flat, size)
+            check_compared(labels, flat, size)
         call = Call(engine, self.loss.given(), -1, dtype, reduction)
         value = linear_rows(call, ours, theirs, labels, flat, chunk=self.rows)
         value = value.reshape(student.shape[:-1]) if reduction == "none" else value
-        return value if denominator is None else value / denominator
+        return divide(value, denominator)
 
     @override
     def extra_repr(self) -> str:
@@ -188,7 +201,7 @@ class LinearLoss(nn.Module):
         )
 
 
-class LinearCrossEntropyLoss(nn.Module):
+class LinearCrossEntropyLoss(Options):
     """Cross-entropy of a head's logits from hidden states, without holding the logits.
 
     For a student without a teacher, or as the task loss beside other terms; `LinearLoss(..., cross_entropy=1.0)` does
@@ -214,22 +227,25 @@ class LinearCrossEntropyLoss(nn.Module):
         True
     """
 
+    options: ClassVar = {"scale": check_scale, "ignore_index": check_integer, "rows": check_count_or_none}
+
     def __init__(
         self,
         head: nn.Module,
         *,
         scale: float = 1.0,
-        ignore_index: int = _IGNORED,
+        ignore_index: int = IGNORED,
         reduction: Reduction = "mean",
         rows: int | None = None,
     ) -> None:
         super().__init__()
-        self.scale = check_scale("scale", scale)
+        self.scale = scale
         self.ignore_index = ignore_index
-        self.reduction = check_reduction(reduction)
-        self.rows = None if rows is None else check_count("rows", rows)
-        check_head("head", head, scale)
-        self._head = (head,)  # in a tuple, where nn.Module does not look for submodules
+        self.reduction = reduction
+        self.rows = rows
+        # Not a module, so that nn.Module finds no submodules: the model owns its head.
+        self._heads = HeadPair(head, head)
+        self._heads.check(scale, scale)
 
     if TYPE_CHECKING:
 
@@ -268,77 +284,26 @@ class LinearCrossEntropyLoss(nn.Module):
             ValueError: If shapes, dtypes or devices do not fit, or a label is no class.
         """
         check_tensors(student, student)
-        head: Any = self._head[0]
-        weight, bias = head.weight, getattr(head, "bias", None)
-        _check_hidden("student", student, weight)
-        if denominator is not None and self.reduction != "mean":
-            raise ValueError(f"denominator must come with reduction='mean', got reduction={self.reduction!r}")
+        self._heads.check(self.scale, self.scale)
+        weight, bias, *_ = self._heads.tensors()
+        check_hidden("student", student, weight)
+        check_denominator(denominator, self.reduction)
         dtype = torch.promote_types(torch.promote_types(student.dtype, weight.dtype), torch.float32)
-        flat = _flat_mask(mask, student, dtype)
-        labels = _labels(target, student, len(weight), flat, self.ignore_index)
+        flat = flat_mask(mask, student, dtype)
+        labels = find_labels(target, student, len(weight), flat, self.ignore_index)
         counted = (labels.squeeze(-1) >= 0).to(dtype)
         flat = counted if flat is None else flat * counted
         side = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.scale)
         call = Call(CROSS_ENTROPY, {}, -1, dtype, self.reduction if denominator is None else "sum")
         value = linear_rows(call, side, None, labels, flat, chunk=self.rows)
         value = value.reshape(student.shape[:-1]) if self.reduction == "none" else value
-        return value if denominator is None else value / denominator
+        return divide(value, denominator)
 
     @override
     def extra_repr(self) -> str:
         """Show the options and the head's size in `repr`."""
-        head: Any = self._head[0]
-        return f"scale={self.scale}, reduction={self.reduction!r}, head={tuple(head.weight.shape)}"
+        return f"scale={self.scale}, reduction={self.reduction!r}, head={tuple(self._heads.tensors()[0].shape)}"
 
-
-def _check_hidden(side: str, hidden: Tensor, weight: Tensor) -> None:
-    if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or hidden.numel() == 0:
-        raise ValueError(
-            f"the {side}'s hidden states must be (..., {weight.shape[1]}), as wide as its head, and not empty, "
-            f"got shape {tuple(hidden.shape)}"
-        )
-    if not hidden.is_floating_point():
-        raise ValueError(f"the {side}'s hidden states must be floating-point, got {hidden.dtype}")
-    if hidden.device != weight.device:
-        raise ValueError(
-            f"the {side}'s hidden states must be on its head's device, {weight.device}, got {hidden.device}"
-        )
-
-
-def _flat_mask(mask: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-    check_mask(mask, hidden.shape[:-1], hidden.device)
-    return ordinary(mask).reshape(-1).to(dtype)
-
-
-def _labels(
-    target: Tensor | None, hidden: Tensor, classes: int, mask: Tensor | None, ignore_index: int = _IGNORED
-) -> Tensor:
-    """Labels `(N, 1)`, checked, -1 where there is none or the mask hides it."""
-    if target is None:
-        raise ValueError("target must be the class of every sample, got None")
-    if isinstance(target, Tensor) and target.shape == hidden.shape[:-1]:
-        target = ordinary(target).reshape(-1)
-        none = target == ignore_index if mask is None else (target == ignore_index) | (mask.detach() == 0)
-        checked = check_labels(target, target.new_empty(1).expand(len(target), classes), dim=-1, mask=~none)
-        return checked.masked_fill(none.unsqueeze(-1), -1)
-    return check_labels(target, hidden.new_empty(1).expand(*hidden.shape[:-1], classes), dim=-1)
-
-
-def _check_classes(labels: Tensor, mask: Tensor | None, size: int) -> None:
-    """A loss that uses labels needs a class among the compared ones for every sample that counts."""
-    counted = labels if mask is None else labels.masked_fill((mask.detach() == 0).unsqueeze(-1), 0)
-    check_labels(counted.squeeze(-1), counted.new_empty(1).expand(len(labels), size), dim=-1)
-
-
-def _share(labels: Tensor, mask: Tensor | None, reduction: Reduction, dtype: torch.dtype) -> Tensor | float:
-    """What turns a mean over all counted samples into one over those that have a label."""
-    if reduction != "mean":
-        return 1.0
-    labelled = labels.squeeze(-1) >= 0
-    counts = labelled.new_ones(len(labelled), dtype=dtype) if mask is None else mask.detach()
-    having = (counts * labelled).sum()
-    return counts.sum() / torch.where(having == 0, 1.0, having)
+    def check_models(self, student: object, teacher: object) -> None:  # noqa: ARG002 - as of a loss of both
+        """Raise ValueError if the model has another head now than this loss; the Distiller asks at every call."""
+        self._heads.check_models(student, None)

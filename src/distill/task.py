@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from distill._checks import check_fraction, check_labels, is_integer, widen
-from distill._reduction import Reduction, check_mask, check_reduction, hide, reduce
+from distill._checks import check_fraction, check_integer, check_labels, is_integer, widen
+from distill._options import Options
+from distill._reduction import Reduction, check_denominator, check_mask, divide, hide, reduce
 
 
-class CrossEntropyLoss(nn.Module):
+class CrossEntropyLoss(Options):
     """Cross-entropy of logits and labels, with a mask: the default task loss of a `Distiller`.
 
         loss = -log softmax(s)_y,  averaged over the samples that have a label and are not masked
@@ -40,6 +42,8 @@ class CrossEntropyLoss(nn.Module):
         tensor(1.3863)
     """
 
+    options: ClassVar = {"label_smoothing": partial(check_fraction, zero=True), "ignore_index": check_integer}
+
     def __init__(
         self,
         *,
@@ -49,9 +53,9 @@ class CrossEntropyLoss(nn.Module):
         dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.label_smoothing = check_fraction("label_smoothing", label_smoothing, zero=True)
+        self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
-        self.reduction = check_reduction(reduction)
+        self.reduction = reduction
         self.dim = dim
 
     if TYPE_CHECKING:
@@ -93,6 +97,7 @@ class CrossEntropyLoss(nn.Module):
         for name, value in (("student", student), ("target", target)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_denominator(denominator, self.reduction)
         dim = _class_dim(student, target, self.dim)
         logits = widen(student, torch.promote_types(student.dtype, torch.float32)).movedim(dim, -1)
         if mask is not None:
@@ -114,17 +119,9 @@ class CrossEntropyLoss(nn.Module):
         return self._reduced(values.reshape(labels.shape), weights, denominator)
 
     def _reduced(self, values: Tensor, mask: Tensor | None, denominator: float | Tensor | None) -> Tensor:
-        if denominator is None or self.reduction != "mean":
+        if denominator is None:
             return reduce(values, self.reduction, mask)
-        return reduce(values, "sum", mask) / denominator
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return (
-            f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
-            f"reduction={self.reduction!r}, dim={self.dim}"
-        )
+        return divide(reduce(values, "sum", mask), denominator)
 
 
 def _class_dim(logits: Tensor, target: Tensor, dim: int | None) -> int:
@@ -134,6 +131,8 @@ def _class_dim(logits: Tensor, target: Tensor, dim: int | None) -> int:
         raise ValueError(f"logits must be floating-point and not empty, got {logits.dtype} of shape {shape}")
     if logits.device != target.device:
         raise ValueError(f"logits and labels must be on the same device, got {logits.device} and {target.device}")
+    if dim is not None and (not isinstance(dim, int) or not -logits.ndim <= dim < logits.ndim):
+        raise ValueError(f"dim must be a dimension of the logits, got {dim!r} for shape {shape}")
     candidates = {-1 % logits.ndim, min(1, logits.ndim - 1)} if dim is None else {dim % logits.ndim}
     if not is_integer(target):
         if target.shape != logits.shape or not target.is_floating_point():
@@ -145,7 +144,10 @@ def _class_dim(logits: Tensor, target: Tensor, dim: int | None) -> int:
     else:
         fitting = {d for d in candidates if shape[:d] + shape[d + 1 :] == labels}
     if len(fitting) == 1:
-        return fitting.pop()
+        (found,) = fitting
+        if shape[found] < 2:
+            raise ValueError(f"there must be at least 2 classes, got logits of shape {shape}")
+        return found
     if fitting:
         raise ValueError(
             f"the dimension of the classes must be clear, but logits of shape {shape} and a target of shape {labels} "

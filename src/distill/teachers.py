@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -71,7 +72,8 @@ class Teachers(nn.Module):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run every teacher once on the same inputs, and combine what they give."""
-        outputs = {name: self._teacher(name)(*args, **kwargs) for name in self._names}
+        used = [name for name in self._names if self.shares[name] > 0]
+        outputs = {name: self._teacher(name)(*args, **kwargs) for name in used}
         if self.combine is None:
             return outputs
         if not isinstance(self.combine, str):
@@ -83,9 +85,10 @@ class Teachers(nn.Module):
         parts = []
         for name, tensor in logits.items():
             tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            parts.append(self.shares[name] * (tensor if self.combine == "logits" else tensor.softmax(-1)))
-        mean = torch.stack(parts).sum(0)
-        return mean if self.combine == "logits" else mean.log()
+            share = self.shares[name]
+            parts.append(share * tensor if self.combine == "logits" else tensor.log_softmax(-1) + math.log(share))
+        stacked = torch.stack(parts)
+        return stacked.sum(0) if self.combine == "logits" else stacked.logsumexp(0)
 
     @override
     def train(self, mode: bool = True) -> Teachers:

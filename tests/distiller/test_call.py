@@ -195,6 +195,16 @@ def test_an_adapter_of_the_student_alone_gets_no_gradient_of_nan_through_a_weigh
     assert torch.equal(distiller.losses["bad"].scale.grad, torch.zeros(3))
 
 
+def test_classes_that_come_last_are_told_the_loss_that_fits():
+    class Tokens(Net):
+        def forward(self, x):
+            return super().forward(x).unsqueeze(1).expand(-1, 7, -1)
+
+    distiller = Distiller(Tokens(), Tokens(seed=1), KLLoss(), task_loss=nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=r"got logits \(4, 7, 5\) and labels \(4, 7\): distill.CrossEnt"):
+        distiller(batch()[0], torch.zeros(4, 7, dtype=torch.long))
+
+
 def test_losses_have_their_graph():
     distiller = Distiller(Net(), Net(seed=1), {"kl": Term(KLLoss(), weight=3.0)})
     out = distiller(*batch())
@@ -246,5 +256,14 @@ def test_a_denominator_is_refused_where_a_mean_cannot_become_a_sum():
     task = Distiller(Net(), Net(seed=1), KLLoss(), task_loss=lambda s, t: F.cross_entropy(s, t))
     with pytest.raises(ValueError, match="a task loss whose mean becomes a sum must take a keyword denominator"):
         task(*batch(), denominator=4)
+    for other in (nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.CrossEntropyLoss(weight=torch.ones(5))):
+        own = Distiller(Net(), Net(seed=1), KLLoss(), task_loss=other)
+        with pytest.raises(ValueError, match="or be nn.CrossEntropyLoss or nn.NLLLoss without class weights"):
+            own(batch()[0], torch.rand(4, 5), denominator=4)
+    for bad in (-3, math.nan, math.inf):
+        with pytest.raises(ValueError, match="denominator must be zero or positive and finite"):
+            task(*batch(), denominator=bad)
+    with pytest.raises(TypeError, match="denominator must be a number, got str"):
+        task(*batch(), denominator="3")
     with pytest.raises(ValueError, match="denominator must come with reduction='mean', got reduction='sum'"):
         LogitLoss(reduction="sum")(torch.zeros(2, 3), torch.ones(2, 3), denominator=2)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._distiller.evaluate import call, check_tapped, find_tensor, recorded, seen_by, task_value, term_value
+from distill._distiller.evaluate import (
+    call,
+    check_tapped,
+    find_tensor,
+    recorded,
+    seen_by,
+    task_value,
+    term_value,
+)
 from distill._distiller.guards import (
     ask_losses,
     check_disjoint,
@@ -116,29 +124,25 @@ class Distiller(nn.Module):
         self.adapters = nn.ModuleDict(
             {name: nn.ModuleList(found) for name, term in terms.items() if (found := adapter_modules(term.student))}
         )
-        self.task_loss = task_loss
-        self.output = output
-        self.task_output = task_output
+        self.task_loss, self.output, self.task_output = task_loss, output, task_output
         self._weights = Weights({name: term.weight for name, term in terms.items()})
         if task_loss is not None:
             self._weights.add(TASK, task_weight)
         self._compared = {name: Compared.of(term) for name, term in terms.items()}
         self._takes_mask = {name: takes(term.loss, "mask") for name, term in terms.items()}
         self._takes_mask[TASK] = task_loss is not None and takes(task_loss, "mask")
-        for compared in self._compared.values():
-            for path in paths_of(compared.student):
-                check_path(student, path, side="student")
-            if isinstance(teacher, nn.Module):
-                for path in paths_of(compared.teacher):
-                    check_path(teacher, path, side="teacher")
+        for path in (path for compared in self._compared.values() for path in paths_of(compared.student)):
+            check_path(student, path, side="student")
         if isinstance(teacher, nn.Module):
+            for path in (path for compared in self._compared.values() for path in paths_of(compared.teacher)):
+                check_path(teacher, path, side="teacher")
             check_disjoint(self, teacher)
         for module in self._constants():
             module.eval().requires_grad_(False)
         # Kept past nn.Module's attribute registration: a submodule would be trained, saved and sent by DDP.
         self.__dict__["teacher"] = teacher
         self._has_modes = freeze(teacher)
-        ask_losses(self.losses, list(self.losses), student=student, teacher=teacher)
+        ask_losses([task_loss, *self.losses.values()], student=student, teacher=teacher)
         # What was found in order before, so that it is looked at again only where it changed.
         self._known_tensors: list[int] = []
         self._known_model = 0
@@ -204,6 +208,7 @@ class Distiller(nn.Module):
         on = [*names, TASK] if self._weights.get(TASK, 0.0) != 0 else names
         if not on:
             raise ValueError(f"a term must be on, but all weights are 0: {dict(self._weights)}")
+        check_denominator(denominator, "mean")
         targets, masks = (
             by_name(what, given, on, [*self._weights]) for what, given in (("target", target), ("mask", mask))
         )
@@ -289,7 +294,7 @@ class Distiller(nn.Module):
         """What may have changed in the models since the last call."""
         if torch.compiler.is_compiling():
             return
-        ask_losses(self.losses, names, student=self.student, teacher=self.teacher)
+        ask_losses([self.task_loss, *(self.losses[name] for name in names)], student=self.student, teacher=self.teacher)
         if not trains:
             return
         if model is not self.student and not self._averaged_outside:

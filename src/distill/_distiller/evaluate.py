@@ -18,6 +18,7 @@ from distill._distiller.terms import (
     tensors_in,
     whole_output,
 )
+from distill._reduction import divide
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
@@ -88,7 +89,7 @@ def term_value(
         if compared.teacher is not None:
             with torch.no_grad():
                 teacher = detached(adapted(teacher, compared.adapt_teacher, "what is compared of the teacher"))
-        if denominator is not None and _has_mean(loss):
+        if denominator is not None and has_mean(loss):
             if not takes(loss, "denominator"):
                 raise ValueError(
                     f"a loss whose mean becomes a sum must take a keyword denominator, got {type(loss).__name__}"
@@ -103,18 +104,30 @@ def term_value(
 def task_value(loss: Any, arguments: tuple[Any, ...], mask: Any, denominator: float | Tensor | None) -> Tensor:
     """The value of the task loss for its arguments: what it compares, and the target if it takes one."""
     options = {} if mask is None else {"mask": mask}
+    if isinstance(loss, nn.CrossEntropyLoss):
+        _check_class_dim(*arguments)
     if denominator is None or getattr(loss, "reduction", None) == "sum":
         return _check_scalar(TASK, loss(*arguments, **options))
     if takes(loss, "denominator"):
         return _check_scalar(TASK, loss(*arguments, denominator=denominator, **options))
-    if not isinstance(loss, nn.modules.loss._Loss):
+    if not isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) or loss.weight is not None:
         raise ValueError(
-            "a task loss whose mean becomes a sum must take a keyword denominator or be a loss of torch.nn, "
-            f"got {loss!r}"
+            "a task loss whose mean becomes a sum must take a keyword denominator, or be nn.CrossEntropyLoss or "
+            f"nn.NLLLoss without class weights (others are means over something else than samples), got {loss!r}"
         )
     summed = copying.copy(loss)
     summed.reduction = "sum"
-    return _check_scalar(TASK, summed(*arguments)) / denominator
+    return divide(_check_scalar(TASK, summed(*arguments)), denominator)
+
+
+def _check_class_dim(output: Any, target: Any) -> None:
+    """Name the loss that fits where the classes come last, before torch complains about shapes."""
+    tensors = isinstance(output, Tensor) and isinstance(target, Tensor)
+    if tensors and output.ndim > 2 and output.shape[:-1] == target.shape and output[:, 0].shape != target.shape:
+        raise ValueError(
+            f"nn.CrossEntropyLoss wants the classes in dimension 1, got logits {tuple(output.shape)} and labels "
+            f"{tuple(target.shape)}: distill.CrossEntropyLoss() takes them last"
+        )
 
 
 def check_tapped(seen: Mapping[Tap, Any]) -> None:
@@ -128,7 +141,7 @@ def check_tapped(seen: Mapping[Tap, Any]) -> None:
             )
 
 
-def _has_mean(loss: nn.Module) -> bool:
+def has_mean(loss: Any) -> bool:
     """Whether a loss is a mean over samples; one without a reduction is of the whole batch."""
     inner = loss.module if isinstance(loss, nn.parallel.DistributedDataParallel) else loss
     return getattr(inner, "reduction", None) == "mean"

@@ -1,16 +1,16 @@
 """What must hold of the models: nothing shared, the student trained, learned losses equal on every process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def ask_losses(losses: nn.ModuleDict, names: list[str], *, student: nn.Module, teacher: Any) -> None:
+def ask_losses(losses: Iterable[Any], *, student: nn.Module, teacher: Any) -> None:
     """Let losses that refer to a part of the models, such as a head, say whether it is still there."""
-    for name in names:
-        check = getattr(losses[name], "check_models", None)
+    for loss in losses:
+        check = getattr(loss, "check_models", None)
         if check is not None:
             check(student, teacher)
 
@@ -150,6 +150,11 @@ def update_average(teacher: Any, student: nn.Module, decay: float) -> None:
                     f"{sorted(wrong)[:3]}"
                 )
         for name, parameter in teacher.named_parameters():
+            if parameter.dtype.itemsize < 4 and parameter.is_floating_point():
+                raise ValueError(
+                    f"an averaged teacher must be float32 or wider, got {parameter.dtype} in {name!r}: small steps "
+                    "would be rounded away"
+                )
             parameter.lerp_(student.get_parameter(name).to(parameter.dtype), 1 - decay)
         for name, buffer in teacher.named_buffers():
             buffer.copy_(student.get_buffer(name))

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from typing_extensions import override
 
 from distill._distiller.distiller import Distiller
+from distill._distiller.evaluate import has_mean
 from distill.language import next_tokens
 
 _STATE = "distiller.pt"
@@ -22,20 +23,20 @@ Prepared = tuple[Mapping[str, Any], Any, "Tensor | None"]
 class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types depend on the version
     """A `Trainer` whose model is a Distiller's student, and whose loss is the Distiller's.
 
-    Everything else is the Trainer's: what it saves is the student, as `from_pretrained` wants it. What learns in the
-    losses is in the optimizer, in the checkpoints and resumed. The terms are logged under their names. Every mean is
-    over all labelled tokens of the accumulated batch on all processes: the gradient does not depend on how it is cut.
+    What it saves is the student, as `from_pretrained` wants it. What learns in the losses is in the optimizer, in the
+    checkpoints and resumed; the terms are logged. With a mask every mean is over all that it counts in the accumulated
+    batch on all processes, however that is cut; without one the micro-batches' means are averaged.
 
     Args:
-        distiller: The Distiller. Its terms decide what is compared; its task loss what the labels are for.
-        prepare: `prepare(batch) -> (inputs, target, mask)`, what the Distiller is called with. It is called twice for a
-            batch and must not change it. None: the labels are taken out, shifted by `next_tokens` for a causal language
-            model, and -100 is masked; where there are no labels, the `attention_mask` is the mask.
-        **trainer: What `Trainer` takes, but for `model`.
+        distiller: The Distiller.
+        prepare: Makes of a batch what the Distiller is called with: `prepare(batch) -> (inputs, target, mask)`. It is
+            called twice. None: labels are taken out of the batch, shifted by `next_tokens` if the student's own
+            loss shifts them, and masked where they are -100; without labels the `attention_mask` is the mask.
+        **trainer: What `Trainer` takes, but for `model` and `compute_loss_func`.
 
     Raises:
         TypeError: If `distiller` is no Distiller.
-        ValueError: If another model is given, or there are several GPUs in one process.
+        ValueError: If a model or loss is given, or an optimizer without what learns in the losses.
     """
 
     def __init__(
@@ -46,92 +47,94 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         if trainer.pop("model", distiller.student) is not distiller.student:
             raise ValueError("the model must be the Distiller's student: leave model= out")
         super().__init__(model=distiller.student, **trainer)
-        if self.args.n_gpu > 1:
-            raise ValueError(f"there must be one process for each GPU (torchrun), got {self.args.n_gpu} GPUs in one")
+        if self.compute_loss_func or self.label_smoother or self.args.n_gpu > 1:
+            raise ValueError(
+                "the loss must be the Distiller's (leave compute_loss_func and label_smoothing_factor out), with a "
+                f"process for each GPU, got {self.args.n_gpu} in this one"
+            )
         self.distiller = distiller.to(self.args.device)
         self.distiller._averaged_outside = True
         self.prepare = prepare or self._prepare
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the loss is over all tokens already
-        self._terms: dict[str, list[Tensor]] = {}
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # `compute_loss` divides by itself
+        self._terms: dict[str, Tensor] = {}
+        self._logged_step, self._hooked = 0, False
 
     def _prepare(self, batch: dict[str, Any]) -> Prepared:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch.get("labels")
-        if labels is None:
-            mask = batch.get("attention_mask")
-            return inputs, None, None if mask is None else mask.bool()
-        if labels.ndim == 2 and self._shifts():
+        model = self.accelerator.unwrap_model(self.model)
+        if labels is None or labels.is_floating_point():
+            mask = batch.get("attention_mask") if labels is None else None
+            return inputs, labels, None if mask is None else mask.bool()
+        if labels.ndim == 2 and self._shifts(model):
             return inputs, *next_tokens(labels)
-        return inputs, labels, labels != -100 if not labels.is_floating_point() else None
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        return inputs, labels, labels != -100
 
-    def _shifts(self) -> bool:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        model = getattr(getattr(model, "base_model", None), "model", model) if hasattr(model, "peft_config") else model
-        return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    def _shifts(self, model: Any) -> bool:
+        kinds = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__mro__
+        causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} & {kind.__name__ for kind in kinds}
+        return bool(getattr(self, "_loss_shifts_labels", False) or causal)
 
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """Collect the batches of a step and count what their losses are means over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(self._count(batch) for batch in batches), device=device)
-        return batches, self.accelerator.reduce(count) if self._over_processes() else count
-
-    def _count(self, batch: dict[str, Any]) -> int:
-        inputs, _, mask = self.prepare(batch)
-        return len(next(iter(inputs.values()))) if mask is None else int((mask != 0).sum())
-
-    def _over_processes(self) -> bool:
-        return bool(self.args.average_tokens_across_devices and self.args.world_size > 1)
+        masks = [self.prepare(dict(batch))[2] for batch in batches]
+        counts = [mask.float().sum() for mask in masks if isinstance(mask, Tensor)]
+        if len(counts) < len(batches):
+            return batches, None
+        return batches, self.accelerator.reduce(torch.stack(counts).sum().to(device))
 
     @override
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Run the Distiller on a batch."""
         self.distiller.train(model.training)
-        given, target, mask = self.prepare(inputs)
-        out = self.distiller(given, target, mask=mask, denominator=num_items_in_batch, student=model)
-        loss, shares = out.loss, dict.fromkeys(out.losses, 1.0)
-        if num_items_in_batch is not None:
-            processes = self.args.world_size if self._over_processes() else 1
-            steps = self.current_gradient_accumulation_steps
-            for name, value in out.losses.items():
-                # A loss of a whole batch has no tokens to be a mean over: it is averaged over the micro-batches.
-                if name != "task" and getattr(self.distiller.losses[name], "reduction", None) is None:
-                    shares[name] = 1 / (steps * processes)
-                    loss = loss - (1 - shares[name]) * self.distiller.weights[name] * value
-            loss = loss * processes  # DDP takes the mean of the processes' gradients
-        if model.training:
-            for name, term in out.terms.items():
-                self._terms.setdefault(name, []).append(term * shares[name])
+        count = num_items_in_batch if model.training else None
+        given, target, mask = self.prepare(dict(inputs))
+        out = self.distiller(given, target, mask=mask, denominator=count, student=model)
+        # What is no mean over the count is averaged over the micro-batches and processes.
+        share = 1 / (self.current_gradient_accumulation_steps * self.args.world_size) if model.training else 1
+        loss = out.loss if count is not None else out.loss * share
+        parts = {**self.distiller.losses, "task": self.distiller.task_loss}
+        for name, value in out.losses.items():
+            counted = count is not None and has_mean(parts[name])
+            if count is not None and not counted:
+                loss = loss - (1 - share) * self.distiller.weights[name] * value
+            if model.training:
+                self._terms[name] = self._terms.get(name, 0) + value.detach() * (1.0 if counted else share)
+        loss = loss * self.args.world_size if model.training else loss  # DDP takes the mean of the gradients
         return (loss, out.student) if return_outputs else loss
 
     @override
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the terms since the last log: each is the sum over the micro-batches of a step, averaged over steps."""
         if "loss" in logs and self._terms:
-            for name, values in self._terms.items():
-                logs[f"term/{name}"] = (torch.stack(values).mean() * self.args.gradient_accumulation_steps).item()
-            self._terms = {}
+            steps = max(self.state.global_step - self._logged_step, 1)
+            logs |= {f"term/{name}": self.accelerator.reduce(v).item() / steps for name, v in self._terms.items()}
+            self._terms, self._logged_step = {}, self.state.global_step
         super().log(logs, *args, **kwargs)
 
     @override
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Add what learns in the losses; the Trainer zeroes and DDP averages the gradients of the student alone."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         learned = [parameter for parameter in self._learned().parameters() if parameter.requires_grad]
         if fresh and learned:
             optimizer.add_param_group({"params": learned, "weight_decay": self.args.weight_decay})
-            optimizer.register_step_pre_hook(lambda *_: self._average(learned))
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not held.issuperset(map(id, learned)):
+            raise ValueError("the optimizer must hold what learns in the losses: build it over distiller.parameters()")
+        if learned and not self._hooked:
+            optimizer.register_step_pre_hook(self._average)
             optimizer.register_step_post_hook(lambda *_: self._learned().zero_grad())
+            self._hooked = True
         return optimizer
 
-    def _average(self, parameters: list[Any]) -> None:
-        for parameter in parameters:
-            if parameter.grad is not None and self.args.world_size > 1:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= self.args.world_size
+    def _average(self, *_: Any) -> None:
+        for parameter in self._learned().parameters():
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def _learned(self) -> torch.nn.ModuleDict:
         return torch.nn.ModuleDict({"losses": self.distiller.losses, "adapters": self.distiller.adapters})

@@ -3,22 +3,19 @@
 A loss class is its options and, but for losses of rows, one method that calls its function.
 """
 
-from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from distill._checks import check_tensor
 from distill._engine.rows import Rows
-from distill._reduction import Reduction, check_reduction, hide, reduce
+from distill._options import Options
+from distill._reduction import Reduction, check_denominator, divide, hide, reduce
 
 
-class Loss(nn.Module):
-    """Options by name, each with the check that it must pass whenever it is set; `repr` shows them in this order."""
-
-    options: ClassVar[Mapping[str, Callable[[str, Any], Any]]] = {}
-    built: ClassVar[Collection[str]] = ()  # options that made the layers: another value later would do nothing
+class Loss(Options):
+    """What every loss of a student and a teacher is: its options, and how it is called."""
 
     if TYPE_CHECKING:
 
@@ -33,24 +30,6 @@ class Loss(nn.Module):
             denominator: float | Tensor | None = None,
         ) -> Tensor: ...
 
-    @override
-    def __setattr__(self, name: str, value: Any) -> None:
-        check = self.options.get(name)
-        value = value if check is None else check(name, value)
-        if name in self.built and self.__dict__.get(name, value) != value:
-            raise ValueError(f"{name} made the layers and must stay {self.__dict__[name]!r}, got {value!r}")
-        super().__setattr__(name, value)
-
-    def given(self) -> dict[str, Any]:
-        """The options of the formula, as they are now."""
-        return {name: getattr(self, name) for name in self.options}
-
-    @override
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        shown = {**self.given(), **{name: getattr(self, name) for name in ("reduction", "dim") if hasattr(self, name)}}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
 
 class SampleLoss(Loss):
     """A loss with one value per sample: a subclass has `per_sample`, this class the reduction and the mask."""
@@ -58,10 +37,6 @@ class SampleLoss(Loss):
     def __init__(self, *, reduction: Reduction) -> None:
         super().__init__()
         self.reduction = reduction
-
-    @override
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, check_reduction(value) if name == "reduction" else value)
 
     def per_sample(self, student: Any, teacher: Any, target: Tensor | None) -> Tensor:
         """One value per sample."""
@@ -101,7 +76,7 @@ class SampleLoss(Loss):
             check_tensor("mask", mask)
             student, teacher = _hide(student, mask), _hide(teacher, mask)
         reduction = self.reduction_over(denominator)
-        return _over(reduce(self.values(student, teacher, target, mask), reduction, mask), denominator)
+        return divide(reduce(self.values(student, teacher, target, mask), reduction, mask), denominator)
 
     def reduction_over(self, denominator: float | Tensor | None) -> Reduction:
         """The reduction of a call: a mean with a denominator is a sum, which is then divided by it.
@@ -109,8 +84,7 @@ class SampleLoss(Loss):
         Raises:
             ValueError: If there is a denominator but no mean.
         """
-        if denominator is not None and self.reduction != "mean":
-            raise ValueError(f"denominator must come with reduction='mean', got reduction={self.reduction!r}")
+        check_denominator(denominator, self.reduction)
         return self.reduction if denominator is None else "sum"
 
 
@@ -154,7 +128,7 @@ class RowLoss(SampleLoss):
         value = self.rows.reduced(
             student, teacher, target, dim=self.dim, reduction=reduction, mask=mask, **self.given()
         )
-        return _over(value, denominator)
+        return divide(value, denominator)
 
 
 class BatchLoss(Loss):
@@ -186,10 +160,6 @@ class BatchLoss(Loss):
             ValueError: As the loss's function, and if the mask is not one per sample or holds weights.
         """
         return self.whole(student, teacher, target, mask)
-
-
-def _over(value: Tensor, denominator: float | Tensor | None) -> Tensor:
-    return value if denominator is None else value / denominator
 
 
 def _hide(side: Any, mask: Tensor) -> Any:

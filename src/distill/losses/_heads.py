@@ -17,7 +17,7 @@ _LARGE = 1000.0
 _LARGEST_FACTOR = 1e4
 _WAYS_OUT = (
     "merge an adapter or give its base layer, dequantise the weight, give {side}_scale= for a constant factor, or "
-    "compare formed logits with LogitLoss"
+    "compare formed logits"
 )
 
 
@@ -106,9 +106,9 @@ def check_head(name: str, head: nn.Module, scale: float) -> None:
         _probe(name, head, weight, bias, scale)
 
 
-def _kind(head: nn.Module) -> tuple[type, bool]:
-    """What tells cheaply that another module's forward has been put into a head's place."""
-    return type(head), "forward" in vars(head)
+def _kind(head: nn.Module) -> tuple[type, bool, bool]:
+    """What tells cheaply that a head has come to compute something else."""
+    return type(head), "forward" in vars(head), bool(head._forward_hooks or head._forward_pre_hooks)
 
 
 def _computes_as_linear(head: nn.Module) -> bool:
@@ -193,6 +193,13 @@ class _Places:
         if paths is None:
             modules = model.named_modules(remove_duplicate=False)
             self._paths[model] = [path for path, module in modules if module is head]
+            for path in self._paths[model]:
+                if path.rpartition(".")[2] in ("base_layer", "original_module"):
+                    raise ValueError(
+                        f"{name} must be what the model's head computes, but {type(model).__name__} has it at "
+                        f"{path!r}, inside an adapter: merge the adapter, or leave the head out of it (target_modules, "
+                        "modules_to_save)"
+                    )
             return
         for path in paths:
             if _at(model, path) is not head:

@@ -10,7 +10,7 @@ from distill._engine.squared.gram import factorise, teacher_gram
 from distill._engine.squared.heads import Problem, check_heads, check_vocabulary
 from distill._engine.squared.kept import Kept, may_keep
 from distill._engine.squared.plan import Plan, Size, cheapest
-from distill._reduction import Reduction
+from distill._reduction import Reduction, divide
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._heads import HeadPair, check_positions, check_scale
@@ -258,7 +258,7 @@ class LinearLogitLoss(SampleLoss):
         check_positions(target, student.shape[:-1])
         reduction = self.reduction_over(denominator)
         value = self._value(problem, tensors, reduction, mask)
-        return value if denominator is None else value / denominator
+        return divide(value, denominator)
 
     def _value(self, problem: Problem, tensors: tuple[Any, ...], reduction: Reduction, mask: Tensor | None) -> Tensor:
         if mask is not None:
