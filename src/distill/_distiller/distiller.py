@@ -42,6 +42,7 @@ from distill._distiller.terms import (
     taps_of,
     tensors_in,
 )
+from distill._reduction import check_denominator
 from distill.task import CrossEntropyLoss
 
 
@@ -209,9 +210,8 @@ class Distiller(nn.Module):
         if not on:
             raise ValueError(f"a term must be on, but all weights are 0: {dict(self._weights)}")
         check_denominator(denominator, "mean")
-        targets, masks = (
-            by_name(what, given, on, [*self._weights]) for what, given in (("target", target), ("mask", mask))
-        )
+        known = [*self._weights]
+        targets, masks = by_name("target", target, on, known), by_name("mask", mask, on, known)
         self._check_masks(masks)
         if TASK in on and targets[TASK] is None and self._task_takes_target:
             raise ValueError("the task loss needs a target, got None; give one, or build with task_loss=None")

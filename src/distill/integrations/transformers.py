@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from distill._distiller.evaluate import has_mean
 from distill.language import next_tokens
 
 _STATE = "distiller.pt"
-Prepared = tuple[Mapping[str, Any], Any, "Tensor | None"]
+_Prepare = Callable[[dict[str, Any]], tuple[Any, Any, Any]]
 
 
 class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types depend on the version
@@ -39,19 +39,14 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         ValueError: If a model or loss is given, or an optimizer without what learns in the losses.
     """
 
-    def __init__(
-        self, *, distiller: Distiller, prepare: Callable[[dict[str, Any]], Prepared] | None = None, **trainer: Any
-    ) -> None:
+    def __init__(self, *, distiller: Distiller, prepare: _Prepare | None = None, **trainer: Any) -> None:
         if not isinstance(distiller, Distiller):
             raise TypeError(f"distiller must be a Distiller, got {type(distiller).__name__}")
         if trainer.pop("model", distiller.student) is not distiller.student:
             raise ValueError("the model must be the Distiller's student: leave model= out")
         super().__init__(model=distiller.student, **trainer)
         if self.compute_loss_func or self.label_smoother or self.args.n_gpu > 1:
-            raise ValueError(
-                "the loss must be the Distiller's (leave compute_loss_func and label_smoothing_factor out), with a "
-                f"process for each GPU, got {self.args.n_gpu} in this one"
-            )
+            raise ValueError("leave compute_loss_func and label_smoothing_factor out, and give each GPU a process")
         self.distiller = distiller.to(self.args.device)
         self.distiller._averaged_outside = True
         self.prepare = prepare or self._prepare
@@ -59,7 +54,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         self._terms: dict[str, Tensor] = {}
         self._logged_step, self._hooked = 0, False
 
-    def _prepare(self, batch: dict[str, Any]) -> Prepared:
+    def _prepare(self, batch: dict[str, Any]) -> tuple[Any, Any, Any]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch.get("labels")
         model = self.accelerator.unwrap_model(self.model)
@@ -141,8 +136,8 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        state = {"learned": self._learned().state_dict(), "weights": dict(self.distiller.weights)}
         if self.args.should_save:
-            state = {"learned": self._learned().state_dict(), "weights": dict(self.distiller.weights)}
             torch.save(state, Path(output_dir) / _STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
