@@ -71,7 +71,7 @@ def test_parameters_that_come_to_be_shared_are_found():
 
 def test_the_message_about_shared_parameters_names_the_way_for_adapters():
     model = Net()
-    with pytest.raises(ValueError, match=r"teacher=None and give teacher_output=.* with the adapters off"):
+    with pytest.raises(ValueError, match=r"teacher=None and give teacher_output=.*, in eval mode and with the adap"):
         Distiller(model, model, LogitLoss())
 
 

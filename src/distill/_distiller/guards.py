@@ -25,7 +25,7 @@ def check_disjoint(trained: nn.Module, teacher: nn.Module) -> None:
                 "student, losses and teacher must share no parameter or buffer (the teacher would be trained), got "
                 f"the teacher's {name!r} in {shared!r}. Give the teacher weights of its own (copy.deepcopy(teacher)); "
                 "where the teacher is the base of an adapter-tuned student, build with teacher=None and give "
-                "teacher_output=, computed under torch.no_grad() with the adapters off"
+                "teacher_output=, computed under torch.no_grad(), in eval mode and with the adapters off"
             )
 
 
