@@ -1,5 +1,6 @@
 """For tests of more than one folder."""
 
+import inspect
 import math
 import os
 from pathlib import Path
@@ -31,3 +32,15 @@ def form(request, monkeypatch):
     monkeypatch.setattr(engine, "SHORT", 1)
     monkeypatch.setattr(engine, "_block_elements", lambda device: 16)
     return request.param
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is slow by what it does, so that `-m "not subprocess"` leaves out all of it."""
+    for item in items:
+        source = inspect.getsource(item.module) if isinstance(item, pytest.Function) else ""
+        if "tests/examples/" in item.path.as_posix():
+            item.add_marker("study")
+        if "subprocess" in source:
+            item.add_marker("subprocess")
+        if "torch.compile(" in source or item.path.name == "test_compile.py":
+            item.add_marker("compile")

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import distill
 import write_index
@@ -64,6 +66,27 @@ def test_a_pickle_of_a_public_name_outlives_a_move(name):
     if inspect.ismodule(thing):
         pytest.skip("modules are not pickled")
     assert not [module for module in pickled_modules(thing) if "._" in module]
+
+
+def test_a_pickle_of_an_instance_outlives_a_move():
+    heads = torch.nn.Linear(4, 5), torch.nn.Linear(6, 5)
+    student, teacher = torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)
+    terms = {"kl": distill.KLLoss(), "hint": distill.Term(distill.HintLoss(), at="", weight=0.5)}
+    things = [
+        distill.Distiller(student, teacher, terms),
+        distill.Teachers(a=student, b=teacher),
+        distill.LinearLogitLoss(*heads),
+        distill.LinearLoss(distill.KLLoss(), *heads),
+        distill.LinearCrossEntropyLoss(heads[0]),
+        distill.CrossEntropyLoss(),
+        distill.Term(distill.KLLoss(), at="fc"),
+    ]
+    for thing in things:
+        assert not [module for module in pickled_modules(thing) if "._" in module], thing
+    twin = pickle.loads(pickle.dumps(things[0]))
+    inputs, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 3])
+    assert twin(inputs, labels).loss == things[0](inputs, labels).loss
+    assert dict(twin.weights) == {"kl": 1.0, "hint": 0.5, "task": 1.0}
 
 
 def test_version_is_the_one_of_the_distribution_and_the_changelog():

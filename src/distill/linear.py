@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,13 @@ class LinearLoss(Options):
     def reduction(self) -> Reduction:
         """The reduction of the loss."""
         return self.loss.reduction
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._heads.out_of(self)
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(HeadPair.back_in(state))  # type: ignore[no-untyped-call]
 
     def check_models(self, student: object, teacher: object) -> None:
         """Raise ValueError if a model has another head now than this loss; the Distiller asks at every call."""
@@ -303,6 +310,13 @@ class LinearCrossEntropyLoss(Options):
     def extra_repr(self) -> str:
         """Show the options and the head's size in `repr`."""
         return f"scale={self.scale}, reduction={self.reduction!r}, head={tuple(self._heads.tensors()[0].shape)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._heads.out_of(self)
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(HeadPair.back_in(state))  # type: ignore[no-untyped-call]
 
     def check_models(self, student: object, teacher: object) -> None:  # noqa: ARG002 - as of a loss of both
         """Raise ValueError if the model has another head now than this loss; the Distiller asks at every call."""

@@ -25,6 +25,7 @@ from distill._distiller.guards import (
     freeze,
     identities,
     update_average,
+    with_idle,
 )
 from distill._distiller.taps import Tap, check_path, run_with_taps
 from distill._distiller.terms import (
@@ -242,7 +243,7 @@ class Distiller(nn.Module):
         total = sum(rest, first)
         if trains:
             self._check_student(sides, total, model)
-            total = self._with_idle(total, names)
+            total = with_idle(total, [part[n] for part in (self.losses, self.adapters) for n in part if n not in names])
         return DistillerOutput(total, ours, theirs, {name: value.detach() for name, value in losses.items()}, losses)
 
     def update_teacher(self, decay: float) -> None:
@@ -269,6 +270,15 @@ class Distiller(nn.Module):
         if name == "teacher":
             raise AttributeError("a Distiller keeps its teacher for life; build a new Distiller for another one")
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:  # plain values, so that no pickle names a module of ours that may move
+        compared = {name: compared.plain() for name, compared in self._compared.items()}
+        return {**self.__dict__, "_weights": dict(self._weights), "_compared": compared}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        compared = {name: Compared.from_plain(plain) for name, plain in state["_compared"].items()}
+        super().__setstate__({**state, "_weights": Weights(state["_weights"]), "_compared": compared})  # type: ignore[no-untyped-call]
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
@@ -338,13 +348,3 @@ class Distiller(nn.Module):
         if model is not self.student and not torch.compiler.is_compiling() and self._known_model != id(model):
             check_reached(total, self.student, model)
             self._known_model = id(model)
-
-    def _with_idle(self, total: Tensor, names: list[str]) -> Tensor:
-        """Keep the learned parts of terms that are off in the graph, with a gradient of 0: DDP waits for each."""
-        for name, loss in self.losses.items():
-            if name not in names:
-                adapter = self.adapters[name].parameters() if name in self.adapters else ()
-                for parameter in (*loss.parameters(), *adapter):
-                    if parameter.requires_grad and type(parameter) is nn.Parameter:
-                        total = total + parameter.flatten()[:0].sum()
-        return total

@@ -277,6 +277,17 @@ class Compared:
         """What a term says of it."""
         return cls(*parse_at(term.at), term.copy, term.student, term.teacher)
 
+    def plain(self) -> tuple[Any, ...]:
+        """The same for a pickle, which names nothing of this file."""
+        sides = (... if side is whole_output else side for side in (self.student, self.teacher))
+        return (*sides, self.copy, self.adapt_student, self.adapt_teacher)
+
+    @classmethod
+    def from_plain(cls, plain: tuple[Any, ...]) -> Compared:
+        """What `plain` gave."""
+        sides = [whole_output if side is ... else side for side in plain[:2]]
+        return cls(sides[0], sides[1], *plain[2:])
+
 
 def by_name(what: str, given: Any, on: list[str], known: list[str]) -> dict[str, Any]:
     """What each term that is on gets of a target or mask: the same, or its entry of a mapping."""

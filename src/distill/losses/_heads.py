@@ -29,6 +29,15 @@ class HeadPair:
         self._checked: tuple[Any, ...] = ()
         self._places = _Places(), _Places()
 
+    def out_of(self, loss: nn.Module) -> dict[str, Any]:
+        """The state of a loss for a pickle or copy, with the two heads in this pair's place."""
+        return {**loss.__dict__, "_heads": (self.student, self.teacher)}
+
+    @classmethod
+    def back_in(cls, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with a fresh pair of those heads."""
+        return {**state, "_heads": cls(*state["_heads"])}
+
     def check(self, student_scale: float, teacher_scale: float) -> None:
         """Raise ValueError as `check_head`; heads whose forward is the one that was checked before pass at once.
 

@@ -181,8 +181,6 @@ class LinearLogitLoss(SampleLoss):
         >>> value = loss(student_hidden, teacher_hidden)
         >>> torch.allclose(value, LogitLoss()(student_head(student_hidden), teacher_head(teacher_hidden)))
         True
-        >>> [loss.plan(samples).method for samples in (32, 2**20)]
-        ['logits', 'gram']
     """
 
     options = {  # noqa: RUF012 - declared in the base
@@ -278,6 +276,13 @@ class LinearLogitLoss(SampleLoss):
             theirs = self._kept.get("gram", [problem.teacher_weight], lambda: teacher_gram(problem.teacher_weight))
         return problem.loss(chosen, reduction, mask, factor=factor, theirs=theirs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self._heads.out_of(self), "_kept": None}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**HeadPair.back_in(state), "_kept": Kept()})  # type: ignore[no-untyped-call]
+
     def plan(self, samples: int) -> Plan:
         """Tell which form a call takes in the present state of the heads and of grad mode, and why.
 
@@ -285,8 +290,7 @@ class LinearLogitLoss(SampleLoss):
             samples: How many hidden states a call has, N.
 
         Returns:
-            A tuple: `method`, which is `"factor"`, `"gram"`, `"blocks"` or `"logits"`; `costs`, estimates for the
-            possible forms in 10^9 float32 multiply-adds; and `reason`, the same in words.
+            A tuple: `method`, `costs` (of the possible forms, in 10^9 float32 multiply-adds) and `reason` in words.
 
         Raises:
             ValueError: If `samples` is not positive, or the method cannot be taken in this state.
