@@ -299,6 +299,36 @@ def test_copies_refer_to_their_own_heads():
     assert "student_head=(23, 6)" in repr(twin)
 
 
+def test_weights_that_learn_and_second_derivatives_take_formed_logits():
+    (ours, theirs), (student, teacher, labels) = heads(), hidden(shape=(2, 3))
+    mask = torch.rand(2, 3, dtype=torch.float64) + 0.1
+    mask[0, 1] = 0
+    loss = LinearLoss(KLLoss(2.0), ours, theirs, cross_entropy=0.5)
+    assert torch.autograd.gradgradcheck(lambda s: loss(s, teacher, labels, mask=mask), student)
+    alone = LinearCrossEntropyLoss(ours)
+    assert torch.autograd.gradgradcheck(lambda s: alone(s, labels, mask=mask), student)
+    learns = mask.clone().requires_grad_()
+    value = loss(student, teacher, labels, mask=learns)
+    torch.testing.assert_close(value, loss(student, teacher, labels, mask=mask))
+    assert torch.autograd.grad(value, learns)[0].abs().max() > 0
+    assert repr(alone) == "LinearCrossEntropyLoss(scale=1.0, reduction='mean', head=(23, 6))"
+
+
+def test_rejects_what_does_not_fit():
+    (ours, theirs), (student, teacher, labels) = heads(), hidden()
+    loss = LinearLoss(KLLoss(), ours, theirs, cross_entropy=1.0)
+    with pytest.raises(ValueError, match="the student's hidden states must be floating-point, got torch.int64"):
+        loss(student.detach().long(), teacher, labels)
+    with pytest.raises(ValueError, match="must be on its head's device, cpu, got meta"):
+        loss(student.to("meta"), teacher.to("meta"), labels)
+    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+        loss(student, teacher, labels, mask=[1])
+    with pytest.raises(ValueError, match=r"target must be one class per sample, of shape \(10,\), got shape \(9,\)"):
+        loss(student, teacher, labels[:9])
+    with pytest.raises(ValueError, match="ignore_index must be an integer, got 0.5"):
+        LinearCrossEntropyLoss(ours, ignore_index=0.5)
+
+
 def test_rejects():
     (ours, theirs), (student, teacher, labels) = heads(), hidden()
     with pytest.raises(TypeError, match="loss must be a loss of rows of logits, such as KLLoss.., got RKDLoss"):

@@ -109,9 +109,19 @@ def test_compiles_whole():
         (torch.zeros(4, 3), torch.full((4,), -1), ValueError, "target must be classes from 0 to 2, got -1"),
         (torch.zeros(4, 3), torch.zeros(4), ValueError, "target must be integers .labels., or probabilities"),
         (torch.zeros(4, 3), [0, 1, 2, 0], TypeError, "target must be a tensor, got list"),
+        (torch.zeros(4, 1), torch.zeros(4).long(), ValueError, r"at least 2 classes, got logits of shape \(4, 1\)"),
+        (torch.zeros(4, 3, device="meta"), torch.zeros(4).long(), ValueError, "must be on the same device, got meta"),
         (torch.zeros(4, 3).long(), torch.zeros(4).long(), ValueError, "logits must be floating-point and not empty"),
     ],
 )
 def test_rejects(logits, labels, error, match):
     with pytest.raises(error, match=match):
         CrossEntropyLoss()(logits, labels)
+
+
+def test_rejects_options_of_a_call():
+    logits, labels = torch.zeros(4, 3), torch.zeros(4).long()
+    with pytest.raises(ValueError, match="dim must be a dimension of the logits, got 2 for shape"):
+        CrossEntropyLoss(dim=2)(logits, labels)
+    with pytest.raises(ValueError, match=r"denominator must be one number, got a tensor of shape \(2,\)"):
+        CrossEntropyLoss()(logits, labels, denominator=torch.ones(2))

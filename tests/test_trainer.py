@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 
 from transformers import LlamaForCausalLM, Trainer  # noqa: E402
 
-from distill import Distiller, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
+from distill import Distiller, DISTLoss, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
 from language_models import VOCABULARY, arguments, build, llama, rows, stack  # noqa: E402
 
@@ -172,6 +172,24 @@ def test_a_step_without_a_label_changes_nothing(tmp_path):
         DistillTrainer(distiller=each, args=arguments(tmp_path), train_dataset=empty).train()
         for name, value in each.state_dict().items():
             assert torch.equal(value, before[name]), name
+
+
+def test_relations_beside_means_over_tokens_and_batches_without_labels(tmp_path):
+    distiller = build({"kl": KLLoss(), "dist": DISTLoss()})
+    before = copy.deepcopy(distiller.state_dict())
+    trainer = DistillTrainer(distiller=distiller, args=arguments(tmp_path), train_dataset=rows(2))
+    trainer.train()
+    batch = stack(rows(2))
+    target, mask = next_tokens(batch.pop("labels"))
+    by_hand = build({"kl": KLLoss(), "dist": DISTLoss()})
+    by_hand(batch, target, mask=mask).loss.backward()
+    for name, parameter in by_hand.named_parameters():
+        torch.testing.assert_close(change(distiller, before)[name], 0.1 * parameter.grad, rtol=1e-3, atol=1e-6)
+    inputs, target, mask = trainer.prepare(dict(batch))
+    assert target is None
+    assert torch.equal(mask, batch["attention_mask"].bool())
+    goals = torch.rand(2)
+    assert trainer.prepare({**inputs, "labels": goals})[1:] == (goals, None)
 
 
 def test_labels_are_shifted_for_subclasses_and_adapters_too(tmp_path):

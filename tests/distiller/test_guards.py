@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from distill import Distiller, HintLoss, KLLoss, LogitLoss, Term
+from distill._distiller import guards
 from models import Net, batch
 
 
@@ -107,3 +108,30 @@ def test_losses_may_ask_for_the_models_at_every_call():
 
     Distiller(Net(), Net(seed=1), Asks())(*batch())
     assert Asks.asked == 2  # when it is built, and in the call
+
+
+def test_a_student_of_other_parameters_is_not_looked_through():
+    class Sharded(nn.Parameter):
+        """Stands for what a wrapper keeps in a parameter's place."""
+
+    student = Net()
+    student.fc.bias = Sharded(student.fc.bias.detach())
+    distiller = Distiller(student, Net(seed=1), LogitLoss())
+    distiller(*batch(), student=lambda x: student(x))
+
+
+def test_learned_losses_outside_a_wrapper_are_told_by_their_parameters(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    guards.check_losses_in_step([("hint", HintLoss(8, 12))])
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    guards.check_losses_in_step([("kl", KLLoss()), ("wrapped", wrapped)])
+    with pytest.raises(ValueError, match="the learned part of term 'hint' must get the gradients of all processes"):
+        guards.check_losses_in_step([("hint", nn.Sequential(HintLoss(8, 12)))])
+
+
+def test_a_task_loss_without_a_signature_is_called_with_a_target():
+    distiller = Distiller(Net(), Net(seed=1), LogitLoss(), task_loss=max)
+    with pytest.raises(ValueError, match="the task loss needs a target, got None"):
+        distiller(batch()[0])

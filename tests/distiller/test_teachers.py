@@ -138,3 +138,22 @@ def test_rejects_what_is_no_teacher_or_student():
         Distiller(Net(), 3, LogitLoss())
     with pytest.raises(TypeError, match="student must be a module, got function"):
         Distiller(lambda x: x, Net(), LogitLoss())
+
+
+def test_teachers_may_be_functions_and_say_what_they_are():
+    small = Net(seed=2).eval()
+    teachers = Teachers(big=lambda x: 2 * small(x), small=small, combine="logits")
+    torch.testing.assert_close(teachers(batch()[0]), 1.5 * small(batch()[0]))
+    assert "combine='logits', shares={'big': 0.5, 'small': 0.5}" in repr(teachers)
+    with pytest.raises(TypeError, match="a teacher must be a module or a function, got 3 as 'a'"):
+        Teachers(a=3)
+    with pytest.raises(ValueError, match=r"logits of one shape, got \{'a': \(4, 5\), 'b': \(4, 8\)\}"):
+        Teachers(a=small, b=small.body, combine="logits")(batch()[0])
+    with pytest.raises(ValueError, match="teacher 'a' must give a tensor or something with .logits, got tuple"):
+        Teachers(a=lambda x: (x,), combine="logits")(batch()[0])
+
+
+def test_rejects_an_average_in_half_precision():
+    distiller = Distiller(Net().bfloat16(), Net().bfloat16(), LogitLoss())
+    with pytest.raises(ValueError, match="must be float32 or wider, got torch.bfloat16 in 'body.0.weight'"):
+        distiller.update_teacher(0.999)

@@ -196,7 +196,7 @@ def _put(module: nn.Module, held: list[Any]) -> None:
             if place is made:
                 _INNER[key] = inner
                 break
-            undo.clear()  # another thread was first: nothing to undo
+            undo.clear()  # another thread was first: nothing to undo  # pragma: no cover
         held.append(place.hold())
         if held[-1] is not None:  # else the other thread has just left
             break

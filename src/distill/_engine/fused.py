@@ -245,7 +245,7 @@ def _clear_hidden(gradient: Tensor, factors: Tensor) -> None:
     """Set the gradient of rows that do not count to 0: what they hold may be NaN, and 0 times that is NaN."""
     hidden = factors == 0
     if gradient.is_cuda:  # to look would wait for the device
-        gradient.masked_fill_(hidden, 0.0)
+        gradient.masked_fill_(hidden, 0.0)  # pragma: no cover
     elif hidden.any():
         gradient.index_fill_(0, hidden.squeeze(-1).nonzero().squeeze(-1), 0.0)
 

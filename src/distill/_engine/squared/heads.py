@@ -231,7 +231,7 @@ def check_whole(name: str, tensor: Any) -> None:
         return
     kind = type(tensor).__name__
     if hasattr(tensor, "full_tensor"):
-        raise ValueError(
+        raise ValueError(  # pragma: no cover - in a process of the test's own
             f"{name} must be whole in each process, got a {kind} (sharded by FSDP or tensor parallelism): leave the "
             f"head out of what is sharded, or call linear_logit_loss with its weight.full_tensor()"
         )
