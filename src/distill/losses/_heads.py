@@ -217,12 +217,6 @@ class _Places:
                     f"{path!r} now: build the loss anew with that one"
                 )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # a copy is of another head in other models
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
-
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:
     module: nn.Module | None = model

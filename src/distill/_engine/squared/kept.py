@@ -48,9 +48,6 @@ class Kept:
         """Drop everything."""
         self._results.clear()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_results": {}}  # a copy is of other tensors
-
 
 def may_keep(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the tensors' numbers can be read: nobody traces, transforms or captures, and there are numbers."""
