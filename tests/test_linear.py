@@ -353,3 +353,12 @@ def test_rejects():
     with pytest.raises(TypeError, match="student must be a tensor, got list"):
         loss([1.0], teacher, labels)
     assert F.cross_entropy(ours(student), labels).isfinite()
+
+
+def test_a_hook_put_on_a_head_later_is_noticed():
+    (ours, theirs), (student, teacher, _) = heads(), hidden()
+    loss = LinearLoss(KLLoss(), ours, theirs)
+    loss(student, teacher)
+    ours.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match="student_head must compute W h"):
+        loss(student, teacher)

@@ -157,3 +157,13 @@ def test_rejects_an_average_in_half_precision():
     distiller = Distiller(Net().bfloat16(), Net().bfloat16(), LogitLoss())
     with pytest.raises(ValueError, match="must be float32 or wider, got torch.bfloat16 in 'body.0.weight'"):
         distiller.update_teacher(0.999)
+
+
+def test_a_teacher_without_a_share_is_not_run_and_probabilities_keep_their_range():
+    calls = []
+    sure = torch.tensor([[0.0, -200.0]])
+    teachers = Teachers(a=lambda: sure, b=lambda: calls.append(1), combine="logits", weights={"a": 1.0, "b": 0.0})
+    assert torch.equal(teachers(), sure)
+    assert not calls
+    both = Teachers(a=lambda: sure, b=lambda: sure, combine="probabilities")()
+    torch.testing.assert_close(both, sure.log_softmax(-1))
