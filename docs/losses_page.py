@@ -21,6 +21,10 @@ FAMILIES = {
         "Logits, more than one divergence",
         "These treat the labelled class apart, standardise the logits, or compare the samples of a batch too.",
     ),
+    "embeddings": (
+        "Embeddings and scores",
+        "For hidden states and sentence embeddings, and for the scores that rankers give to documents.",
+    ),
     "maps": (
         "Feature maps",
         "What the networks see inside. Nothing is learned here but the hint's map, where the channels differ.",

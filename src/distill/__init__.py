@@ -11,6 +11,7 @@ from distill.linear import LinearCrossEntropyLoss, LinearLoss
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
 from distill.losses.at import ATLoss, at_loss
 from distill.losses.cc import CCLoss, cc_loss
+from distill.losses.cosine import CosineLoss, cosine_loss
 from distill.losses.crd import CRDLoss, crd_loss
 from distill.losses.cwd import CWDLoss, cwd_loss
 from distill.losses.dist import DISTLoss, dist_loss
@@ -49,6 +50,7 @@ __all__ = [
     "CCLoss",
     "CRDLoss",
     "CWDLoss",
+    "CosineLoss",
     "CrossEntropyLoss",
     "DISTLoss",
     "DKDLoss",
@@ -88,6 +90,7 @@ __all__ = [
     "alpha_beta_loss",
     "at_loss",
     "cc_loss",
+    "cosine_loss",
     "crd_loss",
     "create_loss",
     "cwd_loss",
