@@ -33,6 +33,7 @@ from distill.losses.pkt import PKTLoss, pkt_loss
 from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
 from distill.losses.review import ReviewLoss, review_loss
 from distill.losses.rkd import RKDLoss, rkd_loss
+from distill.losses.sigmoid_kl import SigmoidKLLoss, sigmoid_kl_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
 from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
 from distill.losses.sp import SPLoss, sp_loss
@@ -77,6 +78,7 @@ __all__ = [
     "ReverseKLLoss",
     "ReviewLoss",
     "SPLoss",
+    "SigmoidKLLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
     "TVDLoss",
@@ -118,6 +120,7 @@ __all__ = [
     "reverse_kl_loss",
     "review_loss",
     "rkd_loss",
+    "sigmoid_kl_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "sp_loss",

@@ -139,12 +139,13 @@ def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, T
     return widen(student, dtype), widen(ordinary(teacher.detach()), dtype)
 
 
-def check_classes(logits: Tensor, *, dim: int | None) -> int:
-    """Return the dimension of the classes; raise ValueError if it is not clear or there are fewer than two classes.
+def check_classes(logits: Tensor, *, dim: int | None, least: int = 2) -> int:
+    """Return the dimension of the classes; raise ValueError if it is not clear or there are too few classes.
 
     Args:
         logits: The logits, of any shape.
         dim: Their dimension, a valid one, or None for the last of at most three.
+        least: How many there must be.
     """
     if dim is None:
         if logits.ndim > 3:
@@ -153,8 +154,8 @@ def check_classes(logits: Tensor, *, dim: int | None) -> int:
                 f"the classes come last), got shape {tuple(logits.shape)}"
             )
         dim = -1
-    if logits.shape[dim] < 2:
-        raise ValueError(f"there must be at least 2 classes along dim {dim}, got shape {tuple(logits.shape)}")
+    if logits.shape[dim] < least:
+        raise ValueError(f"there must be at least {least} classes along dim {dim}, got shape {tuple(logits.shape)}")
     return dim
 
 

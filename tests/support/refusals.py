@@ -75,8 +75,9 @@ def check_classes(loss: nn.Module, student: Tensor, teacher: Tensor, target: Ten
     dim = -1 if loss.dim is None else loss.dim
     target = None if target is None else torch.zeros_like(target)
     one = [side.narrow(dim, 0, 1) for side in (student, teacher)]
-    with pytest.raises(ValueError, match=r"at least 2 classes along dim -?\d, got shape \("):
-        loss(*one, target)
+    if getattr(getattr(loss, "rows", None), "classes", 2) > 1:
+        with pytest.raises(ValueError, match=r"at least 2 classes along dim -?\d, got shape \("):
+            loss(*one, target)
     loss.dim = None
     maps = torch.zeros(2, 3, 4, 5)
     labels = None if target is None else torch.zeros(2, 3, 4, dtype=torch.int64)

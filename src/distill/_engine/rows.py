@@ -31,7 +31,8 @@ class Rows:
         mean: `mean(student, teacher, **options)` gives the mean of the formula over all samples, where PyTorch has a
             single operation for it.
         pays_from: How many times `fused.SMALL` elements there must be for the fused form to pay.
-        softmax: Whether the rows are logits of a softmax, of which there must be at least two.
+        softmax: Whether the rows are logits, so that it must be clear along which dimension.
+        classes: How many logits a row must have at least: two for a softmax.
         labels: Whether the formula needs the label of each row.
     """
 
@@ -41,6 +42,7 @@ class Rows:
     mean: Callable[..., Tensor] | None = None
     pays_from: float = 1
     softmax: bool = True
+    classes: int = 2
     labels: bool = False
 
     def in_blocks(self) -> Callable[..., Tensor]:
@@ -86,7 +88,7 @@ class Rows:
         """
         dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim)
         teacher = teacher.detach()
-        dim = check_classes(student, dim=dim) if self.softmax else -1 if dim is None else dim
+        dim = check_classes(student, dim=dim, least=self.classes) if self.softmax else -1 if dim is None else dim
         if mask is not None:
             check_mask(mask, student.movedim(dim, -1).shape[:-1], student.device)
             mask = ordinary(mask)
