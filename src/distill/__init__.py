@@ -24,6 +24,8 @@ from distill.losses.kl import KLLoss, kl_loss
 from distill.losses.linear_logit import LinearLogitLoss, linear_logit_loss
 from distill.losses.logit import LogitLoss, logit_loss
 from distill.losses.logit_std import LogitStdLoss, logit_std_loss
+from distill.losses.margin_mse import MarginMSELoss, margin_mse_loss
+from distill.losses.matryoshka import MatryoshkaLoss, matryoshka_loss
 from distill.losses.mgd import MGDLoss, mgd_loss
 from distill.losses.nkd import NKDLoss, nkd_loss
 from distill.losses.nst import NSTLoss, nst_loss
@@ -33,13 +35,16 @@ from distill.losses.pkt import PKTLoss, pkt_loss
 from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
 from distill.losses.review import ReviewLoss, review_loss
 from distill.losses.rkd import RKDLoss, rkd_loss
+from distill.losses.score_kl import ScoreKLLoss, score_kl_loss
 from distill.losses.sigmoid_kl import SigmoidKLLoss, sigmoid_kl_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
 from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
 from distill.losses.sp import SPLoss, sp_loss
+from distill.losses.ttm import TTMLoss, ttm_loss
 from distill.losses.tvd import TVDLoss, tvd_loss
 from distill.losses.vid import VIDLoss, vid_loss
 from distill.losses.wsld import WSLDLoss, wsld_loss
+from distill.losses.wttm import WTTMLoss, wttm_loss
 from distill.task import CrossEntropyLoss
 from distill.teachers import Teachers
 
@@ -68,6 +73,8 @@ __all__ = [
     "LogitLoss",
     "LogitStdLoss",
     "MGDLoss",
+    "MarginMSELoss",
+    "MatryoshkaLoss",
     "NKDLoss",
     "NSTLoss",
     "OFDLoss",
@@ -78,15 +85,18 @@ __all__ = [
     "ReverseKLLoss",
     "ReviewLoss",
     "SPLoss",
+    "ScoreKLLoss",
     "SigmoidKLLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
+    "TTMLoss",
     "TVDLoss",
     "TeacherOutput",
     "Teachers",
     "Term",
     "VIDLoss",
     "WSLDLoss",
+    "WTTMLoss",
     "adapt",
     "agreement",
     "alpha_beta_loss",
@@ -108,6 +118,8 @@ __all__ = [
     "list_losses",
     "logit_loss",
     "logit_std_loss",
+    "margin_mse_loss",
+    "matryoshka_loss",
     "mgd_loss",
     "next_tokens",
     "nkd_loss",
@@ -120,14 +132,17 @@ __all__ = [
     "reverse_kl_loss",
     "review_loss",
     "rkd_loss",
+    "score_kl_loss",
     "sigmoid_kl_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "sp_loss",
     "tap_shapes",
+    "ttm_loss",
     "tvd_loss",
     "vid_loss",
     "wsld_loss",
+    "wttm_loss",
 ]
 
 # What stands in a private module has its public name in a pickle, so that the pickle outlives a move.
