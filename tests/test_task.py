@@ -64,6 +64,19 @@ def test_mask_and_ignored_labels_count_nowhere():
     assert divided.item() == pytest.approx(sum(values) / 10, rel=1e-12)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_logits_of_an_ignored_label_count_nowhere_also_where_they_are_nan(smoothing):
+    logits, labels = make_pair(2, 3, 5)[0], torch.tensor([[0, -100, 2], [1, 4, -100]])
+    loss = CrossEntropyLoss(label_smoothing=smoothing)
+    expected = loss(logits, labels)
+    (slope,) = torch.autograd.grad(expected, logits)
+    for bad in (torch.nan, torch.inf):
+        spoilt = logits.detach().masked_fill((labels == -100).unsqueeze(-1), bad).requires_grad_()
+        value = loss(spoilt, labels)
+        assert value == expected
+        assert torch.equal(torch.autograd.grad(value, spoilt)[0], slope)
+
+
 def test_all_labels_ignored_give_0_with_a_graph():
     logits = torch.randn(2, 3, 5, requires_grad=True)
     loss = CrossEntropyLoss()(logits, torch.full((2, 3), -100))
@@ -81,6 +94,24 @@ def test_equals_that_of_torch_and_takes_probabilities():
     torch.testing.assert_close(
         CrossEntropyLoss(reduction="sum")(logits, mixed), nn.CrossEntropyLoss(reduction="sum")(logits, mixed)
     )
+
+
+def test_targets_that_are_no_distributions_are_refused_or_show_nan():
+    logits = torch.zeros(3, 4)
+    several = torch.tensor([[1.0, 1, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 0, 0, 1]])
+    negative = torch.tensor([[0.5, 0.5, 0, 0], [1.5, -0.5, 0, 0], [0, 0, 0, 1]])
+    for target, match in ((several, "got a sum of 2 and a smallest of 0"), (negative, "a sum of 1 and a smallest of -0.5")):
+        with pytest.raises(ValueError, match=f"must be probabilities, .* {match}; for several .*BCEWithLogitsLoss"):
+            CrossEntropyLoss()(logits, target)
+        # Where nobody may look: no wait, but no number either.
+        values = torch.vmap(CrossEntropyLoss(reduction="none"))(logits.unsqueeze(0), target.unsqueeze(0))[0]
+        assert values.isnan().tolist() == [row == (0 if target is several else 1) for row in range(3)]
+    # What the mask hides may be anything; halves may round.
+    kept = CrossEntropyLoss()(logits, several, mask=torch.tensor([False, True, True]))
+    assert kept.item() == pytest.approx(math.log(4))
+    soft = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    for dtype in (torch.bfloat16, torch.half):
+        CrossEntropyLoss()(torch.zeros(64, 1000), soft.to(dtype))
 
 
 def test_half_is_computed_in_float32():

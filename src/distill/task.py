@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from distill._checks import check_fraction, check_integer, check_labels, is_integer, widen
+from distill._checks import check_fraction, check_integer, check_labels, is_integer, may_look, widen
 from distill._options import Options
 from distill._reduction import Reduction, check_denominator, check_mask, divide, hide, reduce
+
+_ROUNDING = 0.01  # how far probabilities in half precision may sum from 1
 
 
 class CrossEntropyLoss(Options):
@@ -83,16 +85,21 @@ class CrossEntropyLoss(Options):
 
         Args:
             student: Logits, `(..., C)` or `(N, C, ...)`. Half and bfloat16 are computed in float32.
-            target: Labels, shaped like the logits without the classes; or probabilities, shaped like the logits.
-            mask: Bool or weights, one per sample. What a 0 hides counts nowhere.
+            target: Labels, shaped like the logits without the classes; or probabilities, shaped like the logits, whose
+                sum over the classes is 1. (Several right classes a sample are no distribution: use
+                `nn.BCEWithLogitsLoss`.)
+            mask: Bool or weights, one per sample. What a 0 or an ignored label hides counts nowhere, also where the
+                logits are NaN.
             denominator: A mean becomes the sum divided by this number. Not used with another reduction.
 
         Returns:
-            A scalar, or with `reduction="none"` one value per sample.
+            A scalar, or with `reduction="none"` one value per sample. On a GPU and compiled, where to look at
+            probabilities would wait for the device, NaN where they are none.
 
         Raises:
             TypeError: If student or target is no tensor.
-            ValueError: If the shapes do not fit or fit in two ways, a label is no class, or the mask has another shape.
+            ValueError: If the shapes do not fit or fit in two ways, a label is no class, probabilities are negative or
+                do not sum to 1, or the mask has another shape.
         """
         for name, value in (("student", student), ("target", target)):
             if not isinstance(value, Tensor):
@@ -102,26 +109,38 @@ class CrossEntropyLoss(Options):
         logits = widen(student, torch.promote_types(student.dtype, torch.float32)).movedim(dim, -1)
         if mask is not None:
             check_mask(mask, logits.shape[:-1], logits.device)
+        if is_integer(target):
+            counts = target != self.ignore_index
+            mask = counts if mask is None else mask * counts
+            goal = check_labels(target, logits, dim=-1, mask=mask.detach()).reshape(-1)
+        else:
+            goal = _probabilities(target.to(logits.dtype).movedim(dim, -1), mask).reshape(-1, logits.shape[-1])
+        if mask is not None and not (may_look(mask) and (mask != 0).all()):  # to hide costs a copy of the logits
             logits = hide(logits, mask, dim=-1)
-        columns = logits.shape[-1]
-        if not is_integer(target):
-            goal = target.to(logits.dtype).movedim(dim, -1).reshape(-1, columns)
-            values = F.cross_entropy(
-                logits.reshape(-1, columns), goal, reduction="none", label_smoothing=self.label_smoothing
-            )
-            return self._reduced(values.reshape(logits.shape[:-1]), mask, denominator)
-        counts = target != self.ignore_index
-        weights = counts if mask is None else mask * counts
-        labels = check_labels(target, logits, dim=-1, mask=weights.detach()).squeeze(-1)
-        values = F.cross_entropy(
-            logits.reshape(-1, columns), labels.reshape(-1), reduction="none", label_smoothing=self.label_smoothing
-        )
-        return self._reduced(values.reshape(labels.shape), weights, denominator)
-
-    def _reduced(self, values: Tensor, mask: Tensor | None, denominator: float | Tensor | None) -> Tensor:
+        rows = logits.reshape(-1, logits.shape[-1])
+        values = F.cross_entropy(rows, goal, reduction="none", label_smoothing=self.label_smoothing)
+        values = values.reshape(logits.shape[:-1])
         if denominator is None:
             return reduce(values, self.reduction, mask)
         return divide(reduce(values, "sum", mask), denominator)
+
+
+def _probabilities(goal: Tensor, mask: Tensor | None) -> Tensor:
+    """Check probabilities `(..., C)`; where to look at them would wait for a device, bad ones become NaN."""
+    bad = ((goal.sum(-1) - 1).abs() > _ROUNDING) | (goal < 0).any(-1)
+    if mask is not None:
+        bad = bad & (mask.detach() != 0)
+        goal = hide(goal, mask, dim=-1)
+    if not may_look(goal):
+        return goal.masked_fill(bad.unsqueeze(-1), torch.nan)
+    if bad.any():
+        row = goal[bad][0]
+        raise ValueError(
+            "a target of floating-point numbers must be probabilities, not negative and with a sum of 1 over the "
+            f"classes, got a sum of {row.sum():.6g} and a smallest of {row.min():.6g}; for several right classes a "
+            "sample use nn.BCEWithLogitsLoss, for the weight of a sample a mask"
+        )
+    return goal
 
 
 def _class_dim(logits: Tensor, target: Tensor, dim: int | None) -> int:
