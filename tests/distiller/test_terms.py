@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -158,10 +159,56 @@ def test_rejects_a_tensor_as_a_weight_set_later():
 
 def test_rejects_what_is_no_tensor_with_the_way_out():
     distiller = Distiller(Heads(), Heads(seed=1), {"a": Term(LogitLoss(), at="")}, task_loss=None)
-    with pytest.raises(ValueError, match=r"term 'a': what is compared of the student must be a tensor.*Select"):
+    with pytest.raises(ValueError, match=r"term 'a', student side: what is compared must be a tensor.*Select"):
         distiller(batch()[0])
 
 
 def test_a_hint_learns_between_widths_without_an_adapter():
     distiller = Distiller(Net(), Net(width=12, seed=1), Term(HintLoss(8, 12), at="body"))
     assert any(name.startswith("losses.distillation.regressor") for name in distiller.state_dict())
+
+
+class Odd(Exception):
+    """An error that is not made of a message."""
+
+    def __init__(self, code, where):
+        super().__init__(code, where)
+
+
+def raising(error):
+    def fails(value):
+        raise error
+
+    return fails
+
+
+ERRORS = [IndexError("tuple index out of range"), KeyError("aux"), RuntimeError("sizes"), AttributeError("none"), Odd(3, 4)]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_every_error_of_a_term_names_it_and_the_side_and_keeps_type_and_cause(error):
+    class Loss(nn.Module):
+        def forward(self, student, teacher, target=None):
+            raise error
+
+    fails, whole = raising(error), (lambda out: out)
+    cases = {
+        "term 'a', student side": (Term(LogitLoss(), at=(fails, whole)), {}),
+        "term 'a', teacher side": (Term(LogitLoss(), at=(whole, fails)), {}),
+        "term 'a', student side ": (Term(LogitLoss(), student=fails), {}),
+        "term 'a', teacher side ": (Term(LogitLoss(), teacher=fails), {}),
+        "term 'a'": (Term(Loss()), {}),
+        "term 'a', student side  ": (Term(LogitLoss()), {"output": fails}),
+        "term 'task', student side": (Term(LogitLoss()), {"task_output": fails, "task_loss": nn.CrossEntropyLoss()}),
+        "term 'task'": (Term(LogitLoss()), {"task_loss": lambda output, target: fails(output)}),
+    }
+    for where, (term, options) in cases.items():
+        distiller = Distiller(Net(), Net(seed=1), {"a": term}, **{"task_loss": None, **options})
+        with pytest.raises(type(error)) as raised:
+            distiller(batch()[0], batch()[1] if distiller.task_loss else None)
+        if isinstance(error, Odd):
+            assert raised.value is error
+            assert sys.version_info < (3, 11) or where.strip() in error.__notes__
+        else:
+            assert str(raised.value).strip("\"'").startswith(where.strip() + ": ")
+            assert raised.value.__cause__ is error

@@ -10,9 +10,9 @@ from typing_extensions import override
 from distill._distiller.evaluate import (
     call,
     check_tapped,
-    find_tensor,
     recorded,
-    seen_by,
+    seen_by_task,
+    seen_of,
     task_value,
     term_value,
 )
@@ -229,13 +229,13 @@ class Distiller(nn.Module):
         losses: dict[str, Tensor] = {}
         sides: list[Any] = []  # all that the student is compared by
         if TASK in on:
-            sides.append(find_tensor(ours, self.output) if self.task_output is None else self.task_output(ours))
+            sides.append(seen_by_task(ours, self.output, self.task_output))
             given = (sides[-1], targets[TASK]) if self._task_takes_target else (sides[-1],)
             losses[TASK] = task_value(self.task_loss, given, masks[TASK], denominator)
         for name in names:
             compared = self._compared[name]
-            sides.append(seen_by(compared.student, ours, ours_seen, self.output, copy=compared.copy))
-            teacher = seen_by(compared.teacher, theirs, theirs_seen, self.output, copy=compared.copy)
+            sides.append(seen_of(name, "student", compared, ours, ours_seen, self.output))
+            teacher = seen_of(name, "teacher", compared, theirs, theirs_seen, self.output)
             losses[name] = term_value(
                 name, self.losses[name], compared, sides[-1], teacher, targets[name], masks[name], denominator
             )

@@ -2,7 +2,7 @@
 
 import copy as copying
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distill._distiller.taps import Tap
 from distill._distiller.terms import (
     TASK,
+    Adapter,
     Compared,
     TeacherOutput,
     adapted,
@@ -46,8 +47,38 @@ def find_tensor(result: Any, output: Callable[[Any], Any] | None) -> Tensor:
     return tensor
 
 
-def seen_by(side: Any, result: Any, seen: Mapping[Tap, Any], output: Callable[[Any], Any] | None, *, copy: bool) -> Any:
-    """What one side of a term compares, before its adapter."""
+def raise_named(error: Exception, where: str) -> NoReturn:
+    """Raise an error of the same type whose message says where it was; one that is not made of a message gets a note."""
+    try:
+        twin = type(error)(f"{where}: {error}")
+    except Exception:
+        twin = None
+    if twin is not None:
+        raise twin from error
+    if hasattr(error, "add_note"):  # from Python 3.11 on
+        error.add_note(where)
+    raise error
+
+
+def seen_of(
+    name: str, whose: str, compared: Compared, result: Any, seen: Mapping[Tap, Any], output: Callable[[Any], Any] | None
+) -> Any:
+    """What a term compares of the `"student"` or the `"teacher"`, before its adapter; errors name both."""
+    try:
+        return _seen(getattr(compared, whose), result, seen, output, copy=compared.copy)
+    except Exception as error:
+        raise_named(error, f"term {name!r}, {whose} side")
+
+
+def seen_by_task(result: Any, output: Callable[[Any], Any] | None, task_output: Callable[[Any], Any] | None) -> Any:
+    """What the task loss takes of what the student returned; errors name it."""
+    try:
+        return find_tensor(result, output) if task_output is None else task_output(result)
+    except Exception as error:
+        raise_named(error, f"term {TASK!r}, student side")
+
+
+def _seen(side: Any, result: Any, seen: Mapping[Tap, Any], output: Callable[[Any], Any] | None, *, copy: bool) -> Any:
     if side is None:
         return None
     if side is whole_output:
@@ -72,6 +103,14 @@ def recorded(output: Any, taps: Iterable[Tap]) -> tuple[Any, dict[Tap, Any]]:
     return output.output, {tap: output.features[tap.path] for tap in taps}
 
 
+def adapted_side(name: str, whose: str, value: Any, adapter: Adapter | None) -> Any:
+    """What the loss is given of one side; errors name the term and the side."""
+    try:
+        return adapted(value, adapter)
+    except Exception as error:
+        raise_named(error, f"term {name!r}, {whose} side")
+
+
 def term_value(
     name: str,
     loss: nn.Module,
@@ -83,12 +122,12 @@ def term_value(
     denominator: float | Tensor | None,
 ) -> Tensor:
     """The value of a term; errors name it."""
-    options = {} if mask is None else {"mask": mask}
+    student = adapted_side(name, "student", student, compared.adapt_student)
+    if compared.teacher is not None:
+        with torch.no_grad():
+            teacher = detached(adapted_side(name, "teacher", teacher, compared.adapt_teacher))
     try:
-        student = adapted(student, compared.adapt_student, "what is compared of the student")
-        if compared.teacher is not None:
-            with torch.no_grad():
-                teacher = detached(adapted(teacher, compared.adapt_teacher, "what is compared of the teacher"))
+        options = {} if mask is None else {"mask": mask}
         if denominator is not None and has_mean(loss):
             if not takes(loss, "denominator"):
                 raise ValueError(
@@ -96,20 +135,30 @@ def term_value(
                 )
             options["denominator"] = denominator
         value = loss(student, teacher, target, **options)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"term {name!r}: {error}") from error
+    except Exception as error:
+        raise_named(error, f"term {name!r}")
     return _check_scalar(name, value)
 
 
 def task_value(loss: Any, arguments: tuple[Any, ...], mask: Any, denominator: float | Tensor | None) -> Tensor:
     """The value of the task loss for its arguments: what it compares, and the target if it takes one."""
-    options = {} if mask is None else {"mask": mask}
+    try:
+        value, divisor = _task_value(loss, arguments, {} if mask is None else {"mask": mask}, denominator)
+    except Exception as error:
+        raise_named(error, f"term {TASK!r}")
+    return divide(_check_scalar(TASK, value), divisor)
+
+
+def _task_value(
+    loss: Any, arguments: tuple[Any, ...], options: dict[str, Any], denominator: float | Tensor | None
+) -> tuple[Any, float | Tensor | None]:
+    """What the task loss gives, and what that must still be divided by."""
     if isinstance(loss, nn.CrossEntropyLoss):
         _check_class_dim(*arguments)
     if denominator is None or getattr(loss, "reduction", None) == "sum":
-        return _check_scalar(TASK, loss(*arguments, **options))
+        return loss(*arguments, **options), None
     if takes(loss, "denominator"):
-        return _check_scalar(TASK, loss(*arguments, denominator=denominator, **options))
+        return loss(*arguments, denominator=denominator, **options), None
     if not isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) or loss.weight is not None:
         raise ValueError(
             "a task loss whose mean becomes a sum must take a keyword denominator, or be nn.CrossEntropyLoss or "
@@ -117,7 +166,7 @@ def task_value(loss: Any, arguments: tuple[Any, ...], mask: Any, denominator: fl
         )
     summed = copying.copy(loss)
     summed.reduction = "sum"
-    return divide(_check_scalar(TASK, summed(*arguments)), denominator)
+    return summed(*arguments), denominator
 
 
 def _check_class_dim(output: Any, target: Any) -> None:

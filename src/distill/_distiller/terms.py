@@ -323,7 +323,7 @@ def adapter_modules(adapter: Adapter | None) -> list[nn.Module]:
     return [part for part in parts if isinstance(part, nn.Module)]
 
 
-def adapted(value: Any, adapter: Adapter | None, where: str) -> Any:
+def adapted(value: Any, adapter: Adapter | None) -> Any:
     """What the loss is given: the value, through its adapter; tensors, or a tuple of them, where there is none."""
     if isinstance(adapter, tuple):
         return tuple(part(entry) for part, entry in zip(adapter, value, strict=True))
@@ -332,8 +332,8 @@ def adapted(value: Any, adapter: Adapter | None, where: str) -> Any:
     for part in value if isinstance(value, (tuple, list)) and not hasattr(value, "_fields") else (value,):
         if not isinstance(part, Tensor):
             raise ValueError(
-                f"{where} must be a tensor or a tuple of tensors, got {type(part).__name__}; an adapter can take it "
-                "apart (adapt.Select), or tap a module inside it"
+                f"what is compared must be a tensor or a tuple of tensors, got {type(part).__name__}; an adapter can "
+                "take it apart (adapt.Select), or tap a module inside it"
             )
     return value
 
