@@ -100,7 +100,10 @@ def test_targets_that_are_no_distributions_are_refused_or_show_nan():
     logits = torch.zeros(3, 4)
     several = torch.tensor([[1.0, 1, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 0, 0, 1]])
     negative = torch.tensor([[0.5, 0.5, 0, 0], [1.5, -0.5, 0, 0], [0, 0, 0, 1]])
-    for target, match in ((several, "got a sum of 2 and a smallest of 0"), (negative, "a sum of 1 and a smallest of -0.5")):
+    for target, match in (
+        (several, "got a sum of 2 and a smallest of 0"),
+        (negative, "a sum of 1 and a smallest of -0.5"),
+    ):
         with pytest.raises(ValueError, match=f"must be probabilities, .* {match}; for several .*BCEWithLogitsLoss"):
             CrossEntropyLoss()(logits, target)
         # Where nobody may look: no wait, but no number either.

@@ -231,8 +231,13 @@ def test_repr_names_the_teacher_and_the_weights():
 
 
 def test_rejects_a_missing_target():
-    with pytest.raises(ValueError, match=r"task loss needs a target, got None; .* task_loss=None"):
-        Distiller(*pair(), LogitLoss())(batch()[0])
+    distiller = Distiller(*pair(), LogitLoss())
+    for mode in (True, False):  # to leave the task out would be another loss, silently
+        with pytest.raises(ValueError, match=r"needs a target, got None; .*weights\['task'\] = 0 switches it off"):
+            distiller.train(mode)(batch()[0])
+    distiller.weights["task"] = 0.0
+    out = distiller(batch()[0])
+    assert torch.equal(out.loss, out.terms["distillation"])
 
 
 def test_rejects_a_mask_that_no_term_takes():

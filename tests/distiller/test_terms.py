@@ -168,7 +168,7 @@ def test_a_hint_learns_between_widths_without_an_adapter():
     assert any(name.startswith("losses.distillation.regressor") for name in distiller.state_dict())
 
 
-class Odd(Exception):
+class OddError(Exception):
     """An error that is not made of a message."""
 
     def __init__(self, code, where):
@@ -182,7 +182,13 @@ def raising(error):
     return fails
 
 
-ERRORS = [IndexError("tuple index out of range"), KeyError("aux"), RuntimeError("sizes"), AttributeError("none"), Odd(3, 4)]
+ERRORS = [
+    IndexError("tuple index out of range"),
+    KeyError("aux"),
+    RuntimeError("sizes"),
+    AttributeError("none"),
+    OddError(3, 4),
+]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -206,7 +212,7 @@ def test_every_error_of_a_term_names_it_and_the_side_and_keeps_type_and_cause(er
         distiller = Distiller(Net(), Net(seed=1), {"a": term}, **{"task_loss": None, **options})
         with pytest.raises(type(error)) as raised:
             distiller(batch()[0], batch()[1] if distiller.task_loss else None)
-        if isinstance(error, Odd):
+        if isinstance(error, OddError):
             assert raised.value is error
             assert sys.version_info < (3, 11) or where.strip() in error.__notes__
         else:

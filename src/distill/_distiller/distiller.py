@@ -20,6 +20,7 @@ from distill._distiller.guards import (
     ask_losses,
     check_disjoint,
     check_losses_in_step,
+    check_masks,
     check_reached,
     check_trains,
     freeze,
@@ -213,9 +214,12 @@ class Distiller(nn.Module):
         check_denominator(denominator, "mean")
         known = [*self._weights]
         targets, masks = by_name("target", target, on, known), by_name("mask", mask, on, known)
-        self._check_masks(masks)
+        check_masks(masks, self._takes_mask)
         if TASK in on and targets[TASK] is None and self._task_takes_target:
-            raise ValueError("the task loss needs a target, got None; give one, or build with task_loss=None")
+            raise ValueError(
+                "the task loss needs a target, got None; distiller.weights['task'] = 0 switches it off, for example to "
+                "evaluate without labels, and task_loss=None builds without"
+            )
         model = self.student if student is None else student
         trains = self.training and torch.is_grad_enabled()
         self._check_models(names, model, trains)
@@ -292,13 +296,6 @@ class Distiller(nn.Module):
     def _constants(self) -> list[nn.Module]:
         """The teacher's adapters."""
         return [module for compared in self._compared.values() for module in adapter_modules(compared.adapt_teacher)]
-
-    def _check_masks(self, masks: dict[str, Any]) -> None:
-        unable = [name for name, mask in masks.items() if mask is not None and not self._takes_mask[name]]
-        if unable:
-            able = [name for name in masks if self._takes_mask[name]]
-            hint = f"mask={{{able[0]!r}: mask}} gives it to {able[0]!r} alone" if able else "no term takes one"
-            raise ValueError(f"a mask must be of use to every term it is given to, but {unable} take none; {hint}")
 
     def _check_models(self, names: list[str], model: Any, trains: bool) -> None:
         """What may have changed in the models since the last call."""

@@ -48,7 +48,7 @@ def find_tensor(result: Any, output: Callable[[Any], Any] | None) -> Tensor:
 
 
 def raise_named(error: Exception, where: str) -> NoReturn:
-    """Raise an error of the same type whose message says where it was; one that is not made of a message gets a note."""
+    """Raise an error of the same type that says where it was; one that is not made of a message gets a note."""
     try:
         twin = type(error)(f"{where}: {error}")
     except Exception:

@@ -1,6 +1,6 @@
-"""What must hold of the models: nothing shared, the student trained, learned losses equal on every process."""
+"""What must hold of a call and the models: masks of use, nothing shared, the student trained, losses in step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,15 @@ def ask_losses(losses: Iterable[Any], *, student: nn.Module, teacher: Any) -> No
         check = getattr(loss, "check_models", None)
         if check is not None:
             check(student, teacher)
+
+
+def check_masks(masks: Mapping[str, Any], takes_mask: Mapping[str, bool]) -> None:
+    """Raise ValueError if a term of the call is given a mask that it cannot use."""
+    unable = [name for name, mask in masks.items() if mask is not None and not takes_mask[name]]
+    if unable:
+        able = [name for name in masks if takes_mask[name]]
+        hint = f"mask={{{able[0]!r}: mask}} gives it to {able[0]!r} alone" if able else "no term takes one"
+        raise ValueError(f"a mask must be of use to every term it is given to, but {unable} take none; {hint}")
 
 
 def check_disjoint(trained: nn.Module, teacher: nn.Module) -> None:
