@@ -17,6 +17,7 @@ from distill.losses.cwd import CWDLoss, cwd_loss
 from distill.losses.dist import DISTLoss, dist_loss
 from distill.losses.dkd import DKDLoss, dkd_loss
 from distill.losses.fsp import FSPLoss, fsp_loss
+from distill.losses.gram import GramLoss, gram_loss
 from distill.losses.hint import HintLoss, hint_loss
 from distill.losses.ickd import ICKDLoss, ickd_loss
 from distill.losses.js import JSLoss, js_loss
@@ -29,6 +30,7 @@ from distill.losses.matryoshka import MatryoshkaLoss, matryoshka_loss
 from distill.losses.mgd import MGDLoss, mgd_loss
 from distill.losses.nkd import NKDLoss, nkd_loss
 from distill.losses.nst import NSTLoss, nst_loss
+from distill.losses.ofa import OFALoss, ofa_loss
 from distill.losses.ofd import OFDLoss, ofd_loss, ofd_margin
 from distill.losses.pearson import PearsonLoss, pearson_loss
 from distill.losses.pkt import PKTLoss, pkt_loss
@@ -40,7 +42,12 @@ from distill.losses.sigmoid_kl import SigmoidKLLoss, sigmoid_kl_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
 from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
 from distill.losses.sp import SPLoss, sp_loss
+<<<<<<< HEAD
 from distill.losses.ttm import TTMLoss, ttm_loss
+=======
+from distill.losses.srd import SRDLoss, srd_loss
+from distill.losses.token_similarity import TokenSimilarityLoss, token_similarity_loss
+>>>>>>> 0868101 (Add token_similarity, gram, ofa and srd; hint counts positions by weights)
 from distill.losses.tvd import TVDLoss, tvd_loss
 from distill.losses.vid import VIDLoss, vid_loss
 from distill.losses.wsld import WSLDLoss, wsld_loss
@@ -63,6 +70,7 @@ __all__ = [
     "Distiller",
     "DistillerOutput",
     "FSPLoss",
+    "GramLoss",
     "HintLoss",
     "ICKDLoss",
     "JSLoss",
@@ -77,6 +85,7 @@ __all__ = [
     "MatryoshkaLoss",
     "NKDLoss",
     "NSTLoss",
+    "OFALoss",
     "OFDLoss",
     "PKTLoss",
     "PearsonLoss",
@@ -85,7 +94,11 @@ __all__ = [
     "ReverseKLLoss",
     "ReviewLoss",
     "SPLoss",
+<<<<<<< HEAD
     "ScoreKLLoss",
+=======
+    "SRDLoss",
+>>>>>>> 0868101 (Add token_similarity, gram, ofa and srd; hint counts positions by weights)
     "SigmoidKLLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
@@ -94,6 +107,7 @@ __all__ = [
     "TeacherOutput",
     "Teachers",
     "Term",
+    "TokenSimilarityLoss",
     "VIDLoss",
     "WSLDLoss",
     "WTTMLoss",
@@ -110,6 +124,7 @@ __all__ = [
     "dkd_loss",
     "fsp_loss",
     "get_loss",
+    "gram_loss",
     "hint_loss",
     "ickd_loss",
     "js_loss",
@@ -124,6 +139,7 @@ __all__ = [
     "next_tokens",
     "nkd_loss",
     "nst_loss",
+    "ofa_loss",
     "ofd_loss",
     "ofd_margin",
     "pearson_loss",
@@ -137,8 +153,13 @@ __all__ = [
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "sp_loss",
+    "srd_loss",
     "tap_shapes",
+<<<<<<< HEAD
     "ttm_loss",
+=======
+    "token_similarity_loss",
+>>>>>>> 0868101 (Add token_similarity, gram, ofa and srd; hint counts positions by weights)
     "tvd_loss",
     "vid_loss",
     "wsld_loss",

@@ -49,15 +49,15 @@ def divide(value: Tensor, denominator: float | Tensor | None) -> Tensor:
     return value / (denominator or 1.0)
 
 
-def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
+def check_mask(mask: Tensor, shape: torch.Size, device: torch.device, *, name: str = "mask") -> None:
     """Raise ValueError if the mask has not the shape and device of the per-sample values, or is complex."""
-    check_tensor("mask", mask)
+    check_tensor(name, mask)
     if mask.shape != shape:
-        raise ValueError(f"mask must be shaped like the per-sample values, {tuple(shape)}, got {tuple(mask.shape)}")
+        raise ValueError(f"{name} must be shaped like the per-sample values, {tuple(shape)}, got {tuple(mask.shape)}")
     if mask.device != device:
-        raise ValueError(f"mask must be on the device of the values, {device}, got {mask.device}")
+        raise ValueError(f"{name} must be on the device of the values, {device}, got {mask.device}")
     if mask.is_complex():
-        raise ValueError(f"mask must be bool or real weights, got {mask.dtype}")
+        raise ValueError(f"{name} must be bool or real weights, got {mask.dtype}")
 
 
 def hide(tensor: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:

@@ -254,3 +254,128 @@ def test_rejects_a_dim_of_something_else(dim):
     for build in (lambda: HintLoss(dim=dim), lambda: hint_loss(*make_pair(4, 3), dim=dim)):
         with pytest.raises(ValueError, match=f"dim must be 1 for maps, -1 for vectors, or None, got {dim!r}"):
             build()
+
+
+def weighted(student, teacher, w, weight=None, bias=None):
+    """sum w (s - t)^2 / (C sum w) of maps, position by position, the student through a linear map."""
+    above = 0.0
+    for n, i, j in np.ndindex(w.shape):
+        s, t = student[n, :, i, j], teacher[n, :, i, j]
+        s = s if weight is None else weight @ s + bias
+        above += w[n, i, j] * ((s - t) ** 2).sum()
+    return above / (teacher.shape[1] * w.sum())
+
+
+@pytest.mark.parametrize("channels", [(3, 3), (3, 5)])
+def test_matches_reference_with_weights_of_positions(channels):
+    student, teacher = make_pair(4, channels[0], 2, 3, teacher_shape=(4, channels[1], 2, 3))
+    loss = make_loss(*channels)
+    w = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = [] if loss.regressor is None else numbers(loss)
+    expected = torch.tensor(weighted(student.detach().numpy(), teacher.numpy(), w.numpy(), *weights))
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(loss(student, teacher, mask=w).detach(), expected, **close)
+    torch.testing.assert_close(loss(student, (teacher, w)).detach(), expected, **close)
+    torch.testing.assert_close(loss(student, (teacher, w / 2), mask=2 * torch.ones(4)).detach(), expected, **close)
+    torch.testing.assert_close(loss(student, teacher, mask=w, denominator=7).detach(), expected * w.sum() / 7, **close)
+    # Weights and a mask of positions multiply.
+    mask = w > 0.4
+    expected = torch.tensor(weighted(student.detach().numpy(), teacher.numpy(), (w * mask).numpy(), *weights))
+    torch.testing.assert_close(loss(student, (teacher, w), mask=mask).detach(), expected, **close)
+
+
+def test_equal_weights_of_positions_are_no_weights():
+    student, teacher = make_pair(4, 3, 2, 2)
+    loss = HintLoss()
+    torch.testing.assert_close(loss(student, teacher, mask=torch.ones(4, 2, 2)), loss(student, teacher))
+    torch.testing.assert_close(loss(student, (teacher, torch.full((4, 2, 2), 0.3))), loss(student, teacher))
+    per_position = hint_loss(student, teacher, positions=True)
+    assert per_position.shape == (4, 2, 2)
+    torch.testing.assert_close(per_position.mean((1, 2)), hint_loss(student, teacher))
+    torch.testing.assert_close(hint_loss(student[..., 0, 0], teacher[..., 0, 0], positions=True), per_position[:, 0, 0])
+
+
+@pytest.mark.parametrize("channels", [(3, 3), (3, 5)])
+def test_hidden_positions_count_nowhere(channels):
+    student, teacher = make_pair(4, channels[0], 3, 3, teacher_shape=(4, channels[1], 3, 3))  # 3 channels, 3 rows
+    mask = torch.rand(4, 3, 3, generator=torch.Generator().manual_seed(1)) > 0.4
+    spoilt = [x.detach().movedim(1, -1).clone() for x in (student, teacher)]
+    for side in spoilt:
+        side[~mask] = torch.nan
+    spoilt = [side.movedim(-1, 1) for side in spoilt]
+    spoilt[0].requires_grad_()
+    weights = torch.where(mask, 0.5, torch.nan)
+    loss = make_loss(*channels).double()
+    wanted = list(loss.parameters())
+    expected = loss(student, teacher, mask=mask)
+    slopes = torch.autograd.grad(expected, [student, *wanted])
+    for value in (loss(*spoilt, mask=mask), loss(spoilt[0], (spoilt[1], weights), mask=mask)):
+        assert torch.equal(value, expected)
+        assert all(map(torch.equal, torch.autograd.grad(value, [spoilt[0], *wanted]), slopes))
+    assert (slopes[0].movedim(1, -1)[~mask] == 0).all()
+    nothing = loss(*spoilt, mask=torch.zeros(4, 3, 3))
+    assert nothing == 0
+    assert all((slope == 0).all() for slope in torch.autograd.grad(nothing, [spoilt[0], *wanted]))
+
+
+def test_weights_are_those_of_the_smaller_map():
+    student, teacher = make_pair(4, 3, 4, 4, teacher_shape=(4, 3, 2, 2))
+    w = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(1))
+    pooled = nn.functional.avg_pool2d(student, 2)
+    torch.testing.assert_close(HintLoss()(student, (teacher, w)), HintLoss()(pooled, teacher, mask=w))
+    for call in (lambda w: HintLoss()(student, teacher, mask=w), lambda w: HintLoss()(student, (teacher, w))):
+        with pytest.raises(
+            ValueError, match=r"must be shaped like the per-sample values, \(4, 2, 2\), got \(4, 4, 4\)"
+        ):
+            call(torch.ones(4, 4, 4))
+
+
+def test_weights_of_positions_none_keeps_them_and_sum_adds_them():
+    student, teacher = make_pair(4, 3, 2, 2)
+    w = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values = w * hint_loss(student, teacher, positions=True)
+    torch.testing.assert_close(HintLoss(reduction="none")(student, teacher, mask=w), values)
+    torch.testing.assert_close(HintLoss(reduction="sum")(student, teacher, mask=w), values.sum())
+    tokens = student.flatten(2).mT, teacher.flatten(2).mT
+    torch.testing.assert_close(HintLoss()(tokens[0], (tokens[1], w.flatten(1))), values.sum() / w.sum())
+
+
+def test_scores_of_the_teacher_weigh_a_level_of_a_detector():
+    from distill import Distiller, Term
+
+    class Detector(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.neck, self.head = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 4, 1)
+
+        def forward(self, x):
+            return self.head(self.neck(x))
+
+    def with_scores(sides):
+        level, logits = sides
+        return level, logits.sigmoid().amax(1)
+
+    student, teacher, loss = Detector(5), Detector(6), make_loss(5, 6)
+    term = Term(loss, at=("neck", ("neck", "head")), teacher=with_scores, weight=6.0)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    out = Distiller(student, teacher, term, task_loss=None)(x)
+    with torch.no_grad():
+        level = teacher.neck(x)
+        expected = 6 * loss(student.neck(x), level, mask=teacher.head(level).sigmoid().amax(1))
+    torch.testing.assert_close(out.loss.detach(), expected)
+    out.loss.backward()
+    assert loss.regressor.weight.grad.abs().max() > 0
+
+
+def test_rejects_weights_that_are_no_tensor_or_do_not_fit():
+    student, teacher = make_pair(4, 3, 2, 2)
+    with pytest.raises(TypeError, match="the teacher's weights must be a tensor, got list"):
+        HintLoss()(student, (teacher, [1.0]))
+    with pytest.raises(ValueError, match=r"the teacher's weights must be shaped like .*, \(4, 2, 2\), got \(4,\)"):
+        HintLoss()(student, (teacher, torch.ones(4)))
+    with pytest.raises(ValueError, match=r"mask must be shaped like .*, \(4, 2, 2\), got \(2,\)"):
+        HintLoss()(student, (teacher, torch.ones(4, 2, 2)), mask=torch.ones(2))
+    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+        HintLoss()(student, (teacher, torch.ones(4, 2, 2)), mask=[1.0])
+    with pytest.raises(TypeError, match="teacher must be a tensor, got tuple"):
+        HintLoss()(student, (teacher, teacher, teacher))

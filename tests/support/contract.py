@@ -65,6 +65,7 @@ def assert_loss_contract(
     batches: bool = False,
     moves: bool = True,
     meet: bool = False,
+    widths: bool = False,
 ) -> None:
     """Check the promises of the design that do not depend on the formula.
 
@@ -81,10 +82,11 @@ def assert_loss_contract(
         batches: Whether the loss compares samples within each batch (N, ...), so that all but N may differ.
         moves: Whether moving the loss moves all that it needs; if not, what it learns is not its own.
         meet: Whether samples meet in a batch norm, so that others may change a sample's value.
+        widths: Whether the last dimensions of the two sides may differ.
     """
     learned = is_learned(build, moves)
     sides = make_sides(shape, teacher_shape)
-    refusals.check_pairs(build(), *sides, target, maps=maps, batches=batches, learned=learned)
+    refusals.check_pairs(build(), *sides, target, maps=maps, batches=batches, learned=learned, widths=widths)
     build, pair = prepare(build, shape, teacher_shape, learned=learned)
 
     loss = build()

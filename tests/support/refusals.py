@@ -12,7 +12,15 @@ from distill.losses._base import Loss
 
 
 def check_pairs(
-    loss: nn.Module, student: Any, teacher: Any, target: Tensor | None, *, maps: bool, batches: bool, learned: bool
+    loss: nn.Module,
+    student: Any,
+    teacher: Any,
+    target: Tensor | None,
+    *,
+    maps: bool,
+    batches: bool,
+    learned: bool,
+    widths: bool = False,
 ) -> None:
     """Pairs whose shapes, dtypes or devices do not fit, and what is no tensor."""
 
@@ -25,7 +33,7 @@ def check_pairs(
         match = r"must be .*maps.* of the same N.*, got \[?\("
     elif batches:
         match = r"must be batches \(N, \.\.\.\) of the same N samples, got \("
-    else:
+    elif not widths:
         changes.append(lambda t: t[..., :1])
     for change in changes:
         with pytest.raises(ValueError, match=match):

@@ -1,11 +1,12 @@
 """Hints: Romero et al., "FitNets: Hints for Thin Deep Nets" (2015)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_pair, check_tensors, make_ready, without_autocast
-from distill._reduction import Reduction
+from distill._checks import check_count, check_pair, check_tensor, check_tensors, make_ready, ordinary, without_autocast
+from distill._reduction import Reduction, check_mask, divide, hide, reduce
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._layers import check_device
@@ -16,10 +17,10 @@ FAMILY = "maps"
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def hint_loss(student: Tensor, teacher: Tensor, *, dim: int | None = None) -> Tensor:
-    """Mean squared difference of two hidden layers, one value per sample.
+def hint_loss(student: Tensor, teacher: Tensor, *, dim: int | None = None, positions: bool = False) -> Tensor:
+    """Mean squared difference of two hidden layers, one value per sample or per position.
 
-        loss = 1/(CHW) * sum_chw (s - t)^2  for maps,  1/C * sum_c (s_c - t_c)^2  for vectors
+        loss = 1/(CHW) * sum_chw (s - t)^2  for maps,  1/C * sum_c (s_c - t_c)^2  for vectors and positions
 
     Maps of unequal size are average-pooled to the smaller height and width, and likewise in one or three dimensions.
     Where the channels differ, `HintLoss` learns a map from the student's to the teacher's.
@@ -41,10 +42,11 @@ def hint_loss(student: Tensor, teacher: Tensor, *, dim: int | None = None) -> Te
             gradient reaches it.
         dim: The dimension of the channels: 1 for maps, also `(N, C, L)` and `(N, C, D, H, W)`, -1 for vectors of any
             number of dimensions. None: 1 where there are four dimensions, else -1.
+        positions: Whether each position of a map is a sample of its own, as each vector is.
 
     Returns:
-        One value per sample, `(N,)` for maps and `(...)` for vectors, in squared units of the inputs; float32, or
-        float64 if an input is.
+        One value per sample: `(N,)` for maps, with `positions` `(N, H, W)`, and `(...)` for vectors, in squared units
+        of the inputs; float32, or float64 if an input is.
 
     Raises:
         TypeError: If an input is no tensor.
@@ -66,6 +68,8 @@ def hint_loss(student: Tensor, teacher: Tensor, *, dim: int | None = None) -> Te
     if _are_maps(student, teacher, _check_dim("dim", dim)):
         student, teacher = check_maps(student, teacher, same_channels=True, positions=ANY)
         student, teacher = pool_to_smaller(student, teacher)
+        if positions:
+            return F.mse_loss(student, teacher, reduction="none").sum(1) / student.shape[1]
         # Not mean(): its gradient would be a tensor of the size of the map, that of sum() is a view.
         return F.mse_loss(student, teacher, reduction="none").flatten(1).sum(1) / student[0].numel()
     student, teacher = check_pair(student, teacher, dim=-1)
@@ -105,6 +109,20 @@ class HintLoss(SampleLoss):
     With the channels given, layers of other than four dimensions are maps also where only the second dimension has
     those channels: `HintLoss(16, 64)` takes `(N, 16, L)` and `(N, 64, L')`. Where both readings fit they are vectors,
     unless `dim` is 1.
+
+    Positions of a map may count differently: with a mask `(N, H, W)` each position is a sample of its own, and a mean
+    is `sum w (s - t)^2 / (C sum w)` over the batch. Weights that follow from the teacher, such as its certainty that
+    there is an object, come with its map: the teacher's side is then `(map, weights)`. For a detector whose `head`
+    gives the logits of the classes at each position of the level `neck`:
+
+        def with_scores(sides):
+            level, logits = sides
+            return level, logits.sigmoid().amax(1)
+
+        Term(HintLoss(64, 128), at=("neck", ("neck", "head")), teacher=with_scores, weight=6.0)
+
+    That weight is the one of ultralytics (`dis`, for each of three levels, times the images of a batch), whose scores
+    are the mean of two heads and whose map from the student has two layers with a ReLU between them.
 
     Args:
         student_channels: The student's channels, where they differ from the teacher's.
@@ -157,17 +175,79 @@ class HintLoss(SampleLoss):
             self.regressor = nn.Linear(student_channels, teacher_channels)
 
     @override
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor | tuple[Tensor, Tensor],
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: The student's map `(N, C, H, W)` or vectors `(..., C)`, as in `hint_loss`.
+            teacher: The teacher's, or a tuple of it and weights, zero or positive: one for each position `(N, H, W)` or
+                vector `(...)`. A constant.
+            target: Not used.
+            mask: Bool or weights: one per sample `(N,)`, or for each position, of the smaller map, `(N, H, W)`; for
+                vectors `(...)`. What a 0 hides counts nowhere. It multiplies weights that come with the teacher.
+            denominator: A mean becomes the sum divided by this number.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, each times its weight: `(N,)`, `(N, H, W)` where
+            positions have weights, or `(...)`.
+
+        Raises:
+            TypeError: If what must be a tensor is none.
+            ValueError: As `hint_loss`, if the channels are not those given, or if the mask or the weights have another
+                shape.
+        """
+        weights = None
+        if isinstance(teacher, tuple) and len(teacher) == 2:
+            teacher, weights = teacher
+            check_tensor("the teacher's weights", weights)
+        each = mask if isinstance(mask, Tensor) and mask.ndim > 1 and self._are_maps(student, teacher) else None
+        if weights is None and each is None:
+            return super().forward(student, teacher, target, mask=mask, denominator=denominator)
+        student, teacher, dim = self._compared(student, teacher)
+        shape = student.movedim(dim, -1).shape[:-1]
+        if weights is not None:
+            check_mask(weights, shape, student.device, name="the teacher's weights")
+            weights = ordinary(weights.detach()).to(student.dtype)
+            each = weights if mask is None else _both(weights, mask)
+        if each is not None:
+            check_mask(each, shape, student.device)
+            student, teacher = hide(student, each, dim=dim), hide(teacher, each, dim=dim)
+        values = hint_loss(self._regress(student, dim=dim), teacher, dim=dim, positions=True)
+        return divide(reduce(values, self.reduction_over(denominator), each), denominator)
+
+    @override
     def per_sample(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        student, teacher, dim = self._compared(student, teacher)
+        return hint_loss(self._regress(student, dim=dim), teacher, dim=dim)
+
+    def _channels(self) -> tuple[int, int] | None:
         if self.student_channels is None or self.teacher_channels is None:
-            return hint_loss(student, teacher, dim=self.dim)
-        channels = (self.student_channels, self.teacher_channels)
-        if _are_maps(student, teacher, self.dim, channels):
-            student, teacher = check_maps(student, teacher, channels=channels, positions=ANY)
+            return None
+        return self.student_channels, self.teacher_channels
+
+    def _are_maps(self, student: Tensor, teacher: Tensor) -> bool:
+        return _are_maps(student, teacher, self.dim, self._channels() or (None, None))
+
+    def _compared(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Both sides checked and of one size, and the dimension of their channels."""
+        channels = self._channels()
+        if self._are_maps(student, teacher):
+            student, teacher = check_maps(
+                student, teacher, same_channels=channels is None, channels=channels, positions=ANY
+            )
             # Pooling commutes with a map over the channels, and is cheaper before it.
-            student, teacher = pool_to_smaller(student, teacher)
-            return hint_loss(self._regress(student, dim=1), teacher, dim=1)
-        student, teacher = _check_vectors(student, teacher, channels)
-        return hint_loss(self._regress(student, dim=-1), teacher, dim=-1)
+            return *pool_to_smaller(student, teacher), 1
+        if channels is None:
+            return *check_pair(student, teacher, dim=-1), -1
+        return *_check_vectors(student, teacher, channels), -1
 
     def _regress(self, student: Tensor, *, dim: int) -> Tensor:
         """Bring the student to the teacher's channels."""
@@ -180,6 +260,14 @@ class HintLoss(SampleLoss):
                 return F.linear(student, weight, bias)
             positions = student.ndim - 2
             return _CONVOLUTIONS[positions](student, weight.reshape(*weight.shape, *(1,) * positions), bias)
+
+
+def _both(weights: Tensor, mask: Tensor) -> Tensor:
+    """A weight for each position times a mask for each sample or position; a mask of 0 hides any weight."""
+    if check_tensor("mask", mask).ndim == 1 and mask.shape == weights.shape[:1] and mask.device == weights.device:
+        mask = mask.reshape(-1, *(1,) * (weights.ndim - 1)).expand_as(weights)
+    check_mask(mask, weights.shape, weights.device)
+    return torch.where(mask == 0, 0.0, weights * ordinary(mask).to(weights.dtype))
 
 
 def _check_vectors(student: Tensor, teacher: Tensor, channels: tuple[int, int]) -> tuple[Tensor, Tensor]:
