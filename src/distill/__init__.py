@@ -42,12 +42,9 @@ from distill.losses.sigmoid_kl import SigmoidKLLoss, sigmoid_kl_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
 from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
 from distill.losses.sp import SPLoss, sp_loss
-<<<<<<< HEAD
-from distill.losses.ttm import TTMLoss, ttm_loss
-=======
 from distill.losses.srd import SRDLoss, srd_loss
 from distill.losses.token_similarity import TokenSimilarityLoss, token_similarity_loss
->>>>>>> 0868101 (Add token_similarity, gram, ofa and srd; hint counts positions by weights)
+from distill.losses.ttm import TTMLoss, ttm_loss
 from distill.losses.tvd import TVDLoss, tvd_loss
 from distill.losses.vid import VIDLoss, vid_loss
 from distill.losses.wsld import WSLDLoss, wsld_loss
@@ -94,11 +91,8 @@ __all__ = [
     "ReverseKLLoss",
     "ReviewLoss",
     "SPLoss",
-<<<<<<< HEAD
-    "ScoreKLLoss",
-=======
     "SRDLoss",
->>>>>>> 0868101 (Add token_similarity, gram, ofa and srd; hint counts positions by weights)
+    "ScoreKLLoss",
     "SigmoidKLLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
@@ -155,11 +149,8 @@ __all__ = [
     "sp_loss",
     "srd_loss",
     "tap_shapes",
-<<<<<<< HEAD
-    "ttm_loss",
-=======
     "token_similarity_loss",
->>>>>>> 0868101 (Add token_similarity, gram, ofa and srd; hint counts positions by weights)
+    "ttm_loss",
     "tvd_loss",
     "vid_loss",
     "wsld_loss",
