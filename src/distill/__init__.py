@@ -8,6 +8,7 @@ from distill._registry import create_loss, get_loss, list_losses, register_loss
 from distill.diagnostics import agreement, tap_shapes
 from distill.language import next_tokens
 from distill.linear import LinearCrossEntropyLoss, LinearLoss
+from distill.losses.akl import AKLLoss, akl_loss
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
 from distill.losses.at import ATLoss, at_loss
 from distill.losses.cc import CCLoss, cc_loss
@@ -27,6 +28,7 @@ from distill.losses.logit import LogitLoss, logit_loss
 from distill.losses.logit_std import LogitStdLoss, logit_std_loss
 from distill.losses.margin_mse import MarginMSELoss, margin_mse_loss
 from distill.losses.matryoshka import MatryoshkaLoss, matryoshka_loss
+from distill.losses.mft import MFTLoss, mft_loss
 from distill.losses.mgd import MGDLoss, mgd_loss
 from distill.losses.nkd import NKDLoss, nkd_loss
 from distill.losses.nst import NSTLoss, nst_loss
@@ -43,6 +45,7 @@ from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
 from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
 from distill.losses.sp import SPLoss, sp_loss
 from distill.losses.srd import SRDLoss, srd_loss
+from distill.losses.todi import ToDiLoss, todi_loss
 from distill.losses.token_similarity import TokenSimilarityLoss, token_similarity_loss
 from distill.losses.ttm import TTMLoss, ttm_loss
 from distill.losses.tvd import TVDLoss, tvd_loss
@@ -55,6 +58,7 @@ from distill.teachers import Teachers
 __version__ = "0.1.0"
 
 __all__ = [
+    "AKLLoss",
     "ATLoss",
     "AlphaBetaLoss",
     "CCLoss",
@@ -77,6 +81,7 @@ __all__ = [
     "LinearLoss",
     "LogitLoss",
     "LogitStdLoss",
+    "MFTLoss",
     "MGDLoss",
     "MarginMSELoss",
     "MatryoshkaLoss",
@@ -101,12 +106,14 @@ __all__ = [
     "TeacherOutput",
     "Teachers",
     "Term",
+    "ToDiLoss",
     "TokenSimilarityLoss",
     "VIDLoss",
     "WSLDLoss",
     "WTTMLoss",
     "adapt",
     "agreement",
+    "akl_loss",
     "alpha_beta_loss",
     "at_loss",
     "cc_loss",
@@ -129,6 +136,7 @@ __all__ = [
     "logit_std_loss",
     "margin_mse_loss",
     "matryoshka_loss",
+    "mft_loss",
     "mgd_loss",
     "next_tokens",
     "nkd_loss",
@@ -149,6 +157,7 @@ __all__ = [
     "sp_loss",
     "srd_loss",
     "tap_shapes",
+    "todi_loss",
     "token_similarity_loss",
     "ttm_loss",
     "tvd_loss",
