@@ -36,6 +36,7 @@ from distill.losses.ofa import OFALoss, ofa_loss
 from distill.losses.ofd import OFDLoss, ofd_loss, ofd_margin
 from distill.losses.pearson import PearsonLoss, pearson_loss
 from distill.losses.pkt import PKTLoss, pkt_loss
+from distill.losses.queue_kl import QueueKLLoss, queue_kl_loss
 from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
 from distill.losses.review import ReviewLoss, review_loss
 from distill.losses.rkd import RKDLoss, rkd_loss
@@ -91,6 +92,7 @@ __all__ = [
     "OFDLoss",
     "PKTLoss",
     "PearsonLoss",
+    "QueueKLLoss",
     "RKDLoss",
     "Reduction",
     "ReverseKLLoss",
@@ -146,6 +148,7 @@ __all__ = [
     "ofd_margin",
     "pearson_loss",
     "pkt_loss",
+    "queue_kl_loss",
     "register_loss",
     "reverse_kl_loss",
     "review_loss",

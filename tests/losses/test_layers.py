@@ -83,20 +83,28 @@ def test_a_converted_batch_norm_is_computed_in_the_dtype_of_the_maps(dtype):
         assert all(parameter.grad.dtype == dtype for parameter in converted.parameters())
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo")
-def test_converted_batch_norms_of_two_processes_are_those_of_the_joined_batch(tmp_path):
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What one process finds, and what each of two finds."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this PyTorch has no gloo")
+    tmp_path = tmp_path_factory.mktemp("processes")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [(0, 1), (0, 2), (1, 2)]
-    processes = [
+    started = [
         subprocess.Popen([sys.executable, str(WORKER), str(rank), str(world), str(tmp_path)], env=environment)
         for rank, world in runs
     ]
     try:
-        assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+        assert [process.wait(timeout=300) for process in started] == [0, 0, 0]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-    whole, first, second = (torch.load(tmp_path / f"{rank} of {world}.pt", weights_only=True) for rank, world in runs)
+    return [torch.load(tmp_path / f"{rank} of {world}.pt", weights_only=True) for rank, world in runs]
+
+
+def test_converted_batch_norms_of_two_processes_are_those_of_the_joined_batch(processes):
+    whole, first, second = processes
     for name in ("ofd", "ofd masked", "review", "review masked"):
         joined = whole[name]
         assert len(joined) > 4
@@ -148,3 +156,11 @@ def test_what_made_the_layers_cannot_be_changed_without_effect(loss, name, was, 
         setattr(loss, name, other)
     setattr(loss, name, was)
     assert getattr(copy.deepcopy(loss), name) == was
+
+
+def test_a_queue_of_two_processes_holds_the_embeddings_of_both(processes):
+    whole, first, second = (found["queue"] for found in processes)
+    assert whole["entered"] == 4
+    for name, expected in whole.items():
+        assert torch.equal(first[name], expected)
+        assert torch.equal(second[name], expected)

@@ -1,4 +1,4 @@
-"""One process of the SyncBatchNorm test: its part of a batch through losses whose batch norms look at all processes.
+"""One process of the tests of what looks at all processes: batch norms, and a queue of embeddings.
 
 Called as `python sync_norm_worker.py RANK WORLD_SIZE FOLDER`; with a world of one it runs the whole batch.
 """
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from contract import make_pair, with_weights
-from distill import OFDLoss, ReviewLoss
+from distill import OFDLoss, QueueKLLoss, ReviewLoss
 
 BORDERS = (0, 3, 8)  # samples per process: unequal
 
@@ -36,6 +36,18 @@ def results(name: str, loss: nn.Module, mine: slice, mask: Tensor | None) -> dic
     return {"value": value.detach(), "student": student.grad, **own}
 
 
+def queue(rank: int, world: int) -> dict[str, Tensor]:
+    """The queue after two batches of four, of which a mask hides one sample, and one that is no number."""
+    loss = QueueKLLoss(3, 4, 6)
+    for step in range(2):
+        student, teacher = make_pair(4, 3, teacher_shape=(4, 4), seed=step, dtype=torch.float32)
+        teacher[1, 0] = torch.nan
+        mask = torch.tensor([True, True, False, True])
+        mine = slice(4 * rank // world, 4 * (rank + 1) // world)
+        loss(student[mine], teacher[mine], mask=mask[mine])
+    return {"queue": loss.queue, "entered": loss.entered}
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     mine = slice(0, 8)
     if world > 1:
@@ -47,6 +59,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         found[f"{name} masked"] = results(name, loss, mine, torch.tensor([0, 0, 0, 1, 1, 0, 1, 1]))
         # In eval mode a process is on its own: the other one does not take part.
         found[f"{name} alone"] = results(name, loss.eval(), mine, None) if rank == 0 else {}
+    found["queue"] = queue(rank, world)
     torch.save(found, folder / f"{rank} of {world}.pt")
     if world > 1:
         dist.destroy_process_group()

@@ -1,9 +1,10 @@
-"""What CRD's memory does: entries move with the batches, and negatives are of other classes."""
+"""What memories of embeddings do: entries move with the batches, and negatives are of other classes."""
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from distill._checks import check_tensor, is_integer
+from distill._checks import check_tensor, is_integer, ordinary
 from distill.losses._vectors import normalize
 
 
@@ -27,6 +28,49 @@ def move_entries(memory: Tensor, own: Tensor, embeddings: Tensor, kept: Tensor |
         rows = torch.arange(len(own), device=own.device)
         source = torch.where(moves, rows, torch.where(moves, rows, 0).amax())
         memory.index_copy_(0, own[source], torch.where(moves.any(), moved, entries)[source])
+
+
+def enter(queue: Tensor, entered: Tensor, embeddings: Tensor, kept: Tensor | None) -> None:
+    """Put embeddings in the places of the oldest entries of a queue, in place; those of all processes, in their order.
+
+    Args:
+        queue: `(K, D)`.
+        entered: How many have ever entered, int64 without dimensions.
+        embeddings: `(N, D)`, of the same N in every process. One that is not finite does not enter.
+        kept: Which of them may enter, bool `(N,)`; None: all.
+    """
+    with torch.no_grad():
+        moves = embeddings.isfinite().all(1)
+        if kept is not None:
+            moves = moves & kept
+        embeddings, moves = _of_all_processes(embeddings, moves)
+        size, number = len(queue), moves.sum()
+        rank = moves.cumsum(0) - 1
+        moves = moves & (rank >= number - size)  # of more than there is room for the last ones
+        place = (entered + rank) % size
+        # A row that must not move writes what the last one that moves writes: no shape depends on how many do.
+        rows = torch.arange(len(moves), device=moves.device)
+        source = torch.where(moves, rows, torch.where(moves, rows, 0).amax())
+        place = place[source]
+        queue.index_copy_(0, place, torch.where(number > 0, embeddings[source].to(queue.dtype), queue[place]))
+        entered.add_(number)
+
+
+def _of_all_processes(embeddings: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return embeddings, moves
+    mine = torch.cat([embeddings, moves[:, None].to(embeddings.dtype)], 1)  # pragma: no cover - in the test's processes
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]  # pragma: no cover
+    dist.all_gather(parts, mine)  # pragma: no cover
+    whole = torch.cat(parts)  # pragma: no cover
+    return whole[:, :-1], whole[:, -1] != 0  # pragma: no cover
+
+
+def make_ordinary(module: nn.Module) -> None:
+    """The memory of a module that was built or loaded in inference mode must move outside of it."""
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if (usable := ordinary(buffer)) is not buffer:
+            setattr(module, name, usable)
 
 
 def by_class(num_samples: int, labels: Tensor) -> tuple[Tensor, Tensor]:

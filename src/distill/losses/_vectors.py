@@ -21,6 +21,13 @@ def normalize(tensor: Tensor, *, dim: int) -> Tensor:
     return scaled / norm.masked_fill(zero, math.inf)
 
 
+def length(tensor: Tensor, dim: int) -> Tensor:
+    """The L2 norm along `dim`; where it is 0 it has no derivative, and gets 0, of any order."""
+    squares = tensor.square().sum(dim)
+    zero = squares == 0
+    return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+
+
 def over_largest(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Divide by the largest magnitude along `dim`, where only proportions count: products neither over- nor underflow.
 

@@ -14,13 +14,12 @@ from distill._checks import (
     check_tensor,
     is_integer,
     may_look,
-    ordinary,
     without_autocast,
 )
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
 from distill.losses._batches import count, select
-from distill.losses._memory import by_class, move_entries
+from distill.losses._memory import by_class, make_ordinary, move_entries
 from distill.losses._random import drawing
 from distill.losses._vectors import normalize
 
@@ -242,7 +241,7 @@ class CRDLoss(BatchLoss):
         theirs = _embed(self.teacher_embedding, teacher, "teacher")
         if self.num_samples is None:
             return _in_batch(ours, theirs, kept, self.temperature)
-        self._make_ordinary()
+        make_ordinary(self)
         own = self._indices(target, student, kept)
         entries = torch.cat([own[:, None], self._negatives(own, kept)], 1)
         counted = None if kept is None else kept[:, None].expand_as(entries)
@@ -273,12 +272,6 @@ class CRDLoss(BatchLoss):
         bound = math.sqrt(3 / dim)
         drawn = torch.rand(num_samples, dim, **drawing(self.generator, torch.get_default_device()))
         return (drawn * (2 * bound) - bound).cpu()
-
-    def _make_ordinary(self) -> None:
-        """The memory of a module that was built or loaded in inference mode must move outside of it."""
-        for name, buffer in list(self.named_buffers(recurse=False)):
-            if (usable := ordinary(buffer)) is not buffer:
-                setattr(self, name, usable)
 
     def _indices(self, target: Tensor | None, student: Tensor, kept: Tensor | None) -> Tensor:
         n = len(student)

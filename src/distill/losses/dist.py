@@ -10,6 +10,7 @@ from distill._registry import register_loss
 from distill.losses._base import BatchLoss
 from distill.losses._batches import check_selection, count
 from distill.losses._softened import harden, soften
+from distill.losses._vectors import length
 
 FAMILY = "refined logits"
 
@@ -116,14 +117,7 @@ def _centre_classes(rows: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def _correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
-    return (a * b).sum(dim) / (_norm(a, dim) * _norm(b, dim) + _EPS)
-
-
-def _norm(centred: Tensor, dim: int) -> Tensor:
-    # What does not vary has a norm of 0, which has no derivative: the gradient there is 0, and so is the second.
-    squares = centred.square().sum(dim)
-    constant = squares == 0
-    return squares.masked_fill(constant, 1.0).sqrt().masked_fill(constant, 0.0)
+    return (a * b).sum(dim) / (length(a, dim) * length(b, dim) + _EPS)
 
 
 @register_loss("dist")
