@@ -55,6 +55,7 @@ from distill.losses.wsld import WSLDLoss, wsld_loss
 from distill.losses.wttm import WTTMLoss, wttm_loss
 from distill.task import CrossEntropyLoss
 from distill.teachers import Teachers
+from distill.topk import TopK
 
 __version__ = "0.1.0"
 
@@ -110,6 +111,7 @@ __all__ = [
     "Term",
     "ToDiLoss",
     "TokenSimilarityLoss",
+    "TopK",
     "VIDLoss",
     "WSLDLoss",
     "WTTMLoss",

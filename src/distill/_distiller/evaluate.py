@@ -20,6 +20,7 @@ from distill._distiller.terms import (
     whole_output,
 )
 from distill._reduction import divide
+from distill.topk import TopK
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
@@ -31,8 +32,10 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
     return model(inputs)
 
 
-def find_tensor(result: Any, output: Callable[[Any], Any] | None) -> Tensor:
-    """The tensor to compare in what a model returned: what `output` finds, or the logits."""
+def find_tensor(result: Any, output: Callable[[Any], Any] | None) -> Any:
+    """The tensor to compare in what a model returned: what `output` finds, the logits, or a teacher's `TopK`."""
+    if isinstance(result, TopK):
+        return result
     tensor: Any
     if output is not None:
         tensor = output(result)
@@ -40,7 +43,7 @@ def find_tensor(result: Any, output: Callable[[Any], Any] | None) -> Tensor:
         tensor = result.get("logits")
     else:
         tensor = result if isinstance(result, Tensor) else getattr(result, "logits", None)
-    if not isinstance(tensor, Tensor):
+    if not isinstance(tensor, (Tensor, TopK)):
         what = "output= must give a tensor" if output else "a model's output must be a tensor or have .logits"
         got = type(tensor if output else result).__name__
         raise ValueError(f"{what}, got {got}; output= takes a function that finds the tensor in it")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distill._distiller.taps import Tap, parse_path
+from distill.topk import TopK
 
 Side: TypeAlias = str | tuple[str, ...] | Callable[[Any], Any] | None
 Adapter: TypeAlias = Callable[[Any], Any] | tuple[Callable[[Any], Any], ...]
@@ -330,7 +331,7 @@ def adapted(value: Any, adapter: Adapter | None) -> Any:
     if adapter is not None:
         return adapter(value)
     for part in value if isinstance(value, (tuple, list)) and not hasattr(value, "_fields") else (value,):
-        if not isinstance(part, Tensor):
+        if not isinstance(part, (Tensor, TopK)):
             raise ValueError(
                 f"what is compared must be a tensor or a tuple of tensors, got {type(part).__name__}; an adapter can "
                 "take it apart (adapt.Select), or tap a module inside it"

@@ -85,7 +85,7 @@ def run(
         loss: The loss.
         student: The student's rows, checked.
         teacher: The teacher's rows, detached.
-        labels: One label per row, checked, with a dimension of size 1 at `dim`, for a loss that uses labels.
+        labels: For a loss that uses labels, one or some per row, checked, along `dim`.
         dim: The dimension of a row.
         dtype: The dtype to compute in.
         reduction: As in `reduce`.
@@ -164,7 +164,7 @@ class Call:
     ) -> None:
         columns = student.shape[-1]
         if all(x is None or x.is_contiguous() for x in (student, teacher, gradient)):
-            labels = None if labels is None else labels.reshape(-1, 1)
+            labels = None if labels is None else labels.reshape(-1, labels.shape[-1])
             student, teacher = student.view(-1, columns), teacher.view(-1, teacher.shape[-1])
             values = values.view(-1)
             factors = None if factors is None else factors.reshape(-1)
@@ -187,7 +187,7 @@ class Call:
         for index in _cut(student.shape, limit):
             ours, theirs = _rows(student[index], buffers[0]), _rows(teacher[index], buffers[1])
             grad, spare = buffers[2][: len(ours)], buffers[3][: len(ours)]
-            operands = () if labels is None else (labels[index].reshape(-1, 1),)
+            operands = () if labels is None else (labels[index].reshape(-1, labels.shape[-1]),)
             if gradient is None or factors is None:
                 part = block(ours, theirs, *operands, None, grad, spare, **self.options)
             else:

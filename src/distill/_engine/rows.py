@@ -1,5 +1,7 @@
 """What a loss of rows is: its formula, how to do it fast, and the checks of what it is given."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +12,9 @@ from torch import Tensor
 from distill._checks import check_classes, check_inputs, check_labels, ordinary, widen
 from distill._engine import fused
 from distill._engine.blocks import block_by_autograd
+from distill._engine.topk import from_topk
 from distill._reduction import Reduction, check_mask, hide, reduce
+from distill.topk import TopK
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Rows:
         softmax: Whether the rows are logits, so that it must be clear along which dimension.
         classes: How many logits a row must have at least: two for a softmax.
         labels: Whether the formula needs the label of each row.
+        topk: Whether it compares distributions over any classes, and has a temperature: then it takes a `TopK`, whose
+            rest is one class more.
+        sampled: The same from a `TopK` of which some classes were drawn, `formula(student, teacher, indices, dim=...,
+            samples=..., **options)` with the teacher as in `TopK.rows`. None: it would be biased.
     """
 
     formula: Callable[..., Tensor]
@@ -44,13 +52,21 @@ class Rows:
     softmax: bool = True
     classes: int = 2
     labels: bool = False
+    topk: bool = False
+    sampled: Rows | None = None
 
     def in_blocks(self) -> Callable[..., Tensor]:
         """The block function: its own, or the formula's by autograd."""
         return self.block or functools.partial(block_by_autograd, self.formula)
 
     def values(
-        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, dim: int | None = None, **options: Any
+        self,
+        student: Tensor,
+        teacher: Tensor | TopK,
+        target: Tensor | None = None,
+        *,
+        dim: int | None = None,
+        **options: Any,
     ) -> Tensor:
         """Check the inputs and compute one value per sample, as `formula` would; see `reduced`."""
         return self.reduced(student, teacher, target, dim=dim, reduction="none", **options)
@@ -58,7 +74,7 @@ class Rows:
     def reduced(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | TopK,
         target: Tensor | None = None,
         *,
         dim: int | None,
@@ -72,7 +88,7 @@ class Rows:
 
         Args:
             student: `(..., C)`, or with the `C` values along `dim`.
-            teacher: Same shape. A constant.
+            teacher: Same shape, or for a loss that takes one a `TopK` of `(...)` rows. A constant.
             target: `(...)`, the label of each row, for a loss that uses it.
             dim: The dimension of a row. None: the last one, of at most three where the rows are logits.
             reduction: As in `reduce`.
@@ -86,24 +102,32 @@ class Rows:
             TypeError: If student or teacher is no tensor.
             ValueError: As `check_inputs`, `check_classes`, `check_labels` and `check_mask`.
         """
-        dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim)
-        teacher = teacher.detach()
-        dim = check_classes(student, dim=dim, least=self.classes) if self.softmax else -1 if dim is None else dim
-        if mask is not None:
-            check_mask(mask, student.movedim(dim, -1).shape[:-1], student.device)
-            mask = ordinary(mask)
-        labels = check_labels(target, student, dim=dim, mask=mask) if self.labels else None
+        loss, labels = self, None
+        if isinstance(teacher, TopK):
+            given = from_topk(self, student, teacher, dim=dim, mask=mask, options=options)
+            loss, student, teacher, labels, options, dtype = given
+            dim = -1
+            mask = None if mask is None else ordinary(mask)
+        else:
+            dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim)
+            teacher = teacher.detach()
+            dim = check_classes(student, dim=dim, least=self.classes) if self.softmax else -1 if dim is None else dim
+            if mask is not None:
+                check_mask(mask, student.movedim(dim, -1).shape[:-1], student.device)
+                mask = ordinary(mask)
+            if self.labels:
+                labels = check_labels(target, student, dim=dim, mask=mask)
         operands = () if labels is None else (labels,)
-        mean = self.mean if reduction == "mean" and mask is None else None
-        if not fused.can_fuse(self, student, teacher, dim, options, mean=mean is not None):
+        mean = loss.mean if reduction == "mean" and mask is None else None
+        if not fused.can_fuse(loss, student, teacher, dim, options, mean=mean is not None):
             if mask is not None:
                 student, teacher = hide(student, mask, dim=dim), hide(teacher, mask, dim=dim)
             student, teacher = widen(student, dtype), widen(ordinary(teacher), dtype)
             if mean is not None:
                 return mean(student, teacher, **options)
-            return reduce(self.formula(student, teacher, *operands, dim=dim, **options), reduction, mask)
+            return reduce(loss.formula(student, teacher, *operands, dim=dim, **options), reduction, mask)
 
-        run = functools.partial(fused.run, self, student, teacher, labels, dim=dim, dtype=dtype, options=options)
+        run = functools.partial(fused.run, loss, student, teacher, labels, dim=dim, dtype=dtype, options=options)
         if mask is not None and mask.requires_grad:  # weights that learn: the gradient needs the values
             hidden = (mask.detach() != 0).to(dtype)
             return reduce(run(reduction="none", mask=hidden), reduction, mask)

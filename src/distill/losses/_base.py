@@ -10,8 +10,10 @@ from typing_extensions import override
 
 from distill._checks import check_tensor
 from distill._engine.rows import Rows
+from distill._engine.topk import refusal
 from distill._options import Options
 from distill._reduction import Reduction, check_denominator, divide, hide, reduce
+from distill.topk import TopK
 
 
 class Loss(Options):
@@ -29,6 +31,11 @@ class Loss(Options):
             mask: Tensor | None = None,
             denominator: float | Tensor | None = None,
         ) -> Tensor: ...
+
+    def refuse_topk(self, teacher: object) -> None:
+        """Raise TypeError for a `TopK`, by the name of a loss that takes none."""
+        if isinstance(teacher, TopK):
+            raise TypeError(refusal(type(self).__name__))
 
 
 class SampleLoss(Loss):
@@ -72,6 +79,7 @@ class SampleLoss(Loss):
             TypeError: If what must be a tensor is none.
             ValueError: As the loss's function, and if the mask has another shape than the per-sample values.
         """
+        self.refuse_topk(teacher)
         if mask is not None:
             check_tensor("mask", mask)
             student, teacher = _hide(student, mask), _hide(teacher, mask)
@@ -101,7 +109,7 @@ class RowLoss(SampleLoss):
     def forward(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | TopK,
         target: Tensor | None = None,
         *,
         mask: Tensor | None = None,
@@ -111,7 +119,7 @@ class RowLoss(SampleLoss):
 
         Args:
             student: `(..., C)`, or with the `C` values along `dim`.
-            teacher: Same shape. A constant.
+            teacher: Same shape, or a `TopK` of `(...)` rows for a divergence of two distributions. A constant.
             target: The class of every sample, `(...)`, integers, where the loss uses labels.
             mask: Bool or weights, `(...)`, shaped like the per-sample values. What a 0 hides counts nowhere, also where
                 it is NaN, infinite or a label that is no class.
@@ -124,6 +132,8 @@ class RowLoss(SampleLoss):
             TypeError: If what must be a tensor is none.
             ValueError: As the loss's function, and if the mask has another shape than the per-sample values.
         """
+        if not self.rows.topk:
+            self.refuse_topk(teacher)
         reduction = self.reduction_over(denominator)
         value = self.rows.reduced(
             student, teacher, target, dim=self.dim, reduction=reduction, mask=mask, **self.given()
@@ -159,6 +169,7 @@ class BatchLoss(Loss):
             TypeError: If what must be a tensor is none.
             ValueError: As the loss's function, and if the mask is not one per sample or holds weights.
         """
+        self.refuse_topk(teacher)
         return self.whole(student, teacher, target, mask)
 
 

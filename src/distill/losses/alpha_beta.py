@@ -10,6 +10,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._softened import log_softmax_rows, not_negative, soften
+from distill.topk import TopK
 
 FAMILY = "logits"
 
@@ -106,11 +107,17 @@ def _block(
     return values
 
 
-_ROWS = Rows(_formula, block=_block)
+_ROWS = Rows(_formula, block=_block, topk=True)
 
 
 def alpha_beta_loss(
-    student: Tensor, teacher: Tensor, *, alpha: float, beta: float, temperature: float = 1.0, dim: int | None = None
+    student: Tensor,
+    teacher: Tensor | TopK,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float = 1.0,
+    dim: int | None = None,
 ) -> Tensor:
     """Alpha-beta divergence of teacher and student, one value per sample.
 
@@ -136,7 +143,7 @@ def alpha_beta_loss(
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. A constant: no gradient reaches it.
         alpha: Exponent of the teacher, zero or positive.
         beta: Exponent of the student, zero or positive, not zero together with `alpha`.
         temperature: What both logits are divided by, positive and finite.

@@ -10,6 +10,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._mixture import Mixture, block_from_mixture, from_mixture
+from distill.topk import TopK
 
 FAMILY = "logits"
 
@@ -26,11 +27,11 @@ def _mixture(beta: float) -> Mixture:
     return Mixture(share=beta, of_teacher=beta, of_student=1 - beta)
 
 
-_ROWS = Rows(_formula, block=_block)
+_ROWS = Rows(_formula, block=_block, topk=True)
 
 
 def js_loss(
-    student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature: float = 1.0, dim: int | None = None
+    student: Tensor, teacher: Tensor | TopK, *, beta: float = 0.5, temperature: float = 1.0, dim: int | None = None
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence of teacher and student, one value per sample.
 
@@ -53,7 +54,7 @@ def js_loss(
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. A constant: no gradient reaches it.
         beta: The teacher's share of the mixture, above 0 and below 1.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.

@@ -1,8 +1,10 @@
 """Soft targets: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015)."""
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distill._checks import check_positive, may_look
@@ -11,7 +13,15 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import compare_rows, divergence_of_logits
+from distill.losses._softened import (
+    compare_rows,
+    divergence_of_logits,
+    expectation,
+    harden,
+    log_softmax_rows,
+    soften,
+)
+from distill.topk import TopK
 
 FAMILY = "logits"
 
@@ -40,10 +50,51 @@ def _kernel() -> Any:
     return kl
 
 
-_ROWS = Rows(_formula, block=_block, kernel=_kernel)
+def _weigh(log_probs: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """What each class of a `TopK` with drawn ones counts for, and its log-probability."""
+    log_p, log_tail = log_probs[..., :-1], log_probs[..., -1:]
+    share = (log_tail - math.log(samples)).expand(*log_tail.shape[:-1], samples)
+    return torch.softmax(torch.cat([log_p[..., :-samples], share], -1), -1), log_p
 
 
-def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: int | None = None) -> Tensor:
+def _sampled_formula(
+    student: Tensor, teacher: Tensor, indices: Tensor, *, dim: int, temperature: float, samples: int
+) -> Tensor:
+    w, log_p = _weigh(teacher, samples)
+    log_q = F.log_softmax(soften(student, temperature), dim).gather(dim, indices)
+    return harden(expectation(w, log_p - log_q, dim), temperature)
+
+
+def _sampled_block(
+    student: Tensor,
+    teacher: Tensor,
+    indices: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    spare: Tensor,  # noqa: ARG001 - every block function is called alike
+    *,
+    temperature: float,
+    samples: int,
+) -> Tensor:
+    w, log_p = _weigh(teacher, samples)
+    log_q = log_softmax_rows(student, temperature, out=gradient)
+    values = harden(expectation(w, log_p - log_q.gather(1, indices), -1), temperature)
+    if factors is not None:  # T (q - w)
+        counts = factors * temperature
+        gradient.exp_().mul_(counts).scatter_add_(1, indices, w.mul_(-counts))
+    return values
+
+
+_ROWS = Rows(
+    _formula,
+    block=_block,
+    kernel=_kernel,
+    topk=True,
+    sampled=Rows(_sampled_formula, block=_sampled_block, labels=True),
+)
+
+
+def kl_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 4.0, dim: int | None = None) -> Tensor:
     """Divergence of the student's softened distribution from the teacher's, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T)
@@ -63,7 +114,8 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, dim: 
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, same shape; -inf is a probability of 0. A constant: no gradient reaches it.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Or a `TopK`. A constant: no gradient
+            reaches it.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 

@@ -11,6 +11,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._softened import compare_rows, divergence_of_logits
+from distill.topk import TopK
 
 FAMILY = "logits"
 
@@ -38,10 +39,12 @@ def _kernel() -> Any:
     return reverse_kl
 
 
-_ROWS = Rows(_formula, block=_block, kernel=_kernel)
+_ROWS = Rows(_formula, block=_block, kernel=_kernel, topk=True)
 
 
-def reverse_kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim: int | None = None) -> Tensor:
+def reverse_kl_loss(
+    student: Tensor, teacher: Tensor | TopK, *, temperature: float = 1.0, dim: int | None = None
+) -> Tensor:
     """Divergence of the teacher's distribution from the student's, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T)
@@ -62,7 +65,8 @@ def reverse_kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, same shape; -inf is a probability of 0. A constant: no gradient reaches it.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Or a `TopK`. A constant: no gradient
+            reaches it.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 

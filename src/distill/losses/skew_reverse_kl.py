@@ -10,6 +10,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._mixture import Mixture, block_from_mixture, check_skew, from_mixture
+from distill.topk import TopK
 
 FAMILY = "logits"
 
@@ -26,11 +27,11 @@ def _mixture(alpha: float) -> Mixture:
     return Mixture(share=1 - alpha, of_teacher=0, of_student=1)
 
 
-_ROWS = Rows(_formula, block=_block)
+_ROWS = Rows(_formula, block=_block, topk=True)
 
 
 def skew_reverse_kl_loss(
-    student: Tensor, teacher: Tensor, *, alpha: float = 0.1, temperature: float = 1.0, dim: int | None = None
+    student: Tensor, teacher: Tensor | TopK, *, alpha: float = 0.1, temperature: float = 1.0, dim: int | None = None
 ) -> Tensor:
     """Divergence of a mixture of both distributions from the student's, one value per sample.
 
@@ -52,7 +53,7 @@ def skew_reverse_kl_loss(
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. A constant: no gradient reaches it.
         alpha: The student's share of the mixture, at least 0 and below 1.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.

@@ -9,6 +9,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._softened import soften, softmax_rows
+from distill.topk import TopK
 
 FAMILY = "logits"
 
@@ -35,10 +36,10 @@ def _block(
     return values
 
 
-_ROWS = Rows(_formula, block=_block)
+_ROWS = Rows(_formula, block=_block, topk=True)
 
 
-def tvd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim: int | None = None) -> Tensor:
+def tvd_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 1.0, dim: int | None = None) -> Tensor:
     """Total variation distance of teacher and student, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T)
@@ -59,7 +60,7 @@ def tvd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim:
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. A constant: no gradient reaches it.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
