@@ -109,7 +109,7 @@ class RowLoss(SampleLoss):
     def forward(
         self,
         student: Tensor,
-        teacher: Tensor | TopK,
+        teacher: Any,
         target: Tensor | None = None,
         *,
         mask: Tensor | None = None,
