@@ -63,12 +63,13 @@ def add_cross_entropy(
     """Give the cross-entropy of a block, `(R,)`, and add its gradient, each row times its factor and the weight."""
     none = labels < 0
     index = labels.masked_fill(none, 0)
-    total = torch.logsumexp(student, -1, keepdim=True)
+    q = torch.softmax(student, -1, out=spare)
+    # The largest logit less the logarithm of its probability is the logarithm of the sum: no other pass is needed.
+    total = student.amax(-1, keepdim=True) - q.amax(-1, keepdim=True).log()
     values = (total - student.gather(1, index)).masked_fill(none, 0.0)
     if factors is not None:
         counts = (factors * weight).masked_fill(none, 0.0)
-        torch.sub(student, total, out=spare).exp_()
-        gradient.addcmul_(spare, counts)
+        gradient.addcmul_(q, counts)
         gradient.scatter_add_(1, index, -counts)
     return values.squeeze(-1)
 

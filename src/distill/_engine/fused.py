@@ -134,11 +134,12 @@ class Call:
         factors: Tensor | None = None,
         *,
         into: Tensor | None = None,
+        elements: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Give the per-sample values and, if there are factors, the gradient for the student in its dtype.
 
         A row whose factor is 0 gets a gradient of 0, whatever it holds. The gradient goes `into` a tensor if one is
-        given, which may be the student's own.
+        given, which may be the student's own. A block has at most so many `elements`; None: by the device.
         """
         student, teacher = student.detach().movedim(self.dim, -1), teacher.movedim(self.dim, -1)
         labels = None if labels is None else labels.movedim(self.dim, -1)
@@ -150,7 +151,9 @@ class Call:
             and self.loss.kernel
             and kernels.run(self.loss.kernel(), student, teacher, values, factors, gradient, **self.options)
         ):
-            self._run_blocks(student, teacher, labels, values, factors, gradient)
+            self._run_blocks(
+                student, teacher, labels, values, factors, gradient, elements or _block_elements(student.device)
+            )
         return values, None if gradient is None else gradient.movedim(-1, self.dim)
 
     def _run_blocks(
@@ -161,6 +164,7 @@ class Call:
         values: Tensor,
         factors: Tensor | None,
         gradient: Tensor | None,
+        elements: int,
     ) -> None:
         columns = student.shape[-1]
         if all(x is None or x.is_contiguous() for x in (student, teacher, gradient)):
@@ -169,7 +173,7 @@ class Call:
             values = values.view(-1)
             factors = None if factors is None else factors.reshape(-1)
             gradient = None if gradient is None else gradient.view(-1, columns)
-        limit = min(max(_block_elements(student.device), columns), student.numel())
+        limit = min(max(elements, columns), student.numel())
         # What is not there as it is needed is copied into a buffer; the last two are the block's own.
         copied = [x.dtype != self.dtype or not x.is_contiguous() for x in (student, teacher)]
         size = limit // columns

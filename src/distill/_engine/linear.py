@@ -20,6 +20,8 @@ from distill._reduction import hide, reduce, row_weights
 
 # Samples whose logits are formed at a time, where the caller does not say: few enough for memory, enough for products.
 _CPU, _GPU = 256, 2048
+# Elements of a block on a CPU: the block's own buffers are all the memory beside the chunk's logits.
+_BLOCK = 2**19
 # Chunks up to which a head in half precision may add up its gradient in that precision.
 _FEW = 8
 
@@ -204,7 +206,12 @@ def _chunks(
         constant = logits if teacher is None else _multiply(theirs, piece, buffers[1])
         counts = None if factors is None else factors[piece]
         values[piece], _ = call.run(
-            logits, constant, None if labels is None else labels[piece], counts, into=None if counts is None else logits
+            logits,
+            constant,
+            None if labels is None else labels[piece],
+            counts,
+            into=None if counts is None else logits,
+            elements=_BLOCK if device.type == "cpu" else None,
         )
         if counts is not None:
             gradients.add(logits, ours, piece)
@@ -229,7 +236,8 @@ class _Gradients:
         many = -(-count // _step(chunk, student.hidden.device, count)) > _FEW if count else False
         weight = torch.float32 if many and student.weight.dtype.itemsize < 4 else student.weight.dtype
         self.hidden = torch.empty_like(student.hidden, dtype=product) if needs[0] else None
-        self.weight = torch.zeros_like(student.weight, dtype=weight) if needs[1] else None
+        self.weight = torch.empty_like(student.weight, dtype=weight) if needs[1] else None
+        self.empty = True  # the first chunk writes, the others add
         wide = torch.promote_types(product, torch.float32)
         self.bias = torch.zeros_like(student.bias, dtype=wide) if needs[2] and student.bias is not None else None
         self.dtypes = student.weight.dtype, None if student.bias is None else student.bias.dtype
@@ -240,10 +248,14 @@ class _Gradients:
         if self.hidden is not None:
             torch.mm(gradient, weight, out=self.hidden[piece])
         if self.weight is not None:
-            if self.weight.dtype == gradient.dtype:
-                self.weight.addmm_(gradient.T, hidden[piece])
+            if self.weight.dtype != gradient.dtype:
+                part = gradient.T @ hidden[piece]
+                self.weight.copy_(part) if self.empty else self.weight.add_(part)
+            elif self.empty:
+                torch.mm(gradient.T, hidden[piece], out=self.weight)
             else:
-                self.weight.add_(gradient.T @ hidden[piece])
+                self.weight.addmm_(gradient.T, hidden[piece])
+            self.empty = False
         if self.bias is not None:
             self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
 
@@ -254,6 +266,8 @@ class _Gradients:
             hidden = (hidden if self.scale == 1 else hidden * self.scale).to(whole.dtype)
             if kept is not None:
                 hidden = torch.zeros_like(whole).index_copy(0, kept, hidden)
+        if self.weight is not None and self.empty:
+            self.weight.zero_()
         weight = None if self.weight is None else self.weight.to(self.dtypes[0])
         bias = None if self.bias is None else self.bias.mul_(self.scale).to(self.dtypes[1])
         return [hidden, weight, bias]

@@ -1,6 +1,7 @@
 """How far teacher and student are from a mixture of them: what the Jensen-Shannon and the skew divergences share."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -90,22 +91,24 @@ def block_from_mixture(
         return block_by_autograd(formula, student, teacher, factors, gradient, spare, temperature=temperature)
     q = softmax_rows(student, temperature, out=gradient)
     p = softmax_rows(teacher, temperature, out=spare)
-    w = torch.sub(q, p)
-    values = mixture.drift * w.sum(-1)
-    m = torch.mul(p, share).add_(q, alpha=1 - share).add_(torch.finfo(p.dtype).tiny)
-    w.div_(m)
-    logarithm = m  # the memory, from here on
     to_p, to_q = mixture.factors(q.dtype)
-    if of_teacher:
-        torch.mul(w, to_p, out=logarithm).log1p_()
-        values += of_teacher * logarithm.mul_(p).sum(-1)
-    if of_student:
-        torch.mul(w, to_q, out=logarithm).log1p_()
-        values += of_student * torch.mul(logarithm, q, out=spare).sum(-1)
+    # One of what w is multiplied by goes into m, whose pass is there anyway.
+    within = to_p if of_teacher and (not of_student or share < 0.5) else to_q
+    w = torch.sub(q, p)
+    values = mixture.drift * w.sum(-1) if mixture.drift else torch.zeros_like(w[:, 0])
+    m = torch.mul(p, share / within).add_(q, alpha=(1 - share) / within)
+    w.div_(m.add_(math.copysign(torch.finfo(p.dtype).tiny, within)))
+    logarithm = m  # the memory, from here on
+    for weight, x, factor in (of_teacher, p, to_p), (of_student, q, to_q):
+        if weight:
+            torch.log1p(w if factor == within else torch.mul(w, factor / within, out=logarithm), out=logarithm)
+            mean = torch.mul(logarithm, x, out=spare).sum(-1, keepdim=True)
+            values += weight * mean.squeeze(-1)
     if factors is not None:
-        slope = w.mul_((1 - share) * mixture.drift)
-        if of_student:
-            slope.add_(logarithm, alpha=of_student)
-        mean = torch.mul(slope, q, out=spare).sum(-1, keepdim=True)
-        gradient.mul_(slope.sub_(mean).mul_(temperature * factors))
+        slope, size = (logarithm, of_student) if of_student else (w, (1 - share) * mixture.drift / within)
+        if mixture.drift and of_student:
+            slope.add_(w, alpha=(1 - share) * mixture.drift / within / of_student)
+        if mixture.drift:  # else the mean of the student's logarithm is what was summed last
+            mean = torch.mul(slope, q, out=spare).sum(-1, keepdim=True)
+        gradient.mul_(slope.sub_(mean).mul_(factors * (temperature * size)))
     return torch.mul(values, temperature**2).clamp_(min=0)

@@ -115,8 +115,20 @@ def compare_rows(a: Tensor, b: Tensor, d: Tensor, p: Tensor, *, temperature: flo
     if temperature != 1:
         d.mul_(1 / temperature)
     highest = d.amax(-1)
-    if d.dtype == torch.float64 or bool((highest < 0.5).any()):
-        torch.expm1(d, out=u)
-    else:  # twice as fast, and what it loses is small beside differences that are not
-        torch.exp(d, out=u).sub_(1.0)
-    return u, torch.logical_not(highest < LARGEST).nonzero().squeeze(-1)
+    return expm1_rows(d, highest, out=u), torch.logical_not(highest < LARGEST).nonzero().squeeze(-1)
+
+
+def expm1_rows(x: Tensor, highest: Tensor | None = None, *, out: Tensor) -> Tensor:
+    """Give exp(x) - 1 of rows of differences, with the digits that they have where they are small.
+
+    Args:
+        x: `(R, C)`.
+        highest: The largest of each row; None: found here.
+        out: Where to put it, possibly `x` itself.
+    """
+    if x.dtype == torch.float64 or not may_look(x):
+        return torch.expm1(x, out=out)
+    highest = x.amax(-1) if highest is None else highest
+    if bool((highest < 0.5).any()):
+        return torch.expm1(x, out=out)
+    return torch.exp(x, out=out).sub_(1.0)  # twice as fast, and what it loses is small beside such differences

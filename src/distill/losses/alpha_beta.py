@@ -9,7 +9,7 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import log_softmax_rows, not_negative, soften
+from distill.losses._softened import expm1_rows, log_softmax_rows, not_negative, soften
 from distill.topk import TopK
 
 FAMILY = "logits"
@@ -85,21 +85,26 @@ def _block(
     log_q = log_softmax_rows(student, temperature, out=torch.empty_like(spare))
     q = torch.exp(log_q, out=gradient)
     log_p = log_softmax_rows(teacher, temperature, out=spare)
-    d = torch.empty_like(spare)
-    if alpha > _NEGLIGIBLE:
-        torch.maximum(log_p, torch.sub(log_q, _FAR / alpha, out=d), out=log_p)
-    if beta > _NEGLIGIBLE:
-        torch.maximum(log_q, torch.sub(log_p, _FAR / beta, out=d), out=log_q)
-    torch.sub(log_q, log_p, out=d)
+    d = torch.sub(log_q, log_p)
+    low, high = d.aminmax()
+    # On a GPU to look would wait for it.
+    near = may_look(student) and bool((high * alpha < _FAR) & (low * -beta < _FAR))
+    if not near:
+        if alpha > _NEGLIGIBLE:
+            torch.maximum(log_p, torch.sub(log_q, _FAR / alpha, out=d), out=log_p)
+        if beta > _NEGLIGIBLE:
+            torch.maximum(log_q, torch.sub(log_p, _FAR / beta, out=d), out=log_q)
+        torch.sub(log_q, log_p, out=d)
     if alpha <= _NEGLIGIBLE:
         middle = torch.mul(log_q, beta, out=spare).exp_()
     elif beta <= _NEGLIGIBLE:
         middle = log_p.mul_(alpha).exp_()
     else:
         middle = log_p.mul_(alpha).add_(log_q, alpha=beta).exp_()
-    d.masked_fill_(middle == 0, 0.0)
-    up = torch.mul(d, alpha, out=log_q).expm1_().div_(alpha) if alpha > _NEGLIGIBLE else log_q.copy_(d)
-    down = d.mul_(-beta).expm1_().div_(beta) if beta > _NEGLIGIBLE else d.neg_()
+    if not near:
+        d.masked_fill_(middle == 0, 0.0)
+    up = expm1_rows(torch.mul(d, alpha, out=log_q), out=log_q).div_(alpha) if alpha > _NEGLIGIBLE else log_q.copy_(d)
+    down = expm1_rows(d.mul_(-beta), out=d).div_(beta) if beta > _NEGLIGIBLE else d.neg_()
     values = down.add_(up).mul_(middle).sum(-1).div_(alpha + beta).clamp_(min=0)
     if factors is not None:
         slope = up.mul_(middle)
