@@ -21,6 +21,10 @@ FAMILIES = {
         "Logits, more than one divergence",
         "These treat the labelled class apart, standardise the logits, or compare the samples of a batch too.",
     ),
+    "language models": (
+        "Language models",
+        "For tokenizers that differ, and for tokens that the student wrote itself.",
+    ),
     "embeddings": (
         "Embeddings and scores",
         "For hidden states and sentence embeddings, and for the scores that rankers give to documents.",

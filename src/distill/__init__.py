@@ -6,9 +6,10 @@ from distill._distiller.terms import DistillerOutput, TeacherOutput, Term
 from distill._reduction import Reduction
 from distill._registry import create_loss, get_loss, list_losses, register_loss
 from distill.diagnostics import agreement, tap_shapes
-from distill.language import next_tokens
+from distill.language import align_tokens, chunk_log_probs, next_tokens
 from distill.linear import LinearCrossEntropyLoss, LinearLoss
 from distill.losses.akl import AKLLoss, akl_loss
+from distill.losses.alm import ALMLoss, alm_loss
 from distill.losses.alpha_beta import AlphaBetaLoss, alpha_beta_loss
 from distill.losses.at import ATLoss, at_loss
 from distill.losses.cc import CCLoss, cc_loss
@@ -40,6 +41,7 @@ from distill.losses.queue_kl import QueueKLLoss, queue_kl_loss
 from distill.losses.reverse_kl import ReverseKLLoss, reverse_kl_loss
 from distill.losses.review import ReviewLoss, review_loss
 from distill.losses.rkd import RKDLoss, rkd_loss
+from distill.losses.sampled_reverse_kl import SampledReverseKLLoss, sampled_reverse_kl_loss
 from distill.losses.score_kl import ScoreKLLoss, score_kl_loss
 from distill.losses.sigmoid_kl import SigmoidKLLoss, sigmoid_kl_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
@@ -50,6 +52,7 @@ from distill.losses.todi import ToDiLoss, todi_loss
 from distill.losses.token_similarity import TokenSimilarityLoss, token_similarity_loss
 from distill.losses.ttm import TTMLoss, ttm_loss
 from distill.losses.tvd import TVDLoss, tvd_loss
+from distill.losses.uld import ULDLoss, uld_loss
 from distill.losses.vid import VIDLoss, vid_loss
 from distill.losses.wsld import WSLDLoss, wsld_loss
 from distill.losses.wttm import WTTMLoss, wttm_loss
@@ -61,6 +64,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AKLLoss",
+    "ALMLoss",
     "ATLoss",
     "AlphaBetaLoss",
     "CCLoss",
@@ -100,6 +104,7 @@ __all__ = [
     "ReviewLoss",
     "SPLoss",
     "SRDLoss",
+    "SampledReverseKLLoss",
     "ScoreKLLoss",
     "SigmoidKLLoss",
     "SkewKLLoss",
@@ -112,15 +117,19 @@ __all__ = [
     "ToDiLoss",
     "TokenSimilarityLoss",
     "TopK",
+    "ULDLoss",
     "VIDLoss",
     "WSLDLoss",
     "WTTMLoss",
     "adapt",
     "agreement",
     "akl_loss",
+    "align_tokens",
+    "alm_loss",
     "alpha_beta_loss",
     "at_loss",
     "cc_loss",
+    "chunk_log_probs",
     "cosine_loss",
     "crd_loss",
     "create_loss",
@@ -155,6 +164,7 @@ __all__ = [
     "reverse_kl_loss",
     "review_loss",
     "rkd_loss",
+    "sampled_reverse_kl_loss",
     "score_kl_loss",
     "sigmoid_kl_loss",
     "skew_kl_loss",
@@ -166,6 +176,7 @@ __all__ = [
     "token_similarity_loss",
     "ttm_loss",
     "tvd_loss",
+    "uld_loss",
     "vid_loss",
     "wsld_loss",
     "wttm_loss",

@@ -66,6 +66,7 @@ def assert_loss_contract(
     moves: bool = True,
     meet: bool = False,
     widths: bool = False,
+    elementwise: bool = False,
 ) -> None:
     """Check the promises of the design that do not depend on the formula.
 
@@ -83,6 +84,7 @@ def assert_loss_contract(
         moves: Whether moving the loss moves all that it needs; if not, what it learns is not its own.
         meet: Whether samples meet in a batch norm, so that others may change a sample's value.
         widths: Whether the last dimensions of the two sides may differ.
+        elementwise: Whether each number is a sample of its own.
     """
     learned = is_learned(build, moves)
     sides = make_sides(shape, teacher_shape)
@@ -110,10 +112,10 @@ def assert_loss_contract(
     if learned:
         _check_weights(build, pair)
     if per_sample:
-        _check_reductions(build, *pair(), target)
+        _check_reductions(build, *pair(), target, elementwise=elementwise)
         _check_mask(build, *pair(), target, meet=meet)
         _check_hides(build, *pair(), target, learned=learned)
-        refusals.check_masks(build, *pair(), target)
+        refusals.check_masks(build, *pair(), target, elementwise=elementwise)
     else:
         _check_selects(loss, *pair(), target)
 
@@ -290,10 +292,12 @@ def _check_weights(build: Callable[..., nn.Module], pair: Callable[..., tuple[Te
         assert torch.equal(cast(student, teacher), copy.deepcopy(cast).float()(student, teacher))
 
 
-def _check_reductions(build: Callable[..., nn.Module], student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+def _check_reductions(
+    build: Callable[..., nn.Module], student: Tensor, teacher: Tensor, target: Tensor | None, *, elementwise: bool
+) -> None:
     values = build(reduction="none")(student, teacher, target)
     assert values.shape[0] == student.shape[0]
-    assert values.ndim < student.ndim
+    assert values.shape == student.shape if elementwise else values.ndim < student.ndim
     torch.testing.assert_close(build()(student, teacher, target), values.mean())
     torch.testing.assert_close(build(reduction="sum")(student, teacher, target), values.sum())
 

@@ -93,7 +93,14 @@ def check_classes(loss: nn.Module, student: Tensor, teacher: Tensor, target: Ten
         loss(maps, maps, labels)
 
 
-def check_masks(build: Callable[..., nn.Module], student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+def check_masks(
+    build: Callable[..., nn.Module],
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    *,
+    elementwise: bool,
+) -> None:
     """Reductions that are none, and masks that do not fit."""
     for bad in ("avg", "Mean", None):
         with pytest.raises(ValueError, match=f"reduction must be 'mean', 'sum' or 'none', got {bad!r}"):
@@ -103,7 +110,7 @@ def check_masks(build: Callable[..., nn.Module], student: Tensor, teacher: Tenso
     with pytest.raises(ValueError, match=r"mask must be shaped like the per-sample values, \(.*got \(1,"):
         loss(student, teacher, target, mask=mask[:1])
     with pytest.raises(ValueError, match="mask must be shaped like the per-sample values"):
-        loss(student, teacher, target, mask=torch.ones(student.shape))
+        loss(student, teacher, target, mask=torch.ones(student.shape[:-1] if elementwise else student.shape))
     with pytest.raises(ValueError, match="mask must be on the device of the values, cpu, got meta"):
         loss(student, teacher, target, mask=mask.to("meta"))
     with pytest.raises(ValueError, match=r"mask must be bool or real weights, got torch.complex64"):

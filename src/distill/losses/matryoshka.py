@@ -206,6 +206,7 @@ class MatryoshkaLoss(Loss):
             TypeError: If an input is no tensor.
             ValueError: As `matryoshka_loss` and the loss inside.
         """
+        self.refuse_topk(teacher)
         given: dict[str, Any] = {"mask": mask, "denominator": denominator}
         given = {name: value for name, value in given.items() if value is not None}
         return matryoshka_loss(student, teacher, target, loss=self.loss, **self.given(), **given)
