@@ -15,6 +15,7 @@ from distill.losses.at import ATLoss, at_loss
 from distill.losses.cc import CCLoss, cc_loss
 from distill.losses.cosine import CosineLoss, cosine_loss
 from distill.losses.crd import CRDLoss, crd_loss
+from distill.losses.ctkd import CTKDLoss, ctkd_loss, ctkd_strength
 from distill.losses.cwd import CWDLoss, cwd_loss
 from distill.losses.dist import DISTLoss, dist_loss
 from distill.losses.dkd import DKDLoss, dkd_loss
@@ -44,6 +45,7 @@ from distill.losses.rkd import RKDLoss, rkd_loss
 from distill.losses.sampled_reverse_kl import SampledReverseKLLoss, sampled_reverse_kl_loss
 from distill.losses.score_kl import ScoreKLLoss, score_kl_loss
 from distill.losses.sigmoid_kl import SigmoidKLLoss, sigmoid_kl_loss
+from distill.losses.skd import SKDLoss, skd_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
 from distill.losses.skew_reverse_kl import SkewReverseKLLoss, skew_reverse_kl_loss
 from distill.losses.sp import SPLoss, sp_loss
@@ -69,6 +71,7 @@ __all__ = [
     "AlphaBetaLoss",
     "CCLoss",
     "CRDLoss",
+    "CTKDLoss",
     "CWDLoss",
     "CosineLoss",
     "CrossEntropyLoss",
@@ -102,6 +105,7 @@ __all__ = [
     "Reduction",
     "ReverseKLLoss",
     "ReviewLoss",
+    "SKDLoss",
     "SPLoss",
     "SRDLoss",
     "SampledReverseKLLoss",
@@ -133,6 +137,8 @@ __all__ = [
     "cosine_loss",
     "crd_loss",
     "create_loss",
+    "ctkd_loss",
+    "ctkd_strength",
     "cwd_loss",
     "dist_loss",
     "dkd_loss",
@@ -167,6 +173,7 @@ __all__ = [
     "sampled_reverse_kl_loss",
     "score_kl_loss",
     "sigmoid_kl_loss",
+    "skd_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "sp_loss",

@@ -67,6 +67,7 @@ def assert_loss_contract(
     meet: bool = False,
     widths: bool = False,
     elementwise: bool = False,
+    adversary: bool = False,
 ) -> None:
     """Check the promises of the design that do not depend on the formula.
 
@@ -85,6 +86,7 @@ def assert_loss_contract(
         meet: Whether samples meet in a batch norm, so that others may change a sample's value.
         widths: Whether the last dimensions of the two sides may differ.
         elementwise: Whether each number is a sample of its own.
+        adversary: Whether what the loss owns learns to make it larger.
     """
     learned = is_learned(build, moves)
     sides = make_sides(shape, teacher_shape)
@@ -110,7 +112,7 @@ def assert_loss_contract(
     refusals.check_later_options(build())
     refusals.check_classes(build(), *pair(), target)
     if learned:
-        _check_weights(build, pair)
+        _check_weights(build, pair, adversary=adversary)
     if per_sample:
         _check_reductions(build, *pair(), target, elementwise=elementwise)
         _check_mask(build, *pair(), target, meet=meet)
@@ -265,7 +267,9 @@ def _check_inference_tensors(loss: nn.Module, student: Tensor, teacher: Tensor, 
     assert torch.equal(gradient(loss, student, *constants), gradient(loss, student, teacher, target))
 
 
-def _check_weights(build: Callable[..., nn.Module], pair: Callable[..., tuple[Tensor, Tensor]]) -> None:
+def _check_weights(
+    build: Callable[..., nn.Module], pair: Callable[..., tuple[Tensor, Tensor]], *, adversary: bool
+) -> None:
     """Each weight gets a gradient, is saved, trains and may be of any dtype; nothing moves in a forward."""
     loss, (student, teacher) = build(), pair()
     state = copy.deepcopy(loss.state_dict())
@@ -284,7 +288,7 @@ def _check_weights(build: Callable[..., nn.Module], pair: Callable[..., tuple[Te
     assert torch.equal(other(student, teacher), value)
     other(student, teacher).backward()
     torch.optim.SGD(other.parameters(), lr=1e-3).step()
-    assert other(student, teacher) < value
+    assert other(student, teacher) > value if adversary else other(student, teacher) < value
 
     for dtype in (torch.bfloat16, torch.half):
         student, teacher = pair(dtype)
