@@ -44,6 +44,7 @@ from distill.losses.review import ReviewLoss, review_loss
 from distill.losses.rkd import RKDLoss, rkd_loss
 from distill.losses.sampled_reverse_kl import SampledReverseKLLoss, sampled_reverse_kl_loss
 from distill.losses.score_kl import ScoreKLLoss, score_kl_loss
+from distill.losses.sdd import SDDLoss, sdd_loss
 from distill.losses.sigmoid_kl import SigmoidKLLoss, sigmoid_kl_loss
 from distill.losses.skd import SKDLoss, skd_loss
 from distill.losses.skew_kl import SkewKLLoss, skew_kl_loss
@@ -105,6 +106,7 @@ __all__ = [
     "Reduction",
     "ReverseKLLoss",
     "ReviewLoss",
+    "SDDLoss",
     "SKDLoss",
     "SPLoss",
     "SRDLoss",
@@ -172,6 +174,7 @@ __all__ = [
     "rkd_loss",
     "sampled_reverse_kl_loss",
     "score_kl_loss",
+    "sdd_loss",
     "sigmoid_kl_loss",
     "skd_loss",
     "skew_kl_loss",

@@ -57,7 +57,7 @@ def test_the_gradient_of_the_temperature_is_turned_round(strength):
 
 def test_contract():
     assert_loss_contract(CTKDLoss, shape=(6, 10), adversary=True)
-    assert_loss_contract(lambda **options: CTKDLoss(0.5, 3.0, dim=1, **options), shape=(4, 5, 3, 2), adversary=True)
+    assert_loss_contract(lambda **options: CTKDLoss(0.5, 3.0, **options), shape=(4, 3, 5), adversary=True)
 
 
 def test_is_kl_at_its_temperature():
