@@ -49,6 +49,13 @@ def check_fraction(name: str, value: float, *, zero: bool = False) -> float:
     return value
 
 
+def check_flag(name: str, value: bool) -> bool:
+    """Return `value` if it is True or False, else raise ValueError that names the option."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def check_tensor(name: str, value: Tensor) -> Tensor:
     """Return `value` if it is a tensor, else raise TypeError that names it."""
     if not isinstance(value, Tensor):
@@ -92,13 +99,14 @@ def ordinary(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def check_inputs(student: Tensor, teacher: Tensor, *, dim: int) -> torch.dtype:
+def check_inputs(student: Tensor, teacher: Tensor, *, dim: int, columns: bool = False) -> torch.dtype:
     """Check that two tensors can be compared along `dim`, and say in which dtype.
 
     Args:
         student: The student's tensor, any shape with a dimension `dim`.
         teacher: The teacher's tensor, of the same shape.
         dim: The dimension that the loss sums over.
+        columns: Whether they may be logits of vocabularies: a message then says how to compare the first columns.
 
     Returns:
         The dtype in which the loss is computed: the wider one of the two, and at least float32.
@@ -110,9 +118,10 @@ def check_inputs(student: Tensor, teacher: Tensor, *, dim: int) -> torch.dtype:
     """
     check_tensors(student, teacher)
     if student.shape != teacher.shape:
+        hint = _columns_hint(student, teacher) if columns else ""
         raise ValueError(
             "student and teacher must have the same shape (nothing is broadcast), "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}{hint}"
         )
     dtype = check_kinds(student, teacher)
     if not -student.ndim <= dim < student.ndim:
@@ -120,13 +129,25 @@ def check_inputs(student: Tensor, teacher: Tensor, *, dim: int) -> torch.dtype:
     return dtype
 
 
-def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
+def _columns_hint(student: Tensor, teacher: Tensor) -> str:
+    """What to do about two vocabularies, where the shapes differ in nothing else."""
+    if student.ndim != teacher.ndim or student.shape[:-1] != teacher.shape[:-1]:
+        return ""
+    ours, theirs = student.shape[-1], teacher.shape[-1]
+    return (
+        f": {ours} and {theirs} columns; where the first {min(ours, theirs)} mean the same tokens, "
+        f"adapt.Columns({min(ours, theirs)}) on both sides (student= and teacher= of a Term) compares those"
+    )
+
+
+def check_pair(student: Tensor, teacher: Tensor, *, dim: int, columns: bool = False) -> tuple[Tensor, Tensor]:
     """Check that two tensors can be compared along `dim`, and make them ready for it.
 
     Args:
         student: The student's tensor, any shape with a dimension `dim`.
         teacher: The teacher's tensor, of the same shape.
         dim: The dimension that the loss sums over.
+        columns: As in `check_inputs`.
 
     Returns:
         The student and the detached teacher, both in the dtype in which the loss is computed: the wider one of the
@@ -135,7 +156,7 @@ def check_pair(student: Tensor, teacher: Tensor, *, dim: int) -> tuple[Tensor, T
     Raises:
         ValueError: As `check_inputs`.
     """
-    dtype = check_inputs(student, teacher, dim=dim)
+    dtype = check_inputs(student, teacher, dim=dim, columns=columns)
     return widen(student, dtype), widen(ordinary(teacher.detach()), dtype)
 
 

@@ -6,13 +6,14 @@ from typing import Any, ClassVar
 from torch import nn
 from typing_extensions import override
 
+from distill._checks import check_flag
 from distill._reduction import check_reduction
 
 
 class Options(nn.Module):
     """Options by name, each with the check that it must pass whenever it is set; `repr` shows them in this order.
 
-    A `reduction` and a `dim` are options too, but not of the formula.
+    A `reduction`, a `dim` and a `gather` are options too, but not of the formula; `gather` is shown where it is on.
     """
 
     options: ClassVar[Mapping[str, Callable[[str, Any], Any]]] = {}
@@ -22,6 +23,8 @@ class Options(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "reduction":
             value = check_reduction(value)
+        if name == "gather":
+            value = check_flag(name, value)
         check = self.options.get(name)
         value = value if check is None else check(name, value)
         if name in self.built and self.__dict__.get(name, value) != value:
@@ -36,4 +39,6 @@ class Options(nn.Module):
     def extra_repr(self) -> str:
         """Show the options in `repr`."""
         shown = {**self.given(), **{name: getattr(self, name) for name in ("reduction", "dim") if hasattr(self, name)}}
+        if getattr(self, "gather", False):
+            shown["gather"] = True
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())

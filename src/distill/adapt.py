@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from distill._checks import check_count
 
-__all__ = ["NHWC", "Select", "Tokens", "TokensToMap"]
+__all__ = ["NHWC", "Columns", "Select", "Tokens", "TokensToMap"]
 
 
 class NHWC(nn.Module):
@@ -142,6 +142,57 @@ class TokensToMap(nn.Module):
     def extra_repr(self) -> str:
         """Show the options in `repr`."""
         return f"prefix={self.prefix}, grid={self.grid}"
+
+
+class Columns(nn.Module):
+    """The first columns of logits: for vocabularies of which one continues the other, or is padded at the end.
+
+    On both sides of a `Term` it compares the tokens that both models know, and gives them all of the probability. The
+    task loss keeps the student's whole softmax. A label that is no kept column is refused by losses that use labels.
+
+    Args:
+        stop: How many columns to keep, at least 2. They must mean the same tokens on both sides.
+
+    Raises:
+        ValueError: If the number is no integer of at least 2.
+
+    Examples:
+        >>> import torch
+        >>> from distill import KLLoss, Term, adapt
+        >>> adapt.Columns(32000)(torch.zeros(2, 5, 32064)).shape
+        torch.Size([2, 5, 32000])
+        >>> both = adapt.Columns(32000)
+        >>> term = Term(KLLoss(), student=both, teacher=both)
+    """
+
+    def __init__(self, stop: int) -> None:
+        super().__init__()
+        self.stop = check_count("stop", stop, least=2)
+
+    @override
+    def forward(self, logits: Tensor) -> Tensor:
+        """Keep the first columns.
+
+        Args:
+            logits: `(..., V)`, V at least `stop`.
+
+        Returns:
+            `(..., stop)`, a view.
+
+        Raises:
+            TypeError: If the logits are no tensor.
+            ValueError: If there are fewer columns.
+        """
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"logits must be a tensor, got {type(logits).__name__}; adapt.Select takes an entry of it")
+        if logits.ndim == 0 or logits.shape[-1] < self.stop:
+            raise ValueError(f"there must be at least {self.stop} columns, got shape {tuple(logits.shape)}")
+        return logits[..., : self.stop]
+
+    @override
+    def extra_repr(self) -> str:
+        """Show the option in `repr`."""
+        return f"{self.stop}"
 
 
 class Select(nn.Module):

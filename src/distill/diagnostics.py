@@ -149,7 +149,7 @@ def agreement(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, d
         >>> agreement(student, student.flip(0))
         tensor(0.5000)
     """
-    dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim)
+    dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim, columns=dim in (None, -1))
     dim = check_classes(student, dim=dim)
     (ours, our_class), (theirs, their_class) = student.max(dim), teacher.max(dim)
     same = (our_class == their_class).to(dtype).masked_fill(ours.isnan() | theirs.isnan(), torch.nan)

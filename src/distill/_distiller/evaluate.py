@@ -194,9 +194,9 @@ def check_tapped(seen: Mapping[Tap, Any]) -> None:
 
 
 def has_mean(loss: Any) -> bool:
-    """Whether a loss is a mean over samples; one without a reduction is of the whole batch."""
+    """Whether a loss is a mean over samples; one without a reduction is of a batch, one that gathers of all batches."""
     inner = loss.module if isinstance(loss, nn.parallel.DistributedDataParallel) else loss
-    return getattr(inner, "reduction", None) == "mean"
+    return getattr(inner, "reduction", None) == "mean" and not getattr(inner, "gather", False)
 
 
 def _check_scalar(name: str, value: Any) -> Tensor:

@@ -109,7 +109,7 @@ class Rows:
             dim = -1
             mask = None if mask is None else ordinary(mask)
         else:
-            dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim)
+            dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim, columns=dim in (None, -1))
             teacher = teacher.detach()
             dim = check_classes(student, dim=dim, least=self.classes) if self.softmax else -1 if dim is None else dim
             if mask is not None:

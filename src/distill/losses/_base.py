@@ -13,11 +13,15 @@ from distill._engine.rows import Rows
 from distill._engine.topk import refusal
 from distill._options import Options
 from distill._reduction import Reduction, check_denominator, divide, hide, reduce
+from distill.losses._gather import gather_batches, is_alone
 from distill.topk import TopK
 
 
 class Loss(Options):
     """What every loss of a student and a teacher is: its options, and how it is called."""
+
+    gather: bool = False  # a loss that exists for a whole batch may have it as an option
+    uses_target: ClassVar[bool] = False  # whether a loss of a whole batch looks at the target
 
     if TYPE_CHECKING:
 
@@ -36,6 +40,33 @@ class Loss(Options):
         """Raise TypeError for a `TopK`, by the name of a loss that takes none."""
         if isinstance(teacher, TopK):
             raise TypeError(refusal(type(self).__name__))
+
+    def gathered(
+        self, student: Any, teacher: Any, target: Tensor | None, mask: Tensor | None
+    ) -> tuple[Any, Any, Tensor | None, Tensor | None]:
+        """What to compare: with `gather` the batches of all processes as one, but for eval mode.
+
+        There each process compares its own, as in `nn.SyncBatchNorm`: processes may evaluate unequal numbers of
+        batches, and none must wait for one that does not come.
+
+        Raises:
+            ValueError: If there is a dimension 0 of classes, or the processes' batches do not fit together.
+        """
+        if not self.gather:
+            return student, teacher, target, mask
+        labels = target if self.uses_target and isinstance(target, Tensor) else None
+        given = [part for part in (student, teacher, labels, mask) if part is not None]
+        if not all(isinstance(part, Tensor) and part.ndim for part in given):  # refused by the loss itself
+            return student, teacher, target, mask
+        dim = getattr(self, "dim", None)
+        if dim is not None and dim % student.ndim == 0:
+            raise ValueError(f"with gather=True dimension 0 must be the samples, got dim={dim} for the classes")
+        if not self.training or is_alone():
+            return student, teacher, target, mask
+        student, teacher, labels, mask = gather_batches(
+            student=student, teacher=teacher.detach(), target=labels, mask=mask
+        )
+        return student, teacher, target if labels is None else labels, mask
 
 
 class SampleLoss(Loss):
@@ -80,6 +111,9 @@ class SampleLoss(Loss):
             ValueError: As the loss's function, and if the mask has another shape than the per-sample values.
         """
         self.refuse_topk(teacher)
+        if self.gather and denominator is not None:
+            raise ValueError("denominator must be None with gather=True, whose mean is over all processes already")
+        student, teacher, target, mask = self.gathered(student, teacher, target, mask)
         if mask is not None:
             check_tensor("mask", mask)
             student, teacher = _hide(student, mask), _hide(teacher, mask)
@@ -142,7 +176,15 @@ class RowLoss(SampleLoss):
 
 
 class BatchLoss(Loss):
-    """A loss that exists only for a whole batch: a subclass has `whole`, and the mask selects samples."""
+    """A loss that exists only for a whole batch: a subclass has `whole`, and the mask selects samples.
+
+    Args:
+        gather: Whether several processes that train together compare the batches of all of them; False: each its own.
+    """
+
+    def __init__(self, *, gather: bool = False) -> None:
+        super().__init__()
+        self.gather = gather
 
     def whole(self, student: Tensor, teacher: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
         """The value of the samples of a batch that the mask selects."""
@@ -170,7 +212,7 @@ class BatchLoss(Loss):
             ValueError: As the loss's function, and if the mask is not one per sample or holds weights.
         """
         self.refuse_topk(teacher)
-        return self.whole(student, teacher, target, mask)
+        return self.whole(*self.gathered(student, teacher, target, mask))
 
 
 def _hide(side: Any, mask: Tensor) -> Any:

@@ -86,12 +86,13 @@ def _correlations(features: Tensor, gamma: float, order: int) -> Tensor:
 class CCLoss(BatchLoss):
     """Mean squared difference of the correlations between samples; see `cc_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
-    train together, each compares the samples of its own batch.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 
     Args:
         gamma: Of the Gaussian kernel, positive and finite. It may be changed between steps.
         order: The highest power of its Taylor series, at least 1.
+        gather: Whether processes that train together compare the samples of all of them: the loss is that of the whole
+            batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
         ValueError: If gamma is not positive and finite, or the order is no integer of at least 1.
@@ -106,8 +107,8 @@ class CCLoss(BatchLoss):
 
     options = {"gamma": check_positive, "order": check_count}  # noqa: RUF012 - declared in the base
 
-    def __init__(self, gamma: float = 0.4, order: int = 2) -> None:
-        super().__init__()
+    def __init__(self, gamma: float = 0.4, order: int = 2, *, gather: bool = False) -> None:
+        super().__init__(gather=gather)
         self.gamma = gamma
         self.order = order
 

@@ -154,7 +154,8 @@ class CRDLoss(BatchLoss):
 
     The parameters `student_embedding` and `teacher_embedding` are to be trained with the student. Under
     DistributedDataParallel each process has a memory of its own: give it `broadcast_buffers=False`, or the memory of
-    the first is sent to all in every forward.
+    the first is sent to all in every forward. With `gather` each process moves the entries of all samples, so the
+    memories stay the same; give each process a generator in the same state, so that they draw the same negatives.
 
     Args:
         student_dim: Values per sample of the student.
@@ -170,6 +171,8 @@ class CRDLoss(BatchLoss):
         generator: Where the memory's first entries and the negatives are drawn from, on any device; by default the
             global generator. A copy of the module, by `deepcopy` or `pickle`, gets a generator of its own in the same
             state.
+        gather: Whether processes that train together compare the samples of all of them: the loss is that of the whole
+            batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
         ValueError: If an option is out of its range, or belongs to the memory where there is none.
@@ -189,6 +192,8 @@ class CRDLoss(BatchLoss):
     order: Tensor
     excluded: Tensor
 
+    uses_target = True
+
     options = {"temperature": check_positive, "num_negatives": check_count, "momentum": _check_momentum}  # noqa: RUF012 - declared in the base
 
     def __init__(
@@ -203,8 +208,9 @@ class CRDLoss(BatchLoss):
         momentum: float = _MOMENTUM,
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
+        gather: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather)
         sizes = {"student_dim": student_dim, "teacher_dim": teacher_dim, "dim": dim}
         for name, size in sizes.items():
             check_count(name, size)
@@ -263,9 +269,9 @@ class CRDLoss(BatchLoss):
     def extra_repr(self) -> str:
         """Show the options in `repr`."""
         shown = f"num_samples={self.num_samples}, temperature={self.temperature}"
-        if self.num_samples is None:
-            return shown
-        return f"{shown}, num_negatives={self.num_negatives}, momentum={self.momentum}"
+        if self.num_samples is not None:
+            shown = f"{shown}, num_negatives={self.num_negatives}, momentum={self.momentum}"
+        return f"{shown}, gather=True" if self.gather else shown
 
     def _first_entries(self, num_samples: int, dim: int) -> Tensor:
         # Uniform, of norm 1 on average: of variance 1 / dim.

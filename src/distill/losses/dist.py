@@ -86,7 +86,7 @@ def dist_loss(
     check_not_negative("beta", beta)
     check_not_negative("gamma", gamma)
     check_positive("temperature", temperature)
-    student, teacher = check_pair(student, teacher, dim=-1 if dim is None else dim)
+    student, teacher = check_pair(student, teacher, dim=-1 if dim is None else dim, columns=dim in (None, -1))
     if student.ndim < 2:
         raise ValueError(f"student and teacher must have samples and classes, got shape {tuple(student.shape)}")
     dim = check_classes(student, dim=dim)
@@ -124,14 +124,15 @@ def _correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
 class DISTLoss(BatchLoss):
     """Correlation of the predictions over classes and over samples; see `dist_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
-    train together, each compares the samples of its own batch.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 
     Args:
         beta: Weight of the part over classes, zero or positive.
         gamma: Weight of the part over samples, zero or positive.
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         dim: The dimension of the `C` classes; None: the last, of at most three.
+        gather: Whether processes that train together compare the samples of all of them: the loss is that of the whole
+            batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
         ValueError: If a weight is negative or not finite, or the temperature is not positive and finite.
@@ -148,9 +149,15 @@ class DISTLoss(BatchLoss):
     options = {"beta": check_not_negative, "gamma": check_not_negative, "temperature": check_positive}  # noqa: RUF012 - declared in the base
 
     def __init__(
-        self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, *, dim: int | None = None
+        self,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 1.0,
+        *,
+        dim: int | None = None,
+        gather: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(gather=gather)
         self.beta = beta
         self.gamma = gamma
         self.temperature = temperature

@@ -76,9 +76,11 @@ class ICKDLoss(SampleLoss):
 
     Args:
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
+        gather: Whether N counts the samples of all processes that train together: the loss is that of the whole batch,
+            and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
-        ValueError: If the reduction is unknown.
+        ValueError: If the reduction is unknown, or `gather` is neither True nor False.
 
     Examples:
         >>> import torch
@@ -89,8 +91,9 @@ class ICKDLoss(SampleLoss):
         tensor(0.)
     """
 
-    def __init__(self, *, reduction: Reduction = "mean") -> None:
+    def __init__(self, *, reduction: Reduction = "mean", gather: bool = False) -> None:
         super().__init__(reduction=reduction)
+        self.gather = gather
 
     @override
     def per_sample(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:

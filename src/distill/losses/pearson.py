@@ -104,8 +104,15 @@ def _standardize(maps: Tensor, kept: Tensor | None) -> Tensor:
 class PearsonLoss(BatchLoss):
     """Half the mean squared difference of the standardised maps; see `pearson_loss` for the formula.
 
-    It has no options, and no reduction: the loss is one number for the whole batch, whose mask selects samples. Where
-    several processes train together, each takes the statistics of its own batch.
+    It has no reduction: the loss is one number for the whole batch, whose mask selects samples.
+
+    Args:
+        gather: Whether processes that train together take the statistics of all their samples: the loss is that of the
+            whole batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each has
+            its own.
+
+    Raises:
+        ValueError: If `gather` is neither True nor False.
 
     Examples:
         >>> import torch

@@ -77,8 +77,14 @@ def _neighbours(features: Tensor, kept: Tensor | None = None) -> Tensor:
 class PKTLoss(BatchLoss):
     """Divergence of the chances of samples to be neighbours; see `pkt_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
-    train together, each compares the samples of its own batch.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
+
+    Args:
+        gather: Whether processes that train together compare the samples of all of them: the loss is that of the whole
+            batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
+
+    Raises:
+        ValueError: If `gather` is neither True nor False.
 
     Examples:
         >>> import torch

@@ -197,15 +197,16 @@ def _inverse_root(squares: Tensor) -> Tensor:
 class RKDLoss(BatchLoss):
     """Difference between distances and angles of the samples; see `rkd_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
-    train together, each compares the samples of its own batch.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 
     Args:
         distance_weight: Of the pairs, finite and not negative. It may be changed between steps.
         angle_weight: Of the triples, finite and not negative. It may be changed between steps.
+        gather: Whether processes that train together compare the samples of all of them: the loss is that of the whole
+            batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
-        ValueError: If a weight is negative or not finite.
+        ValueError: If a weight is negative or not finite, or `gather` is neither True nor False.
 
     Examples:
         >>> import torch
@@ -217,8 +218,8 @@ class RKDLoss(BatchLoss):
 
     options = {"distance_weight": check_not_negative, "angle_weight": check_not_negative}  # noqa: RUF012 - declared in the base
 
-    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
-        super().__init__()
+    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0, *, gather: bool = False) -> None:
+        super().__init__(gather=gather)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 

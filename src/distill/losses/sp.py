@@ -71,8 +71,14 @@ def _similarities(features: Tensor) -> Tensor:
 class SPLoss(BatchLoss):
     """Squared difference of the similarities between samples; see `sp_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
-    train together, each compares the samples of its own batch.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
+
+    Args:
+        gather: Whether processes that train together compare the samples of all of them: the loss is that of the whole
+            batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
+
+    Raises:
+        ValueError: If `gather` is neither True nor False.
 
     Examples:
         >>> import torch
