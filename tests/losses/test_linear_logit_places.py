@@ -195,4 +195,4 @@ def test_rejects_sharded_heads_and_names_the_cure():
         assert re.match(
             r"(student_weight|the weight of student_head) must be whole in each process, got a DTensor", line
         )
-        assert "leave the head out of what is sharded, or call linear_logit_loss with its weight.full_tensor()" in line
+        assert "reshard_after_forward=False)), or call linear_logit_loss with its weight.full_tensor()" in line

@@ -75,15 +75,27 @@ def main(rank: int, world: int, folder: Path) -> None:
     distiller(inputs[mine], target[mine], student=student).loss.backward()
     replicated = {**gradients(distiller.student), "scale": distiller.losses["hint"].module.scale.grad.clone()}
 
-    # The student's layers sharded over the processes in place.
+    # The student's layers sharded over the processes in place, and so must be the loss that learns.
     distiller = build()
     mesh = init_device_mesh("cpu", (world,))
     for layer in (distiller.student[0], distiller.student[2], distiller.student):
         fully_shard(layer, mesh=mesh)
+    try:
+        distiller(inputs[mine], target[mine])
+    except ValueError as error:
+        refused_sharded = str(error)
+    fully_shard(distiller.losses["hint"], mesh=mesh)
     distiller(inputs[mine], target[mine]).loss.backward()
-    sharded = {name: gradient.full_tensor() for name, gradient in gradients(distiller.student).items()}
+    sharded = {name: gradient.full_tensor() for name, gradient in gradients(distiller).items()}
 
-    state = {"distiller": whole, "student": replicated, "sharded": sharded, "size": buckets, "refused": refused}
+    # All of it sharded as one.
+    distiller = build()
+    fully_shard(distiller, mesh=mesh)
+    distiller(inputs[mine], target[mine]).loss.backward()
+    as_one = {name: gradient.full_tensor() for name, gradient in gradients(distiller).items()}
+
+    state = {"distiller": whole, "student": replicated, "sharded": sharded, "as one": as_one, "size": buckets}
+    state |= {"refused": refused, "refused sharded": refused_sharded}
     torch.save(state, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

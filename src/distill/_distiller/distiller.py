@@ -304,8 +304,8 @@ class Distiller(nn.Module):
         ask_losses([self.task_loss, *(self.losses[name] for name in names)], student=self.student, teacher=self.teacher)
         if not trains:
             return
-        if model is not self.student and not self._averaged_outside:
-            check_losses_in_step([*self.losses.items(), *self.adapters.items()])
+        if not self._averaged_outside:
+            check_losses_in_step(self, model)
         if isinstance(self.teacher, nn.Module):
             now = identities(self, self.teacher)
             if now != self._known_tensors:

@@ -102,22 +102,34 @@ def check_trains(student: nn.Module) -> None:
         )
 
 
-def check_losses_in_step(modules: list[tuple[str, nn.Module]]) -> None:
+def check_losses_in_step(distiller: Any, model: Any) -> None:
     """Raise ValueError if learned losses get no gradients from the other processes.
 
-    Called where the student alone is wrapped: DDP and FSDP then synchronise the student, and nobody the losses.
+    Where the student alone is wrapped, or sharded in place, DDP and FSDP synchronise it, and nobody the losses.
+
+    Args:
+        distiller: The Distiller.
+        model: What is run as its student: the student, or the student wrapped.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     if torch.distributed.get_world_size() < 2:
         return
-    for name, loss in modules:
+    if model is distiller.student and not _sharded_alone(distiller):
+        return
+    for name, loss in (*distiller.losses.items(), *distiller.adapters.items()):
         if any(parameter.requires_grad and type(parameter) is nn.Parameter for parameter in _own_parameters(loss)):
             raise ValueError(
                 f"the learned part of term {name!r} must get the gradients of all processes, but only the student is "
-                "wrapped (student=): wrap the whole Distiller (DistributedDataParallel(distiller)), or that loss "
+                "wrapped (student=) or sharded: wrap the whole Distiller (DistributedDataParallel(distiller)), or that loss "
                 "(Term(DistributedDataParallel(loss)), fully_shard(loss))"
             )
+
+
+def _sharded_alone(distiller: Any) -> bool:
+    """Whether FSDP has sharded layers of the student in place, but not the Distiller around them."""
+    fsdp = "set_requires_gradient_sync"
+    return not hasattr(distiller, fsdp) and any(hasattr(module, fsdp) for module in distiller.student.modules())
 
 
 def _own_parameters(loss: nn.Module) -> Iterator[nn.Parameter]:

@@ -46,6 +46,9 @@ class HeadPair:
             teacher_scale: What the loss multiplies the teacher's logits by.
         """
         student, teacher = self.student, self.teacher
+        for name, head in (("student_head", student), ("teacher_head", teacher)):
+            if hasattr(getattr(head, "weight", None), "full_tensor"):  # FSDP may have sharded it since
+                check_whole(f"the weight of {name}", head.weight)  # pragma: no cover - in a process of the test's own
         if not self._checked or (_kind(student), _kind(teacher), student_scale, teacher_scale) != self._checked:
             check_head("student_head", student, student_scale)
             check_head("teacher_head", teacher, teacher_scale)

@@ -232,8 +232,9 @@ def check_whole(name: str, tensor: Any) -> None:
     kind = type(tensor).__name__
     if hasattr(tensor, "full_tensor"):
         raise ValueError(  # pragma: no cover - in a process of the test's own
-            f"{name} must be whole in each process, got a {kind} (sharded by FSDP or tensor parallelism): leave the "
-            f"head out of what is sharded, or call linear_logit_loss with its weight.full_tensor()"
+            f"{name} must be whole in each process, got a {kind} (sharded by FSDP or tensor parallelism): build the "
+            "loss before fully_shard, and keep what holds the head whole after its forward "
+            "(fully_shard(..., reshard_after_forward=False)), or call linear_logit_loss with its weight.full_tensor()"
         )
     if hasattr(tensor, "__tensor_flatten__") or is_lazy(tensor):
         raise ValueError(f"{name} must be an ordinary tensor, got a {kind}: dequantise or initialise it, and give that")
