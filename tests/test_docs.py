@@ -14,6 +14,7 @@ import losses_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "docs/recipes").glob("*.md"))  # whose code test_recipes.py runs
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND_LINES = [
@@ -50,7 +51,7 @@ def test_command_on_the_page_is_accepted(page, line):
 
 
 def test_every_block_on_the_pages_is_of_a_kind_that_is_tested():
-    for page in PAGES:
+    for page in (*PAGES, *RECIPES):
         for kind in re.findall(r"^```(\S+)$", page.read_text(), re.MULTILINE):
             assert kind in ("python", "bash", "toml"), f"{page.name} has a block of {kind}"
 
@@ -68,7 +69,7 @@ def test_every_public_name_is_shown_on_a_page():
         assert f"::: distill.{name}\n" in pages, f"no page shows distill.{name}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"

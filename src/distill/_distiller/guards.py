@@ -121,8 +121,8 @@ def check_losses_in_step(distiller: Any, model: Any) -> None:
         if any(parameter.requires_grad and type(parameter) is nn.Parameter for parameter in _own_parameters(loss)):
             raise ValueError(
                 f"the learned part of term {name!r} must get the gradients of all processes, but only the student is "
-                "wrapped (student=) or sharded: wrap the whole Distiller (DistributedDataParallel(distiller)), or that loss "
-                "(Term(DistributedDataParallel(loss)), fully_shard(loss))"
+                "wrapped (student=) or sharded: wrap the whole Distiller (DistributedDataParallel(distiller)), or that "
+                "loss (Term(DistributedDataParallel(loss)), fully_shard(loss))"
             )
 
 

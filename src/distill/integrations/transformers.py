@@ -49,6 +49,8 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
             raise ValueError("leave compute_loss_func and label_smoothing_factor out, and give each GPU a process")
         self.distiller = distiller.to(self.args.device)
         self.distiller._averaged_outside = True
+        if hasattr(getattr(distiller.teacher, "config", None), "use_cache"):
+            distiller.teacher.config.use_cache = False  # with a cache, models do not see that sequences are packed
         self.prepare = prepare or self._prepare
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # `compute_loss` divides by itself
         self._terms: dict[str, Tensor] = {}
