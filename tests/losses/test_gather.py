@@ -1,13 +1,28 @@
 """`gather=True`: what one process sees of it; `tests/test_recipes.py` runs two."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from contract import make_pair
-from distill import CCLoss, CRDLoss, Distiller, DISTLoss, ICKDLoss, PearsonLoss, PKTLoss, RKDLoss, SPLoss, Term
+from distill import (
+    CCLoss,
+    CRDLoss,
+    Distiller,
+    DISTLoss,
+    ICKDLoss,
+    PearsonLoss,
+    PKTLoss,
+    RKDLoss,
+    SPLoss,
+    SRDLoss,
+    Term,
+    get_loss,
+    list_losses,
+)
 from distill.losses import _base, _gather
 
 BATCH_LOSSES = {
@@ -19,6 +34,7 @@ BATCH_LOSSES = {
     "dist": DISTLoss,
     "ickd": ICKDLoss,
     "pearson": PearsonLoss,
+    "srd": lambda **options: SRDLoss(6, 6, **options),
 }
 
 
@@ -43,6 +59,12 @@ def test_is_an_option_that_is_checked_shown_and_copied(name):
     for wrong in (1, None, "yes"):
         with pytest.raises(ValueError, match="gather must be True or False, got"):
             loss.gather = wrong
+
+
+def test_every_loss_of_a_whole_batch_has_it():
+    for name in list_losses():
+        if issubclass(get_loss(name), _base.BatchLoss):
+            assert "gather" in inspect.signature(get_loss(name)).parameters, name
 
 
 @pytest.mark.parametrize("name", BATCH_LOSSES)

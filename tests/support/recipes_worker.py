@@ -63,6 +63,7 @@ def main(rank: int, world: int, port: str, folder: Path) -> None:
     found: dict[str, Any] = {name: run(name, world) for name in ("distributed", "accelerate")}
     if world > 1:
         found["refused"] = gather_worker.check(rank, world)
+    dist.destroy_process_group = destroy
     destroy()
     torch.save(found, folder / f"{world}-{rank}.pt")
 

@@ -118,13 +118,14 @@ class SRDLoss(BatchLoss):
     """Logarithm of a power of the differences of normalised features, the student's through a learned linear layer.
 
     See `srd_loss` for the formula. It exists for a whole batch only, so it has no reduction, and its mask selects
-    samples. The statistics are always those of the batch. Where several processes train together, each compares the
-    samples of its own batch. The value may be negative.
+    samples. The statistics are always those of the batch. The value may be negative.
 
     Args:
         student_channels: Channels of the student's features.
         teacher_channels: Channels of the teacher's features.
         power: The exponent, at least 1. It may be changed between steps.
+        gather: Whether processes that train together compare the samples of all of them: the loss is that of the whole
+            batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Attributes:
         projector: The learned layer, an `nn.Linear` without a bias, also where the channels agree.
@@ -147,8 +148,10 @@ class SRDLoss(BatchLoss):
     }
     built = ("student_channels", "teacher_channels")
 
-    def __init__(self, student_channels: int, teacher_channels: int, power: float = 4.0) -> None:
-        super().__init__()
+    def __init__(
+        self, student_channels: int, teacher_channels: int, power: float = 4.0, *, gather: bool = False
+    ) -> None:
+        super().__init__(gather=gather)
         self.student_channels, self.teacher_channels = student_channels, teacher_channels
         self.power = power
         self.projector = nn.Linear(student_channels, teacher_channels, bias=False)
