@@ -12,6 +12,7 @@ from distill._checks import (
     check_count_or_none,
     check_integer,
     check_not_negative,
+    check_tensor,
     check_tensors,
     ordinary,
 )
@@ -19,11 +20,13 @@ from distill._engine.cross_entropy import CROSS_ENTROPY, with_cross_entropy
 from distill._engine.fused import Call
 from distill._engine.linear import Side, linear_rows
 from distill._engine.squared.heads import check_vocabulary
+from distill._engine.topk import check_fits, loss_of
 from distill._hidden import IGNORED, check_compared, check_hidden, find_labels, flat_mask, labelled_share
 from distill._options import Options
 from distill._reduction import Reduction, check_denominator, divide
 from distill.losses._base import RowLoss
 from distill.losses._heads import HeadPair, check_scale
+from distill.topk import TopK
 
 
 class LinearLoss(Options):
@@ -42,7 +45,8 @@ class LinearLoss(Options):
             others, with its options and reduction; or one of yours that is built on `RowLoss`.
         student_head: The student's head: `nn.Linear`, `nn.Embedding` (tied or not), or another module that computes
             `W h + b` with a matrix `weight` of V rows.
-        teacher_head: The teacher's head. A constant.
+        teacher_head: The teacher's head. A constant. None: each call brings a `TopK` in place of hidden states, so that
+            only the student's head is multiplied. With a head a call may bring either.
         cross_entropy: What the cross-entropy is multiplied by, zero or positive. It counts samples that have a label: a
             target of -100 has none. It is over the student's whole vocabulary.
         vocab_size: Compare the first so many rows of both heads only, which must mean the same tokens.
@@ -77,7 +81,7 @@ class LinearLoss(Options):
         self,
         loss: RowLoss,
         student_head: nn.Module,
-        teacher_head: nn.Module,
+        teacher_head: nn.Module | None = None,
         *,
         cross_entropy: float = 0.0,
         vocab_size: int | None = None,
@@ -102,8 +106,7 @@ class LinearLoss(Options):
         # Not a module, so that nn.Module finds no submodules: the models own their heads.
         self._heads = HeadPair(student_head, teacher_head)
         self._heads.check(student_scale, teacher_scale)
-        weight, _, teacher_weight, _ = self._heads.tensors()
-        check_vocabulary(len(weight), len(teacher_weight), vocab_size)
+        self._compared()
 
     if TYPE_CHECKING:
 
@@ -111,7 +114,7 @@ class LinearLoss(Options):
         def __call__(
             self,
             student: Tensor,
-            teacher: Tensor,
+            teacher: Tensor | TopK,
             target: Tensor | None = None,
             *,
             mask: Tensor | None = None,
@@ -122,6 +125,11 @@ class LinearLoss(Options):
     def reduction(self) -> Reduction:
         """The reduction of the loss."""
         return self.loss.reduction
+
+    def _compared(self) -> int:
+        """How many rows of the heads are compared."""
+        weight, _, teacher_weight, _ = self._heads.tensors()
+        return check_vocabulary(len(weight), len(weight if teacher_weight is None else teacher_weight), self.vocab_size)
 
     def __getstate__(self) -> dict[str, Any]:
         return self._heads.out_of(self)
@@ -138,7 +146,7 @@ class LinearLoss(Options):
     def forward(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | TopK,
         target: Tensor | None = None,
         *,
         mask: Tensor | None = None,
@@ -148,7 +156,7 @@ class LinearLoss(Options):
 
         Args:
             student: What the student's head sees, `(..., d_s)`.
-            teacher: What the teacher's head sees, `(..., d_t)`. A constant.
+            teacher: What the teacher's head sees, `(..., d_t)`; or a `TopK` of `(...)` rows. A constant.
             target: Labels, `(...)`, where the loss or the cross-entropy uses them; -100 has no cross-entropy.
             mask: Bool or weights, `(...)`. What a 0 hides counts nowhere, and its logits are not formed.
             denominator: A mean becomes the sum divided by this number.
@@ -160,42 +168,59 @@ class LinearLoss(Options):
             TypeError: If what must be a tensor is none.
             ValueError: If shapes, dtypes or devices do not fit, or a label is no class.
         """
-        check_tensors(student, teacher)
+        self.loss.refuse_topk(teacher)
+        check_tensor("student", student)
         self._heads.check(self.student_scale, self.teacher_scale)
-        weight, bias, teacher_weight, teacher_bias = self._heads.tensors()
-        size = check_vocabulary(len(weight), len(teacher_weight), self.vocab_size)
+        weight, bias, *_ = self._heads.tensors()
+        size = self._compared()
         check_hidden("student", student, weight)
-        check_hidden("teacher", teacher, teacher_weight)
+        if self.cross_entropy == 0:
+            weight, bias = weight[:size], None if bias is None else bias[:size]
+        ours = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.student_scale)
+        reduction = self.loss.reduction_over(denominator)
+        dtype = torch.promote_types(torch.promote_types(student.dtype, weight.dtype), torch.float32)
+        flat = flat_mask(mask, student, dtype)
+        theirs: Side | Tensor
+        engine, options, labels, classes = self.loss.rows, self.loss.given(), None, None
+        if isinstance(teacher, TopK):
+            check_fits(teacher, student.shape, student.device)
+            known = teacher.reshape(-1)
+            engine, options = loss_of(engine, known, size, flat, options)
+            theirs, classes = known.rows(dtype, flat)
+        else:
+            theirs = self._teacher(student, teacher, size)
+        if self.cross_entropy:
+            labels = find_labels(target, student, len(weight), flat)
+            factor = labelled_share(labels, flat, reduction, dtype) * self.cross_entropy
+            compared = None if size == len(weight) else size
+            engine = with_cross_entropy(engine, factor, compared, more=classes is not None)
+        elif self.loss.rows.labels:
+            labels = find_labels(target, student, size, flat)
+        if self.loss.rows.labels and labels is not None:
+            check_compared(labels, flat, size)
+        if classes is not None:
+            labels = classes if labels is None else torch.cat([labels, classes], -1)
+        call = Call(engine, options, -1, dtype, reduction)
+        value = linear_rows(call, ours, theirs, labels, flat, chunk=self.rows)
+        value = value.reshape(student.shape[:-1]) if reduction == "none" else value
+        return divide(value, denominator)
+
+    def _teacher(self, student: Tensor, teacher: Tensor, size: int) -> Side:
+        """What forms the teacher's logits, checked."""
+        check_tensor("teacher", teacher)
+        _, _, weight, bias = self._heads.tensors()
+        if weight is None:
+            raise ValueError("teacher must be a TopK where there is no teacher_head, got a tensor")
+        check_hidden("teacher", teacher, weight)
         if student.shape[:-1] != teacher.shape[:-1] or student.device != teacher.device:
             raise ValueError(
                 "hidden states must have the same shape but for their width and be on one device (nothing is "
                 f"broadcast), got {tuple(student.shape)} on {student.device} and {tuple(teacher.shape)} on "
                 f"{teacher.device}"
             )
-        if self.cross_entropy == 0:
-            weight, bias = weight[:size], None if bias is None else bias[:size]
-        teacher_weight = ordinary(teacher_weight.detach()[:size])
-        teacher_bias = None if teacher_bias is None else ordinary(teacher_bias.detach()[:size])
-        theirs = Side(
-            ordinary(teacher.detach()).reshape(-1, teacher.shape[-1]), teacher_weight, teacher_bias, self.teacher_scale
-        )
-        ours = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.student_scale)
-        reduction = self.loss.reduction_over(denominator)
-        dtype = torch.promote_types(torch.promote_types(student.dtype, weight.dtype), torch.float32)
-        flat = flat_mask(mask, student, dtype)
-        engine, labels = self.loss.rows, None
-        if self.cross_entropy:
-            labels = find_labels(target, student, len(weight), flat)
-            factor = labelled_share(labels, flat, reduction, dtype) * self.cross_entropy
-            engine = with_cross_entropy(engine, factor, None if size == len(weight) else size)
-        elif engine.labels:
-            labels = find_labels(target, student, size, flat)
-        if self.loss.rows.labels and labels is not None:
-            check_compared(labels, flat, size)
-        call = Call(engine, self.loss.given(), -1, dtype, reduction)
-        value = linear_rows(call, ours, theirs, labels, flat, chunk=self.rows)
-        value = value.reshape(student.shape[:-1]) if reduction == "none" else value
-        return divide(value, denominator)
+        bias = None if bias is None else ordinary(bias.detach()[:size])
+        hidden = ordinary(teacher.detach()).reshape(-1, teacher.shape[-1])
+        return Side(hidden, ordinary(weight.detach()[:size]), bias, self.teacher_scale)
 
     @override
     def extra_repr(self) -> str:
@@ -204,7 +229,7 @@ class LinearLoss(Options):
         return (
             f"cross_entropy={self.cross_entropy}, vocab_size={self.vocab_size}, student_scale={self.student_scale}, "
             f"teacher_scale={self.teacher_scale}, student_head={tuple(weight.shape)}, "
-            f"teacher_head={tuple(teacher_weight.shape)}"
+            f"teacher_head={None if teacher_weight is None else tuple(teacher_weight.shape)}"
         )
 
 

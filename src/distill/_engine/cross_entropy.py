@@ -11,17 +11,24 @@ from torch import Tensor
 from distill._engine.rows import Rows
 
 
-def with_cross_entropy(rows: Rows, weight: float | Tensor, compared: int | None) -> Rows:
+def with_cross_entropy(rows: Rows, weight: float | Tensor, compared: int | None, *, more: bool = False) -> Rows:
     """A loss of rows plus a weight times the cross-entropy of the student, from the same logits in one pass.
 
     Args:
         rows: The loss.
         weight: What the cross-entropy is multiplied by. A negative label has none.
         compared: How many columns the loss compares, from the first on; the cross-entropy takes all. None: all.
+        more: Whether the labels are `(..., 1 + k)`: that of the cross-entropy, and then those of the loss. Otherwise
+            it uses the same, if any.
     """
 
+    def split(labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if more:
+            return labels[..., :1], (labels[..., 1:],)
+        return labels, (labels,) if rows.labels else ()
+
     def formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, **options: Any) -> Tensor:
-        operands = (labels,) if rows.labels else ()
+        labels, operands = split(labels)
         ours = student.narrow(dim, 0, compared or student.shape[dim])
         values = rows.formula(ours, teacher, *operands, dim=dim, **options)
         return values + weight * cross_entropy(student, labels, dim)
@@ -35,7 +42,8 @@ def with_cross_entropy(rows: Rows, weight: float | Tensor, compared: int | None)
         spare: Tensor,
         **options: Any,
     ) -> Tensor:
-        operands, n = (labels,) if rows.labels else (), compared or student.shape[1]
+        labels, operands = split(labels)
+        n = compared or student.shape[1]
         inner = rows.in_blocks()
         values = inner(student[:, :n], teacher, *operands, factors, gradient[:, :n], spare[:, :n], **options)
         if factors is not None:

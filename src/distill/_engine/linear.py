@@ -51,7 +51,7 @@ class Side(NamedTuple):
 def linear_rows(
     call: Call,
     student: Side,
-    teacher: Side | None,
+    teacher: Side | Tensor | None,
     labels: Tensor | None,
     mask: Tensor | None,
     *,
@@ -62,8 +62,8 @@ def linear_rows(
     Args:
         call: The loss, its options and its reduction; `dim` is -1.
         student: The student's hidden states and head.
-        teacher: The teacher's, detached; None for a loss of the student alone.
-        labels: `(N, 1)`, checked, for a loss that uses labels.
+        teacher: The teacher's, detached; or its rows, where they are known; None for a loss of the student alone.
+        labels: `(N, 1)`, or some for each sample, checked, for a loss that uses labels.
         mask: `(N,)`, checked, in the dtype of the loss.
         chunk: How many samples at a time; None: by the device.
     """
@@ -72,11 +72,9 @@ def linear_rows(
         return _plain(call, student, teacher, labels, mask)
     tensors = (student.hidden, student.weight, student.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        theirs = teacher or Side(student.hidden.detach(), student.weight.detach(), None, 1.0)
-        extra = call, student.scale, theirs.scale, teacher is not None, chunk
-        value: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            *tensors, theirs.hidden, theirs.weight, theirs.bias, labels, mask, extra
-        )
+        theirs = tuple(teacher[:3]) if isinstance(teacher, Side) else (teacher, None, None)
+        extra = call, student.scale, teacher.scale if isinstance(teacher, Side) else None, chunk
+        value: Tensor = _Linear.apply(*tensors, *theirs, labels, mask, extra)  # type: ignore[no-untyped-call]
         return value
     values, _ = _run(call, student, teacher, labels, mask, None, (False, False, False), chunk)
     return reduce(values, call.reduction, mask)
@@ -129,20 +127,23 @@ class _Linear(torch.autograd.Function):
         return *gradients, *(None,) * 6
 
 
-def _sides(tensors: list[Any], extra: tuple[Any, ...]) -> tuple[Side, Side | None]:
-    _, student_scale, teacher_scale, has_teacher, _ = extra
+def _sides(tensors: list[Any], extra: tuple[Any, ...]) -> tuple[Side, Side | Tensor | None]:
+    _, student_scale, teacher_scale, _ = extra
     hidden, weight, bias, theirs, their_weight, their_bias, *_ = tensors
     student = Side(hidden, weight, bias, student_scale)
-    return student, Side(theirs, their_weight, their_bias, teacher_scale) if has_teacher else None
+    return student, theirs if teacher_scale is None else Side(theirs, their_weight, their_bias, teacher_scale)
 
 
-def _plain(call: Call, student: Side, teacher: Side | None, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+def _plain(
+    call: Call, student: Side, teacher: Side | Tensor | None, labels: Tensor | None, mask: Tensor | None
+) -> Tensor:
     """The same with formed logits and plain operations."""
     if mask is not None:
         student = student._replace(hidden=hide(student.hidden, mask, dim=-1))
-        teacher = teacher and teacher._replace(hidden=hide(teacher.hidden, mask, dim=-1))
+        if isinstance(teacher, Side):
+            teacher = teacher._replace(hidden=hide(teacher.hidden, mask, dim=-1))
     ours = student.logits()
-    theirs = ours.detach() if teacher is None else teacher.logits()
+    theirs = teacher.logits() if isinstance(teacher, Side) else ours.detach() if teacher is None else teacher
     return call.plain(ours, theirs, labels, mask)
 
 
@@ -154,7 +155,7 @@ def _factors(call: Call, hidden: Tensor, mask: Tensor | None) -> Tensor:
 def _run(
     call: Call,
     student: Side,
-    teacher: Side | None,
+    teacher: Side | Tensor | None,
     labels: Tensor | None,
     mask: Tensor | None,
     factors: Tensor | None,
@@ -170,7 +171,10 @@ def _run(
         if not bool(counted.all()):
             kept = counted.nonzero().squeeze(-1)
             student = student._replace(hidden=hidden.detach()[kept])
-            teacher = teacher and teacher._replace(hidden=teacher.hidden[kept])
+            if isinstance(teacher, Side):
+                teacher = teacher._replace(hidden=teacher.hidden[kept])
+            elif teacher is not None:
+                teacher = teacher[kept]
             labels = None if labels is None else labels[kept]
             factors = None if factors is None else factors[kept]
     if factors is None:
@@ -185,7 +189,7 @@ def _run(
 def _chunks(
     call: Call,
     student: Side,
-    teacher: Side | None,
+    teacher: Side | Tensor | None,
     labels: Tensor | None,
     factors: Tensor | None,
     gradients: _Gradients,
@@ -195,15 +199,18 @@ def _chunks(
     values = torch.empty(count, dtype=call.dtype, device=device)
     step = _step(chunk, device, count)
     ours = student.product(_product_dtype(student))
-    theirs = ours if teacher is None else teacher.product(_product_dtype(teacher))
+    theirs = teacher.product(_product_dtype(teacher)) if isinstance(teacher, Side) else None
     buffers = [
         torch.empty(step, len(weight), dtype=states.dtype, device=device)
-        for states, weight, _ in ((ours,) if teacher is None else (ours, theirs))
+        for states, weight, _ in ((ours,) if theirs is None else (ours, theirs))
     ]
     for start in range(0, count, step):
         piece = slice(start, min(start + step, count))
         logits = _multiply(ours, piece, buffers[0])
-        constant = logits if teacher is None else _multiply(theirs, piece, buffers[1])
+        if theirs is None:  # nothing to multiply: there is no teacher, or its rows are known
+            constant = teacher[piece] if isinstance(teacher, Tensor) else logits
+        else:
+            constant = _multiply(theirs, piece, buffers[1])
         counts = None if factors is None else factors[piece]
         values[piece], _ = call.run(
             logits,

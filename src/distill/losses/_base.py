@@ -140,6 +140,11 @@ class RowLoss(SampleLoss):
         self.dim = dim
 
     @override
+    def refuse_topk(self, teacher: object) -> None:
+        if not self.rows.topk:
+            super().refuse_topk(teacher)
+
+    @override
     def forward(
         self,
         student: Tensor,
@@ -166,8 +171,7 @@ class RowLoss(SampleLoss):
             TypeError: If what must be a tensor is none.
             ValueError: As the loss's function, and if the mask has another shape than the per-sample values.
         """
-        if not self.rows.topk:
-            self.refuse_topk(teacher)
+        self.refuse_topk(teacher)
         reduction = self.reduction_over(denominator)
         value = self.rows.reduced(
             student, teacher, target, dim=self.dim, reduction=reduction, mask=mask, **self.given()

@@ -22,10 +22,14 @@ _WAYS_OUT = (
 
 
 class HeadPair:
-    """The heads of student and teacher: referred to, not owned, and used as they are at each call."""
+    """The heads of student and teacher: referred to, not owned, and used as they are at each call.
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.student, self.teacher = student, teacher
+    There may be no head of the teacher, where its log-probabilities are known.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        self.student = student
+        self.teacher: nn.Module = teacher  # type: ignore[assignment]  # None for `LinearLoss` alone
         self._checked: tuple[Any, ...] = ()
         self._places = _Places(), _Places()
 
@@ -51,18 +55,21 @@ class HeadPair:
                 check_whole(f"the weight of {name}", head.weight)  # pragma: no cover - in a process of the test's own
         if not self._checked or (_kind(student), _kind(teacher), student_scale, teacher_scale) != self._checked:
             check_head("student_head", student, student_scale)
-            check_head("teacher_head", teacher, teacher_scale)
+            if teacher is not None:
+                check_head("teacher_head", teacher, teacher_scale)
             self._checked = _kind(student), _kind(teacher), student_scale, teacher_scale
 
     def tensors(self) -> tuple[Any, Any, Any, Any]:
-        """The student's weight and bias, the teacher's weight and bias; None for no bias."""
+        """The student's weight and bias, the teacher's weight and bias; None for no bias, or no head."""
         student, teacher = self.student, self.teacher
-        return student.weight, getattr(student, "bias", None), teacher.weight, getattr(teacher, "bias", None)
+        theirs = getattr(teacher, "weight", None), getattr(teacher, "bias", None)
+        return student.weight, getattr(student, "bias", None), *theirs
 
     def check_models(self, student: object, teacher: object) -> None:
         """Raise ValueError if a model had its head at its first check and has another module there now."""
         self._places[0].check("student_head", self.student, student)
-        self._places[1].check("teacher_head", self.teacher, teacher)
+        if self.teacher is not None:
+            self._places[1].check("teacher_head", self.teacher, teacher)
 
 
 def check_scale(name: str, value: Any) -> Any:
@@ -118,8 +125,10 @@ def check_head(name: str, head: nn.Module, scale: float) -> None:
         _probe(name, head, weight, bias, scale)
 
 
-def _kind(head: nn.Module) -> tuple[type, bool, bool]:
+def _kind(head: nn.Module | None) -> tuple[type, bool, bool]:
     """What tells cheaply that a head has come to compute something else."""
+    if head is None:
+        return type(None), False, False
     return type(head), "forward" in vars(head), bool(head._forward_hooks or head._forward_pre_hooks)
 
 
