@@ -114,7 +114,8 @@ def test_labels_beyond_the_kept_columns_are_refused(loss):
         distiller(tokens, labels, mask=labels < 20)
 
 
-ROW_LOSSES = [name for name in list_losses() if issubclass(get_loss(name), RowLoss)]
+# But for the one that is there for vocabularies that differ.
+ROW_LOSSES = [name for name in list_losses() if issubclass(get_loss(name), RowLoss) and name != "uld"]
 
 
 @pytest.mark.parametrize("name", [*ROW_LOSSES, "dist"])

@@ -17,6 +17,7 @@ from distill import (
     PearsonLoss,
     PKTLoss,
     RKDLoss,
+    SKDLoss,
     SPLoss,
     SRDLoss,
     Term,
@@ -34,6 +35,7 @@ BATCH_LOSSES = {
     "dist": DISTLoss,
     "ickd": ICKDLoss,
     "pearson": PearsonLoss,
+    "skd": SKDLoss,
     "srd": lambda **options: SRDLoss(6, 6, **options),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from contract import make_pair
-from distill import CCLoss, CRDLoss, DISTLoss, ICKDLoss, PearsonLoss, PKTLoss, RKDLoss, SPLoss, SRDLoss
+from distill import CCLoss, CRDLoss, DISTLoss, ICKDLoss, PearsonLoss, PKTLoss, RKDLoss, SKDLoss, SPLoss, SRDLoss
 
 N = 8
 FEATURES = (N, 6), (N, 7)
@@ -37,6 +37,7 @@ LOSSES = {
     "dist of tokens": (DISTLoss, ((N, 3, 6), (N, 3, 6))),
     "ickd": (ICKDLoss, MAPS),
     "pearson": (PearsonLoss, MAPS),
+    "skd": (SKDLoss, ((N, 6), (N, 6))),
     "srd": (lambda **options: SRDLoss(6, 7, **options), FEATURES),
 }
 PLACES = torch.tensor([3, 11, 5, 2, 0, 19, 7, 8])

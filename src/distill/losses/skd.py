@@ -82,7 +82,7 @@ def skd_loss(
         check_not_negative(name, weight)
     check_positive("temperature", temperature)
     check_positive("ridge", ridge)
-    student, teacher = check_pair(student, teacher, dim=-1)
+    student, teacher = check_pair(student, teacher, dim=-1, columns=True)
     if student.ndim != 2:
         raise ValueError(f"student and teacher must be logits (N, C), got shape {tuple(student.shape)}")
     check_classes(student, dim=-1)
@@ -116,14 +116,15 @@ def _distances(student: Tensor, teacher: Tensor, kept: Tensor | None, ridge: flo
 class SKDLoss(BatchLoss):
     """Divergence of the predictions, and distance of how the samples' logits point; see `skd_loss` for the formula.
 
-    It exists for a whole batch only, so it has no reduction, and its mask selects samples. Where several processes
-    train together, each compares the samples of its own batch.
+    It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 
     Args:
         alpha: Weight of the instances, zero or positive.
         beta: Weight of the directions, zero or positive.
         temperature: What both logits are divided by for the instances, positive and finite.
         ridge: What is added to the covariances, positive and finite.
+        gather: Whether processes that train together compare the samples of all of them: the loss is that of the whole
+            batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
         ValueError: If a weight is negative or not finite, or the temperature or the ridge is not positive and finite.
@@ -144,8 +145,16 @@ class SKDLoss(BatchLoss):
         "ridge": check_positive,
     }
 
-    def __init__(self, alpha: float = 1.0, beta: float = 1.0, temperature: float = 4.0, ridge: float = 0.1) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        temperature: float = 4.0,
+        ridge: float = 0.1,
+        *,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(gather=gather)
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
