@@ -10,12 +10,13 @@ export NO_MKDOCS_2_WARNING := 1
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo reproduce test lint docs bench format wheel clean
+.PHONY: help demo reproduce test coverage lint docs bench format wheel clean
 
 help:
 	@echo "make demo    distil a small ResNet on handwritten digits, in less than a minute"
 	@echo "make reproduce  the published CIFAR table: hours on a GPU, weeks on a CPU; stops and goes on"
-	@echo "make test    the tests, with coverage"
+	@echo "make test    the tests, all of them"
+	@echo "make coverage  the tests that cover src, slower: each line must run"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the pages, into site/"
 	@echo "make bench   the benchmarks, in at most half an hour; stops and goes on"
@@ -36,7 +37,11 @@ demo: $(READY)
 
 # Two workers, each with one thread, so that two cores are never asked for more.
 test: $(READY)
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal --cov --cov-fail-under=100
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal
+
+# What is traced and the study would take much longer than without coverage, and cover nothing that the others do not.
+coverage: $(READY)
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal -m "not compile and not study" --cov --cov-fail-under=100
 
 lint: $(READY)
 	ruff check .

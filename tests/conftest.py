@@ -35,20 +35,15 @@ def form(request, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what is slow by what it does, so that `-m "not subprocess"` leaves out all of it.
-
-    Where much else is traced or the example trains, coverage would take longer than the test: the others cover src.
-    """
+    """Mark what is slow by what it does, so that `-m "not subprocess"` leaves out all of it."""
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
         if "tests/examples/" in item.path.as_posix():
             item.add_marker("study")
-            item.add_marker("no_cover")
         if "subprocess" in inspect.getsource(item.module):
             item.add_marker("subprocess")
         if "torch.compile(" in inspect.getsource(item.function):
             item.add_marker("compile")
         if item.path.name == "test_compile.py":
             item.add_marker("compile")
-            item.add_marker("no_cover")

@@ -75,21 +75,19 @@ def test_side_by_side_gives_the_same_networks_and_table_as_one_by_one(one_by_one
 
 
 @pytest.mark.subprocess
-def test_killed_side_by_side_it_goes_on_and_ends_the_same(tmp_path, capfd):
-    options = ["--jobs", "2", "--epochs", "3"]
-    with subprocess.Popen(command(tmp_path, *options), stdout=subprocess.DEVNULL) as process:
+def test_killed_side_by_side_it_goes_on_and_ends_the_same(one_by_one, tmp_path, capfd):
+    with subprocess.Popen(command(tmp_path, "--jobs", "2"), stdout=subprocess.DEVNULL) as process:
         until(lambda: list(tmp_path.glob("checkpoints/*.pt")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(signal.SIGKILL)
     # The processes that train must end too, or they would train beside those of the next call.
     assert children
     until(lambda: not any(alive(int(pid)) for pid in children))
-    code, output, errors = here(capfd, tmp_path, *options)
+    code, output, errors = here(capfd, tmp_path, "--jobs", "2")
     assert (code, errors) == (0, "")
     assert "goes on after epoch" in output
-    assert here(capfd, tmp_path / "whole", "--epochs", "3")[0] == 0
-    assert_same_weights(tmp_path, tmp_path / "whole")
-    assert measured(tmp_path) == measured(tmp_path / "whole")
+    assert_same_weights(tmp_path, one_by_one)
+    assert measured(tmp_path) == measured(one_by_one)
 
 
 @pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.subprocess)])

@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cifar import report
 from cifar.report import RunResult, read_results, write_report
 from cifar_results import run
 
 FILES = ("results.csv", "curves.csv", "results.md", "curves.png")
 BESIDE = "Beside the reference"
-
-
-@pytest.fixture(autouse=True)
-def _draw_nothing(monkeypatch):
-    """Drawing takes most of a report's time: these tests write a text in its place."""
-    monkeypatch.setattr(report, "draw_picture", lambda results: repr(results).encode())
 
 
 def markdown(tmp_path: Path, results: list[RunResult]) -> str:

@@ -1,4 +1,4 @@
-"""Every loss under `torch.compile`: whole graphs, two batch sizes, and where it is only traced two values of an option.
+"""Every loss under `torch.compile`: whole graphs, two batch sizes, a mask, and a changed option.
 
 What is compiled is what the loss's own test file gives the contract, in its functions `test_contract*`.
 """
@@ -19,9 +19,6 @@ import distill
 FOLDER = Path(__file__).parent
 STEMS = [stem for stem in distill.list_losses() if (FOLDER / f"test_{stem}.py").exists()]
 
-compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="needs a C++ compiler")
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=[pytest.mark.compile, compiler])]
-
 
 def find_contracts(stem: str) -> Iterator[dict[str, Any]]:
     """The arguments of the first call of the contract in each of its tests."""
@@ -40,45 +37,82 @@ def find_contracts(stem: str) -> Iterator[dict[str, Any]]:
                 yield calls[0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+HAS_COMPILER = any(map(shutil.which, ("g++", "clang++", "cl")))
+
+
+@pytest.fixture(autouse=True)
+def _quick_code():
+    """Code without vector instructions, which takes the C++ compiler half the time and means the same."""
+    with torch._inductor.config.patch({"cpp.simdlen": 1}):
+        yield
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Functions that are traced
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own imports, and what it calls
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")
-def test_compiles(stem, backend):
-    cases = list(find_contracts(stem))
-    assert cases, f"tests/losses/test_{stem}.py must have a test_contract"
-    for case in cases[: 1 if backend == "inductor" else None]:
+def test_compiles(stem):
+    first, *others = find_contracts(stem)
+    loss = Compiled("inductor" if HAS_COMPILER else "aot_eager", **first)
+    for less in (0, 1):
         # What is compiled for each size anew takes minutes: the other backend shows the second one.
-        check(backend, (0,) if (stem, backend) == ("review", "inductor") else (0, 1), **case)
+        if not (less and stem == "review"):
+            loss.check(less)
+    loss.backend = "aot_eager"  # shows a new trace at a fraction of the cost
+    loss.change_an_option()
+    loss.check(1, masked=True)
+    for case in others:
+        Compiled("aot_eager", **case).check(1)
 
 
-def check(backend, sizes, build, *, shape, teacher_shape=None, target=None, moves=True, **_):
-    learned = contract.is_learned(build, moves)
-    build, pair = contract.prepare(build, shape, teacher_shape, learned=learned)
-    loss = build()
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+class Compiled:
+    """A loss with the arguments of its contract, compiled and not."""
 
-    def results(call, less):
-        student, teacher = pair(torch.float32, less=less)
-        labels = None if target is None else target[: len(student)].clone()
+    def __init__(self, backend, build, *, shape, teacher_shape=None, target=None, moves=True, **_):
+        build, self.pair = contract.prepare(build, shape, teacher_shape, learned=contract.is_learned(build, moves))
+        self.loss, self.target = build(), target
+        self.backend = backend
+        torch.compiler.reset()
+        self.compiled = torch.compile(self.loss, fullgraph=True, backend=self.compile)
+
+    def compile(self, *graph):
+        return torch._dynamo.lookup_backend(self.backend)(*graph)
+
+    def results(self, call, less, *, masked=False):
+        student, teacher = self.pair(torch.float32, less=less)
+        labels = None if self.target is None else self.target[: len(student)].clone()
         for tensor in (student, teacher, *([] if labels is None else [labels])):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # or the second batch size would be traced anew
-        value = call(student, teacher, labels)
-        wanted = [student, *(parameter for parameter in loss.parameters() if parameter.requires_grad)]
+        value = call(student, teacher, labels, mask=self.mask(student, teacher, labels) if masked else None)
+        wanted = [student, *(parameter for parameter in self.loss.parameters() if parameter.requires_grad)]
         return [value, *torch.autograd.grad(value, wanted)]
 
-    for less in sizes:
-        torch.testing.assert_close(results(compiled, less), results(loss, less), rtol=1e-4, atol=1e-5)
-    if backend == "inductor":  # a new value is a new trace, which the other backend shows at a fraction of the cost
-        return
-    before = results(loss, 1)
-    own = contract.inner(loss)
-    numbers = [name for name in getattr(own, "options", ()) if isinstance(getattr(own, name), float)]
-    fixed = {"mask_ratio", *getattr(own, "built", ())}  # with the first, mgd draws anew in each call
-    for name in [name for name in numbers if name not in fixed][:1]:
-        setattr(own, name, getattr(own, name) / 2 or 0.25)
-        after = results(loss, 1)
-        assert any(not torch.equal(new, old) for new, old in zip(after, before, strict=True)), f"{name} changes nothing"
-        torch.testing.assert_close(results(compiled, 1), after, rtol=1e-4, atol=1e-5)
+    def mask(self, *given):
+        """All samples but the second one."""
+        own = contract.inner(self.loss)
+        shape = given[0].shape[:1]
+        if hasattr(own, "reduction"):
+            own.reduction = "none"
+            shape = self.loss(*given).shape
+            own.reduction = "mean"
+        elif getattr(own, "dim", None) is not None:
+            shape = given[0].movedim(own.dim, -1).shape[:-1]
+        kept = torch.ones(shape, dtype=torch.bool)
+        kept[1] = False
+        return kept
+
+    def check(self, less, *, masked=False):
+        ours, theirs = (self.results(call, less, masked=masked) for call in (self.compiled, self.loss))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    def change_an_option(self):
+        before = self.results(self.loss, 0)
+        own = contract.inner(self.loss)
+        numbers = [name for name in getattr(own, "options", ()) if isinstance(getattr(own, name), float)]
+        fixed = {"mask_ratio", *getattr(own, "built", ())}  # with the first, mgd draws anew in each call
+        for name in [name for name in numbers if name not in fixed][:1]:
+            setattr(own, name, getattr(own, name) / 2 or 0.25)
+            after = self.results(self.loss, 0)
+            same = all(map(torch.equal, after, before))
+            assert not same, f"{name} changes nothing"
