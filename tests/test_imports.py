@@ -11,7 +11,7 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 # Each room and the rooms that it may import from, beside itself; "" is the index, distill/__init__.py.
 BASE = {"_checks", "_hidden", "_merged", "_options", "_reduction", "_registry", "topk"}
 LIBRARY = {*BASE, "_engine", "losses"}
-OVER_LOSSES = {"adapt", "language", "linear", "store", "task", "teachers"}
+OVER_LOSSES = {"adapt", "language", "linear", "task", "teachers"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "_engine": BASE,
@@ -19,8 +19,10 @@ MAY_IMPORT = {
     **dict.fromkeys(OVER_LOSSES, LIBRARY),
     "_distiller": {*BASE, *OVER_LOSSES},
     "diagnostics": {*BASE, "_distiller"},
-    "integrations": {*LIBRARY, *OVER_LOSSES, "", "_distiller", "diagnostics"},
-    "__init__": {*LIBRARY, *OVER_LOSSES, "_distiller", "diagnostics"},
+    "_store": {*BASE, "_distiller"},
+    "store": {"_store"},
+    "integrations": {*LIBRARY, *OVER_LOSSES, "", "_distiller", "_store", "diagnostics"},
+    "__init__": {*LIBRARY, *OVER_LOSSES, "_distiller", "_store", "diagnostics"},
 }
 
 

@@ -5,6 +5,11 @@ from distill._distiller.distiller import Distiller
 from distill._distiller.terms import DistillerOutput, TeacherOutput, Term
 from distill._reduction import Reduction
 from distill._registry import create_loss, get_loss, list_losses, register_loss
+from distill._store.files import StoreError
+from distill._store.fingerprint import fingerprint
+from distill._store.reader import StoredTeacher
+from distill._store.record import record
+from distill._store.writer import TeacherWriter
 from distill.diagnostics import agreement, tap_shapes
 from distill.language import align_tokens, chunk_log_probs, next_tokens
 from distill.linear import LinearCrossEntropyLoss, LinearLoss
@@ -115,9 +120,12 @@ __all__ = [
     "SigmoidKLLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
+    "StoreError",
+    "StoredTeacher",
     "TTMLoss",
     "TVDLoss",
     "TeacherOutput",
+    "TeacherWriter",
     "Teachers",
     "Term",
     "ToDiLoss",
@@ -144,6 +152,7 @@ __all__ = [
     "cwd_loss",
     "dist_loss",
     "dkd_loss",
+    "fingerprint",
     "fsp_loss",
     "get_loss",
     "gram_loss",
@@ -168,6 +177,7 @@ __all__ = [
     "pearson_loss",
     "pkt_loss",
     "queue_kl_loss",
+    "record",
     "register_loss",
     "reverse_kl_loss",
     "review_loss",

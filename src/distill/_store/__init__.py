@@ -1,0 +1,1 @@
+"""A teacher on disk: what writes, reads and checks the files that README.md describes."""

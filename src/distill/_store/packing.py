@@ -1,0 +1,34 @@
+"""Class ids of a top-k in 16 bits and a packed 17th."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_NARROW, _WIDE = 1 << 16, 1 << 17  # vocabularies whose ids fit into 16 and into 17 bits
+
+
+def pack_ids(indices: Tensor, vocabulary: int) -> dict[str, Tensor]:
+    """Class ids `(..., k)` as they are stored, by the end of the array's name.
+
+    A vocabulary to 65,536 takes 16 bits an id. One to 131,072 takes a bit more: eight to a byte, the first in the
+    highest bit, each row in bytes of its own. A larger one takes 32 bits.
+    """
+    if vocabulary > _WIDE:
+        return {"indices": indices.int()}
+    packed = {"indices": indices.to(torch.int16)}  # the lowest 16 bits; the file calls them unsigned
+    if vocabulary > _NARROW:
+        bits = np.packbits((indices >> 16).to(torch.uint8).numpy(), axis=-1)
+        packed["indices_high"] = torch.from_numpy(bits)
+    return packed
+
+
+def unpack_ids(stored: NDArray[np.generic], high: NDArray[np.uint8] | None, out: NDArray[np.int32]) -> None:
+    """Class ids from what `pack_ids` gave, into an int32 array `(..., k)`."""
+    out[...] = stored
+    if high is not None:
+        k = out.shape[-1]
+        bits = np.unpackbits(high) if k % 8 == 0 else np.unpackbits(high, axis=-1, count=k)  # the first is faster
+        out |= np.left_shift(bits.reshape(out.shape), 16, dtype=np.int32)
