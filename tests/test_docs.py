@@ -11,6 +11,7 @@ import cifar_resnet
 import distill
 import losses
 import losses_page
+import stored_teacher
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,7 +45,11 @@ def test_command_on_the_page_is_accepted(page, line):
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(arguments) <= set(targets)
     elif program.endswith("python"):
-        commands = {"examples/cifar_resnet.py": cifar_resnet, "benchmarks/losses.py": losses}
+        commands = {
+            "examples/cifar_resnet.py": cifar_resnet,
+            "benchmarks/losses.py": losses,
+            "benchmarks/stored_teacher.py": stored_teacher,
+        }
         commands[arguments[0]].parse_arguments(arguments[1:])  # exits with 2 if it refuses
     else:
         assert (program, arguments) == ("pip", ["install", "."])

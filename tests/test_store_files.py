@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_flush_syncs_before_it_renames_and_the_folder_after(tmp_path, monkeypatc
     sync, replace = os.fsync, Path.replace
 
     def fsync(descriptor):
-        steps.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
         sync(descriptor)
 
     def rename(self, target):

@@ -53,7 +53,7 @@ def _places(name: str, samples: list[tuple[Shard, int]], lengths: list[int], bat
         if batch.positions is not None and lengths != [batch.positions] * len(lengths):
             at = next(at for at, length in enumerate(lengths) if length != batch.positions)
             _refuse(
-                name, samples[at], lengths[at], f"{batch.positions} tokens; of a padded batch, give the mask as well"
+                name, samples[at], lengths[at], f"{batch.positions} tokens (a padded batch needs its mask)"
             )
         return [slice(0, length) for length in lengths]
     places: list[Any] = []

@@ -128,7 +128,7 @@ class StoredTeacher(nn.Module):
                 module(*(NotStored() if name is None else features[name] for name in (given, gave)))
         return output
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     @torch.no_grad()
     def read(self, ids: Any, tokens: Any = None, mask: Tensor | None = None) -> TeacherOutput:
         """The same as a `TeacherOutput`, for `teacher_output=`: in a worker of a `DataLoader`, say.
@@ -146,8 +146,8 @@ class StoredTeacher(nn.Module):
         if not known.all():
             there = self._opened.ids
             raise KeyError(
-                f"every sample must be stored, got {spoken(array[~known][0])}, one of {int((~known).sum())} that are not; "
-                f"{self._folder} has {len(there)} samples, from {spoken(there[0])} to {spoken(there[-1])}"
+                f"every sample must be stored, got {spoken(array[~known][0])}, one of {int((~known).sum())} that are "
+                f"not; {self._folder} has {len(there)} samples, from {spoken(there[0])} to {spoken(there[-1])}"
             )
         samples = [self._opened.shard_of(place) for place in places.tolist()]
         batch = Batch(len(array), tokens, mask)
