@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from distill._store.header import Header, Part
-from distill._store.packing import unpack_ids
+from distill._store.packing import Array, unpack_ids
 from distill._store.parts import Batch
-from distill._store.shards import Array, Shard, bits, spoken
+from distill._store.shards import Shard, bits, spoken
 from distill.topk import TopK
 
 
@@ -52,9 +52,7 @@ def _places(name: str, samples: list[tuple[Shard, int]], lengths: list[int], bat
     if batch.mask is None:
         if batch.positions is not None and lengths != [batch.positions] * len(lengths):
             at = next(at for at, length in enumerate(lengths) if length != batch.positions)
-            _refuse(
-                name, samples[at], lengths[at], f"{batch.positions} tokens (a padded batch needs its mask)"
-            )
+            _refuse(name, samples[at], lengths[at], f"{batch.positions} tokens (a padded batch needs its mask)")
         return [slice(0, length) for length in lengths]
     places: list[Any] = []
     for at, (length, shown) in enumerate(zip(lengths, batch.mask.numpy(), strict=True)):

@@ -7,14 +7,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from distill._checks import is_integer
 from distill._store.files import HEADER, StoreError, read_json
 from distill._store.header import Header, read_header
 from distill._store.shards import NAME, Shard, spoken
 
-Integers: TypeAlias = NDArray[np.int64]
+Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def as_ids(ids: Any) -> Integers:
@@ -65,7 +65,7 @@ class Folder:
         columns = self._samples[self._keys // len(self._seeds)], self._seeds[self._keys % len(self._seeds)]
         return np.stack(columns[: self.header.ids], 1)
 
-    def find(self, ids: Integers) -> tuple[Integers, NDArray[np.bool_]]:
+    def find(self, ids: Integers) -> tuple[Integers, Bools]:
         """Where samples are, as numbers for `shard_of`, and whether they are there at all.
 
         Args:
@@ -88,7 +88,7 @@ class Folder:
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self.shards[number], place - int(self._starts[number])
 
-    def _key(self, ids: Integers) -> tuple[Integers, NDArray[np.bool_]]:
+    def _key(self, ids: Integers) -> tuple[Integers, Bools]:
         """One number for each id, and whether its sample and its seed occur."""
         known = np.ones(len(ids), bool)
         parts = []

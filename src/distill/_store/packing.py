@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _NARROW, _WIDE = 1 << 16, 1 << 17  # vocabularies whose ids fit into 16 and into 17 bits
 
@@ -25,7 +28,7 @@ def pack_ids(indices: Tensor, vocabulary: int) -> dict[str, Tensor]:
     return packed
 
 
-def unpack_ids(stored: NDArray[np.generic], high: NDArray[np.uint8] | None, out: NDArray[np.int32]) -> None:
+def unpack_ids(stored: Array, high: Array | None, out: Array) -> None:
     """Class ids from what `pack_ids` gave, into an int32 array `(..., k)`."""
     out[...] = stored
     if high is not None:

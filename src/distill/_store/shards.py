@@ -7,17 +7,15 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distill._store.files import FORMAT, VERSION, StoreError, check_version, write_file
 from distill._store.header import Header, Part, check_same
-
-Array: TypeAlias = NDArray[Any]
+from distill._store.packing import Array
 
 NAME = re.compile(r"(?P<writer>[0-9a-f]{12})-(?P<number>\d{6})")
 _ENDS = {"tensor": ("",), "top-k": ("/indices", "/indices_high", "/log_probs", "/log_tail")}
@@ -37,7 +35,7 @@ class Stored(NamedTuple):
 
     part: Part
     arrays: dict[str, Tensor]
-    lengths: NDArray[np.int64] | None
+    lengths: np.ndarray[Any, np.dtype[np.int64]] | None
 
 
 def write_shard(

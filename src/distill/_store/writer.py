@@ -10,14 +10,13 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill._checks import check_count, check_count_or_none, check_positive
 from distill._store.files import HEADER, StoreError, write_json
 from distill._store.fingerprint import fingerprint
 from distill._store.header import Header, check_same, settle_header
-from distill._store.index import Folder, Integers, as_ids
+from distill._store.index import Bools, Folder, Integers, as_ids
 from distill._store.parts import DTYPES, OUTPUT, Batch, found_in, stored_tensor, stored_topk
 from distill._store.progress import Progress
 from distill._store.shards import Stored, spoken, write_shard
@@ -227,7 +226,7 @@ class TeacherWriter:
             if value != stored and (value is not None or name == "model"):
                 raise ValueError(f"{self.folder} was written with {name}={stored!r}, got {value!r}")
 
-    def _known(self, ids: Integers) -> NDArray[np.bool_]:
+    def _known(self, ids: Integers) -> Bools:
         known = np.array([row.tobytes() in self._added for row in ids])
         return known if self._there is None else known | self._there.find(ids)[1]
 
