@@ -311,7 +311,9 @@ def test_weights_that_learn_and_second_derivatives_take_formed_logits():
     value = loss(student, teacher, labels, mask=learns)
     torch.testing.assert_close(value, loss(student, teacher, labels, mask=mask))
     assert torch.autograd.grad(value, learns)[0].abs().max() > 0
-    assert repr(alone) == "LinearCrossEntropyLoss(scale=1.0, reduction='mean', head=(23, 6))"
+    assert repr(alone) == (
+        "LinearCrossEntropyLoss(scale=1.0, softcap=None, ignore_index=-100, rows=None, reduction='mean', head=(23, 6))"
+    )
 
 
 def test_rejects_what_does_not_fit():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,13 @@ from distill._engine.linear import Side, linear_rows
 from distill._engine.squared.heads import check_vocabulary
 from distill._engine.topk import check_fits, loss_of
 from distill._hidden import IGNORED, check_compared, check_hidden, find_labels, flat_mask, labelled_share
-from distill._options import Options
 from distill._reduction import Reduction, check_denominator, divide
 from distill.losses._base import RowLoss
-from distill.losses._heads import HeadPair, check_scale
+from distill.losses._heads import AfterHeads, HeadPair, LossOfHeads, check_positions, check_scale, check_softcap
 from distill.topk import TopK
 
 
-class LinearLoss(Options):
+class LinearLoss(LossOfHeads):
     """Any loss of rows on the logits of two heads, from hidden states, without holding the logits.
 
     It gives what `loss(student_head(h_s), teacher_head(h_t), target, mask=mask)` gives, plus `cross_entropy` times the
@@ -52,6 +51,8 @@ class LinearLoss(Options):
         vocab_size: Compare the first so many rows of both heads only, which must mean the same tokens.
         student_scale: What the student's logits are multiplied by.
         teacher_scale: What the teacher's logits are multiplied by.
+        student_softcap: The soft cap c of the student's logits, after the scale: `c * tanh(logits / c)`. None: no cap.
+        teacher_softcap: The same for the teacher's logits.
         rows: How many samples at a time; None: 256 on a CPU, 2048 elsewhere. More take more memory, fewer more time.
 
     Raises:
@@ -74,6 +75,8 @@ class LinearLoss(Options):
         "cross_entropy": check_not_negative,
         "student_scale": check_scale,
         "teacher_scale": check_scale,
+        "student_softcap": check_softcap,
+        "teacher_softcap": check_softcap,
         "rows": check_count_or_none,
     }
 
@@ -87,6 +90,8 @@ class LinearLoss(Options):
         vocab_size: int | None = None,
         student_scale: float = 1.0,
         teacher_scale: float = 1.0,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
         rows: int | None = None,
     ) -> None:
         super().__init__()
@@ -102,10 +107,11 @@ class LinearLoss(Options):
         self.vocab_size = vocab_size
         self.student_scale = student_scale
         self.teacher_scale = teacher_scale
+        self.student_softcap = student_softcap
+        self.teacher_softcap = teacher_softcap
         self.rows = rows
-        # Not a module, so that nn.Module finds no submodules: the models own their heads.
         self._heads = HeadPair(student_head, teacher_head)
-        self._heads.check(student_scale, teacher_scale)
+        self._heads.check(*self._after_heads())
         self._compared()
 
     if TYPE_CHECKING:
@@ -131,16 +137,9 @@ class LinearLoss(Options):
         weight, _, teacher_weight, _ = self._heads.tensors()
         return check_vocabulary(len(weight), len(weight if teacher_weight is None else teacher_weight), self.vocab_size)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self._heads.out_of(self)
-
     @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(HeadPair.back_in(state))  # type: ignore[no-untyped-call]
-
-    def check_models(self, student: object, teacher: object) -> None:
-        """Raise ValueError if a model has another head now than this loss; the Distiller asks at every call."""
-        self._heads.check_models(student, teacher)
+    def _after_heads(self) -> AfterHeads:
+        return self.student_scale, self.teacher_scale, self.student_softcap, self.teacher_softcap
 
     @override
     def forward(
@@ -170,13 +169,13 @@ class LinearLoss(Options):
         """
         self.loss.refuse_topk(teacher)
         check_tensor("student", student)
-        self._heads.check(self.student_scale, self.teacher_scale)
+        self._heads.check(*self._after_heads())
         weight, bias, *_ = self._heads.tensors()
         size = self._compared()
         check_hidden("student", student, weight)
         if self.cross_entropy == 0:
             weight, bias = weight[:size], None if bias is None else bias[:size]
-        ours = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.student_scale)
+        ours = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.student_scale, self.student_softcap)
         reduction = self.loss.reduction_over(denominator)
         dtype = torch.promote_types(torch.promote_types(student.dtype, weight.dtype), torch.float32)
         flat = flat_mask(mask, student, dtype)
@@ -196,6 +195,8 @@ class LinearLoss(Options):
             engine = with_cross_entropy(engine, factor, compared, more=classes is not None)
         elif self.loss.rows.labels:
             labels = find_labels(target, student, size, flat)
+        else:
+            check_positions(target, student.shape[:-1])
         if self.loss.rows.labels and labels is not None:
             check_compared(labels, flat, size)
         if classes is not None:
@@ -220,20 +221,19 @@ class LinearLoss(Options):
             )
         bias = None if bias is None else ordinary(bias.detach()[:size])
         hidden = ordinary(teacher.detach()).reshape(-1, teacher.shape[-1])
-        return Side(hidden, ordinary(weight.detach()[:size]), bias, self.teacher_scale)
+        return Side(hidden, ordinary(weight.detach()[:size]), bias, self.teacher_scale, self.teacher_softcap)
 
     @override
     def extra_repr(self) -> str:
         """Show the options and the heads' sizes in `repr`."""
         weight, _, teacher_weight, _ = self._heads.tensors()
         return (
-            f"cross_entropy={self.cross_entropy}, vocab_size={self.vocab_size}, student_scale={self.student_scale}, "
-            f"teacher_scale={self.teacher_scale}, student_head={tuple(weight.shape)}, "
+            f"{super().extra_repr()}, vocab_size={self.vocab_size}, student_head={tuple(weight.shape)}, "
             f"teacher_head={None if teacher_weight is None else tuple(teacher_weight.shape)}"
         )
 
 
-class LinearCrossEntropyLoss(Options):
+class LinearCrossEntropyLoss(LossOfHeads):
     """Cross-entropy of a head's logits from hidden states, without holding the logits.
 
     For a student without a teacher, or as the task loss beside other terms; `LinearLoss(..., cross_entropy=1.0)` does
@@ -242,6 +242,7 @@ class LinearCrossEntropyLoss(Options):
     Args:
         head: `nn.Linear`, `nn.Embedding`, or another module that computes `W h + b`. Referred to, not owned.
         scale: What the logits are multiplied by.
+        softcap: The soft cap of the logits, as in `LinearLoss`; None: no cap.
         ignore_index: A label that means "none".
         reduction: Over samples: `"mean"`, `"sum"` or `"none"`.
         rows: As in `LinearLoss`.
@@ -259,25 +260,35 @@ class LinearCrossEntropyLoss(Options):
         True
     """
 
-    options: ClassVar = {"scale": check_scale, "ignore_index": check_integer, "rows": check_count_or_none}
+    options: ClassVar = {
+        "scale": check_scale,
+        "softcap": check_softcap,
+        "ignore_index": check_integer,
+        "rows": check_count_or_none,
+    }
 
     def __init__(
         self,
         head: nn.Module,
         *,
         scale: float = 1.0,
+        softcap: float | None = None,
         ignore_index: int = IGNORED,
         reduction: Reduction = "mean",
         rows: int | None = None,
     ) -> None:
         super().__init__()
         self.scale = scale
+        self.softcap = softcap
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.rows = rows
-        # Not a module, so that nn.Module finds no submodules: the model owns its head.
-        self._heads = HeadPair(head, head)
-        self._heads.check(scale, scale)
+        self._heads = HeadPair(head, None)
+        self._heads.check(*self._after_heads())
+
+    @override
+    def _after_heads(self) -> AfterHeads:
+        return self.scale, 1.0, self.softcap, None
 
     if TYPE_CHECKING:
 
@@ -316,7 +327,7 @@ class LinearCrossEntropyLoss(Options):
             ValueError: If shapes, dtypes or devices do not fit, or a label is no class.
         """
         check_tensors(student, student)
-        self._heads.check(self.scale, self.scale)
+        self._heads.check(*self._after_heads())
         weight, bias, *_ = self._heads.tensors()
         check_hidden("student", student, weight)
         check_denominator(denominator, self.reduction)
@@ -325,7 +336,7 @@ class LinearCrossEntropyLoss(Options):
         labels = find_labels(target, student, len(weight), flat, self.ignore_index)
         counted = (labels.squeeze(-1) >= 0).to(dtype)
         flat = counted if flat is None else flat * counted
-        side = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.scale)
+        side = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.scale, self.softcap)
         call = Call(CROSS_ENTROPY, {}, -1, dtype, self.reduction if denominator is None else "sum")
         value = linear_rows(call, side, None, labels, flat, chunk=self.rows)
         value = value.reshape(student.shape[:-1]) if self.reduction == "none" else value
@@ -334,15 +345,4 @@ class LinearCrossEntropyLoss(Options):
     @override
     def extra_repr(self) -> str:
         """Show the options and the head's size in `repr`."""
-        return f"scale={self.scale}, reduction={self.reduction!r}, head={tuple(self._heads.tensors()[0].shape)}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self._heads.out_of(self)
-
-    @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(HeadPair.back_in(state))  # type: ignore[no-untyped-call]
-
-    def check_models(self, student: object, teacher: object) -> None:  # noqa: ARG002 - as of a loss of both
-        """Raise ValueError if the model has another head now than this loss; the Distiller asks at every call."""
-        self._heads.check_models(student, None)
+        return f"{super().extra_repr()}, head={tuple(self._heads.tensors()[0].shape)}"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._distiller.evaluate import (
+    ask_seen,
     call,
     check_tapped,
     recorded,
@@ -235,7 +236,7 @@ class Distiller(nn.Module):
         if TASK in on:
             sides.append(seen_by_task(ours, self.output, self.task_output))
             given = (sides[-1], targets[TASK]) if self._task_takes_target else (sides[-1],)
-            losses[TASK] = task_value(self.task_loss, given, masks[TASK], denominator)
+            losses[TASK] = task_value(self.task_loss, given, masks[TASK], denominator, ours)
         for name in names:
             compared = self._compared[name]
             sides.append(seen_of(name, "student", compared, ours, ours_seen, self.output))
@@ -243,6 +244,8 @@ class Distiller(nn.Module):
             losses[name] = term_value(
                 name, self.losses[name], compared, sides[-1], teacher, targets[name], masks[name], denominator
             )
+            seen = (sides[-1], ours), (teacher, theirs)
+            ask_seen(name, self.losses[name], compared, inputs, *seen, (targets[name], masks[name]))
         first, *rest = (self._weights[name] * value for name, value in losses.items())
         total = sum(rest, first)
         if trains:

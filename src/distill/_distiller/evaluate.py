@@ -36,18 +36,48 @@ def find_tensor(result: Any, output: Callable[[Any], Any] | None) -> Any:
     """The tensor to compare in what a model returned: what `output` finds, the logits, or a teacher's `TopK`."""
     if isinstance(result, TopK):
         return result
-    tensor: Any
-    if output is not None:
-        tensor = output(result)
-    elif isinstance(result, Mapping):
-        tensor = result.get("logits")
-    else:
-        tensor = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    tensor = _logits(result) if output is None else output(result)
     if not isinstance(tensor, (Tensor, TopK)):
         what = "output= must give a tensor" if output else "a model's output must be a tensor or have .logits"
         got = type(tensor if output else result).__name__
         raise ValueError(f"{what}, got {got}; output= takes a function that finds the tensor in it")
     return tensor
+
+
+def _logits(result: Any) -> Any:
+    """What a model returned as its logits, if anything: a tensor, or that under the name."""
+    if isinstance(result, Mapping):
+        return result.get("logits")
+    return result if isinstance(result, Tensor) else getattr(result, "logits", None)
+
+
+def ask_seen(
+    name: str, loss: nn.Module, compared: Compared, inputs: Any, student: Any, teacher: Any, marks: tuple[Any, Any]
+) -> None:
+    """Let a loss of hidden states see what else the models made of them, where nothing lies between; errors name it.
+
+    Args:
+        name: The term.
+        loss: Its loss, asked if it has `check_seen`.
+        compared: What it compares.
+        inputs: What the student was called with.
+        student: What is compared of the student, and what the student returned.
+        teacher: The same of the teacher.
+        marks: The term's target and mask.
+    """
+    check = getattr(loss, "check_seen", None)
+    if check is None or torch.compiler.is_compiling():
+        return
+    tapped = isinstance(compared.student, str), isinstance(compared.teacher, str)
+    adapters = compared.adapt_student, compared.adapt_teacher
+    ours, theirs = (
+        (seen, _logits(result)) if is_path and adapter is None else None
+        for (seen, result), is_path, adapter in zip((student, teacher), tapped, adapters, strict=True)
+    )
+    try:
+        check(inputs, ours, theirs, marked=any(mark is not None for mark in marks))
+    except Exception as error:
+        raise_named(error, f"term {name!r}")
 
 
 def raise_named(error: Exception, where: str) -> NoReturn:
@@ -143,10 +173,14 @@ def term_value(
     return _check_scalar(name, value)
 
 
-def task_value(loss: Any, arguments: tuple[Any, ...], mask: Any, denominator: float | Tensor | None) -> Tensor:
+def task_value(
+    loss: Any, arguments: tuple[Any, ...], mask: Any, denominator: float | Tensor | None, result: Any
+) -> Tensor:
     """The value of the task loss for its arguments: what it compares, and the target if it takes one."""
     try:
         value, divisor = _task_value(loss, arguments, {} if mask is None else {"mask": mask}, denominator)
+        if hasattr(loss, "check_seen") and not torch.compiler.is_compiling():
+            loss.check_seen(None, (arguments[0], _logits(result)), None, marked=True)
     except Exception as error:
         raise_named(error, f"term {TASK!r}")
     return divide(_check_scalar(TASK, value), divisor)

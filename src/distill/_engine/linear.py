@@ -7,6 +7,7 @@ nothing as large as all logits exists.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,25 +28,49 @@ _FEW = 8
 
 
 class Side(NamedTuple):
-    """What forms one side's logits: `scale * (weight @ hidden + bias)`."""
+    """What forms one side's logits: `scale * (weight @ hidden + bias)`, under a soft cap where there is one."""
 
     hidden: Tensor  # (N, d)
     weight: Tensor  # (V, d)
     bias: Tensor | None  # (V,)
     scale: float
+    softcap: float | None = None
 
     def logits(self) -> Tensor:
         """All logits, (N, V)."""
         logits = F.linear(self.hidden, self.weight, self.bias)
-        return logits if self.scale == 1 else logits * self.scale
+        return capped(logits if self.scale == 1 else logits * self.scale, self.softcap)
 
-    def product(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What `chunk` multiplies: the scaled hidden states, the weight and the scaled bias, in one dtype."""
+    def product(self, dtype: torch.dtype) -> Side:
+        """What a chunk multiplies: the same with the scale in the hidden states and the bias, all in one dtype."""
         hidden, bias = self.hidden.detach().to(dtype), self.bias
         bias = None if bias is None else bias.detach().to(dtype)
         if self.scale != 1:
             hidden, bias = hidden * self.scale, None if bias is None else bias * self.scale
-        return hidden, self.weight.detach().to(dtype), bias
+        return Side(hidden, self.weight.detach().to(dtype), bias, 1.0, self.softcap)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits under a soft cap c, which is c tanh(logits / c)."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def under_softcap(rows: Any, softcap: float) -> Any:
+    """A loss of rows of capped logits, whose gradient is that for the logits before the student's soft cap.
+
+    With z the capped logits, the derivative of c tanh(x / c) is 1 - (z / c)^2.
+    """
+    inner = rows.in_blocks()
+
+    def block(student: Tensor, teacher: Tensor, *rest: Any, **options: Any) -> Tensor:
+        *_, factors, gradient, spare = rest
+        values: Tensor = inner(student, teacher, *rest, **options)
+        if factors is not None:
+            torch.mul(student, 1 / softcap, out=spare).square_().neg_().add_(1.0)
+            gradient.mul_(spare)
+        return values
+
+    return replace(rows, block=block, kernel=None)
 
 
 def linear_rows(
@@ -73,7 +98,7 @@ def linear_rows(
     tensors = (student.hidden, student.weight, student.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         theirs = tuple(teacher[:3]) if isinstance(teacher, Side) else (teacher, None, None)
-        extra = call, student.scale, teacher.scale if isinstance(teacher, Side) else None, chunk
+        extra = call, student[3:], teacher[3:] if isinstance(teacher, Side) else None, chunk
         value: Tensor = _Linear.apply(*tensors, *theirs, labels, mask, extra)  # type: ignore[no-untyped-call]
         return value
     values, _ = _run(call, student, teacher, labels, mask, None, (False, False, False), chunk)
@@ -128,10 +153,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _sides(tensors: list[Any], extra: tuple[Any, ...]) -> tuple[Side, Side | Tensor | None]:
-    _, student_scale, teacher_scale, _ = extra
-    hidden, weight, bias, theirs, their_weight, their_bias, *_ = tensors
-    student = Side(hidden, weight, bias, student_scale)
-    return student, theirs if teacher_scale is None else Side(theirs, their_weight, their_bias, teacher_scale)
+    _, options, their_options, _ = extra
+    theirs = tensors[3] if their_options is None else Side(*tensors[3:6], *their_options)
+    return Side(*tensors[:3], *options), theirs
 
 
 def _plain(
@@ -198,11 +222,13 @@ def _chunks(
     count, device = len(student.hidden), student.hidden.device
     values = torch.empty(count, dtype=call.dtype, device=device)
     step = _step(chunk, device, count)
+    if student.softcap is not None and factors is not None:
+        call = replace(call, loss=under_softcap(call.loss, student.softcap))
     ours = student.product(_product_dtype(student))
     theirs = teacher.product(_product_dtype(teacher)) if isinstance(teacher, Side) else None
     buffers = [
-        torch.empty(step, len(weight), dtype=states.dtype, device=device)
-        for states, weight, _ in ((ours,) if theirs is None else (ours, theirs))
+        torch.empty(step, len(side.weight), dtype=side.hidden.dtype, device=device)
+        for side in ((ours,) if theirs is None else (ours, theirs))
     ]
     for start in range(0, count, step):
         piece = slice(start, min(start + step, count))
@@ -225,13 +251,14 @@ def _chunks(
     return values
 
 
-def _multiply(side: tuple[Tensor, Tensor, Tensor | None], piece: slice, buffer: Tensor) -> Tensor:
-    hidden, weight, bias = side
-    rows = hidden[piece]
+def _multiply(side: Side, piece: slice, buffer: Tensor) -> Tensor:
+    rows = side.hidden[piece]
     out = buffer[: len(rows)]
-    if bias is None:
-        return torch.mm(rows, weight.T, out=out)
-    return torch.addmm(bias, rows, weight.T, out=out)
+    if side.bias is None:
+        torch.mm(rows, side.weight.T, out=out)
+    else:
+        torch.addmm(side.bias, rows, side.weight.T, out=out)
+    return out if side.softcap is None else out.mul_(1 / side.softcap).tanh_().mul_(side.softcap)
 
 
 class _Gradients:
@@ -249,9 +276,9 @@ class _Gradients:
         self.bias = torch.zeros_like(student.bias, dtype=wide) if needs[2] and student.bias is not None else None
         self.dtypes = student.weight.dtype, None if student.bias is None else student.bias.dtype
 
-    def add(self, gradient: Tensor, side: tuple[Tensor, Tensor, Tensor | None], piece: slice) -> None:
+    def add(self, gradient: Tensor, side: Side, piece: slice) -> None:
         """Add what the gradient of some logits, (R, V), gives."""
-        hidden, weight, _ = side
+        hidden, weight = side.hidden, side.weight
         if self.hidden is not None:
             torch.mm(gradient, weight, out=self.hidden[piece])
         if self.weight is not None:

@@ -2,23 +2,29 @@
 
 import math
 import weakref
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distill._checks import is_integer
+from distill._engine.linear import Side, capped
 from distill._engine.squared.heads import FEWER, check_whole
+from distill._options import Options
+from distill.losses._seen import SeenLogits, check_all_positions
 
 # The size of the larger logits of the probe: caps far beyond it do not show. And what a vector may be multiplied by for
 # that: half goes no further.
 _LARGE = 1000.0
 _LARGEST_FACTOR = 1e4
 _WAYS_OUT = (
-    "merge an adapter or give its base layer, dequantise the weight, give {side}_scale= for a constant factor, or "
-    "compare formed logits"
+    "merge an adapter or give its base layer, dequantise the weight, give {side}_scale= for a constant factor (with "
+    "LinearLoss {side}_softcap= for a soft cap), or compare formed logits"
 )
+
+AfterHeads: TypeAlias = tuple[float, float, float | None, float | None]  # both scales, both soft caps
 
 
 class HeadPair:
@@ -32,6 +38,7 @@ class HeadPair:
         self.teacher: nn.Module = teacher  # type: ignore[assignment]  # None for `LinearLoss` alone
         self._checked: tuple[Any, ...] = ()
         self._places = _Places(), _Places()
+        self._seen = SeenLogits(), SeenLogits()
 
     def out_of(self, loss: nn.Module) -> dict[str, Any]:
         """The state of a loss for a pickle or copy, with the two heads in this pair's place."""
@@ -42,22 +49,31 @@ class HeadPair:
         """The state with a fresh pair of those heads."""
         return {**state, "_heads": cls(*state["_heads"])}
 
-    def check(self, student_scale: float, teacher_scale: float) -> None:
+    def check(
+        self,
+        student_scale: float,
+        teacher_scale: float,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+    ) -> None:
         """Raise ValueError as `check_head`; heads whose forward is the one that was checked before pass at once.
 
         Args:
             student_scale: What the loss multiplies the student's logits by.
             teacher_scale: What the loss multiplies the teacher's logits by.
+            student_softcap: The soft cap that the loss puts on the student's logits, if any.
+            teacher_softcap: The soft cap that the loss puts on the teacher's logits, if any.
         """
         student, teacher = self.student, self.teacher
         for name, head in (("student_head", student), ("teacher_head", teacher)):
             if hasattr(getattr(head, "weight", None), "full_tensor"):  # FSDP may have sharded it since
                 check_whole(f"the weight of {name}", head.weight)  # pragma: no cover - in a process of the test's own
-        if not self._checked or (_kind(student), _kind(teacher), student_scale, teacher_scale) != self._checked:
-            check_head("student_head", student, student_scale)
+        now = _kind(student), _kind(teacher), student_scale, teacher_scale, student_softcap, teacher_softcap
+        if now != self._checked:
+            check_head("student_head", student, student_scale, student_softcap)
             if teacher is not None:
-                check_head("teacher_head", teacher, teacher_scale)
-            self._checked = _kind(student), _kind(teacher), student_scale, teacher_scale
+                check_head("teacher_head", teacher, teacher_scale, teacher_softcap)
+            self._checked = now
 
     def tensors(self) -> tuple[Any, Any, Any, Any]:
         """The student's weight and bias, the teacher's weight and bias; None for no bias, or no head."""
@@ -70,6 +86,54 @@ class HeadPair:
         self._places[0].check("student_head", self.student, student)
         if self.teacher is not None:
             self._places[1].check("teacher_head", self.teacher, teacher)
+
+    def check_seen(self, inputs: Any, student: Any, teacher: Any, options: AfterHeads, *, marked: bool) -> None:
+        """Raise ValueError if a model does more to its logits than its head, or the heads saw one position of many.
+
+        Args:
+            inputs: What the student was called with.
+            student: What the loss compares of the student, and what the student returned as its logits, if anything.
+            teacher: The same of the teacher, or None.
+            options: Both scales and both soft caps.
+            marked: Whether there is a mask or labels.
+        """
+        if student is not None:
+            check_all_positions(inputs, student[0], marked=marked)
+        weight, bias, teacher_weight, teacher_bias = self.tensors()
+        forms = (weight, bias, *options[::2]), (teacher_weight, teacher_bias, *options[1::2])
+        for name, seen, form, pair in zip(("student", "teacher"), self._seen, forms, (student, teacher), strict=True):
+            if form[0] is not None and pair is not None:
+                seen.check(name, Side(form[0], *form), *pair)  # the hidden states are those of a row of the pair
+
+
+class LossOfHeads(Options):
+    """What losses of hidden states are: heads that the models own, and what happens to the logits after them."""
+
+    _heads: HeadPair  # not a module, so that nn.Module finds no submodules
+
+    def _after_heads(self) -> AfterHeads:
+        """Both scales and both soft caps."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._heads.out_of(self)
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(HeadPair.back_in(state))  # type: ignore[no-untyped-call]
+
+    def check_models(self, student: object, teacher: object) -> None:
+        """Raise ValueError if a model has another head now than this loss; the Distiller asks at every call."""
+        self._heads.check_models(student, teacher)
+
+    def check_seen(self, inputs: Any, student: Any, teacher: Any, *, marked: bool) -> None:
+        """Raise ValueError if a model does more to its logits than this loss; the Distiller asks at every call."""
+        self._heads.check_seen(inputs, student, teacher, self._after_heads(), marked=marked)
+
+
+def check_softcap(name: str, value: Any) -> Any:
+    """Return a soft cap of logits if it is None, or a positive and finite number, else raise ValueError."""
+    return None if value is None else check_scale(name, value)
 
 
 def check_scale(name: str, value: Any) -> Any:
@@ -89,8 +153,8 @@ def check_positions(target: Any, samples: torch.Size) -> None:
         )
 
 
-def check_head(name: str, head: nn.Module, scale: float) -> None:
-    """Raise ValueError if a head is not known to compute `W h + b`, or `scale` times that.
+def check_head(name: str, head: nn.Module, scale: float, softcap: float | None = None) -> None:
+    """Raise ValueError if a head is not known to compute `W h + b`, or what a loss makes of that.
 
     A head whose class computes as `nn.Linear` or looks up as `nn.Embedding` is told by its class; any other one is
     asked for the logits of two vectors.
@@ -99,6 +163,7 @@ def check_head(name: str, head: nn.Module, scale: float) -> None:
         name: `"student_head"` or `"teacher_head"`.
         head: The head.
         scale: What the loss multiplies its logits by.
+        softcap: The soft cap that the loss puts on them then, if any.
     """
     weight, bias = (getattr(head, attribute, None) for attribute in ("weight", "bias"))
     if not (isinstance(head, nn.Module) and isinstance(weight, Tensor)):
@@ -122,7 +187,7 @@ def check_head(name: str, head: nn.Module, scale: float) -> None:
             "spectral_norm or prune of torch.nn.utils): make it permanent, or use torch.nn.utils.parametrizations"
         )
     if not _computes_as_linear(head):
-        _probe(name, head, weight, bias, scale)
+        _probe(name, head, weight, bias, scale, softcap)
 
 
 def _kind(head: nn.Module | None) -> tuple[type, bool, bool]:
@@ -145,7 +210,9 @@ def _computes_as_linear(head: nn.Module) -> bool:
     )
 
 
-def _probe(name: str, head: nn.Module, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+def _probe(
+    name: str, head: nn.Module, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> None:
     side, kind = name.removesuffix("_head"), type(head).__name__
     ways = _WAYS_OUT.format(side=side)
     more = [path for path, tensor in head.named_parameters() if tensor is not weight and tensor is not bias]
@@ -167,7 +234,8 @@ def _probe(name: str, head: nn.Module, weight: Tensor, bias: Tensor | None, scal
         shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
         raise ValueError(f"{name} must give logits {tuple(expected.shape)}, got {shape} from {kind}: {ways}")
     tolerance = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
-    if _close(got, expected, tolerance) or _close(got, scale * expected, tolerance):
+    scaled = scale * expected
+    if any(_close(got, logits, tolerance) for logits in (expected, scaled, capped(scaled, softcap))):
         return
     factor = ((got * expected).sum() / expected.square().sum()).item()
     hint = f", {factor:.6g} times that" if _close(got, factor * expected, tolerance) else ""

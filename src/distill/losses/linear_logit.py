@@ -309,20 +309,18 @@ class LinearLogitLoss(SampleLoss):
         return plan
 
     def check_models(self, student: Any, teacher: Any) -> None:
-        """Check that the heads are still those of the models; a Distiller calls it before each forward.
+        """Raise ValueError if a model has another module now where it had its head; a Distiller asks at every call.
 
-        The first call with a model notes where it has its head; from then on that place must hold the same module. A
-        model without the head passes, since the head may lie outside the part that runs, and so does what is no module.
-
-        Args:
-            student: The student.
-            teacher: The teacher.
-
-        Raises:
-            ValueError: If a model has another module where it had its head.
+        A model without the head passes, since the head may lie outside the part that runs, and so does what is no
+        module.
         """
         if not torch.compiler.is_compiling():
             self._heads.check_models(student, teacher)
+
+    def check_seen(self, inputs: Any, student: Any, teacher: Any, *, marked: bool) -> None:
+        """Raise ValueError if a model does more to its logits than this loss; a Distiller asks at every call."""
+        scales = self.student_scale, self.teacher_scale, None, None
+        self._heads.check_seen(inputs, student, teacher, scales, marked=marked)
 
     def forget(self) -> None:
         """Free what is kept between calls; the next call computes it again."""
