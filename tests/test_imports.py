@@ -19,10 +19,11 @@ MAY_IMPORT = {
     **dict.fromkeys(OVER_LOSSES, LIBRARY),
     "_distiller": {*BASE, *OVER_LOSSES},
     "diagnostics": {*BASE, "_distiller"},
+    "pairing": {*LIBRARY, *OVER_LOSSES, "_distiller", "diagnostics"},
     "_store": {*BASE, "_distiller"},
     "store": {"_store"},
     "integrations": {*LIBRARY, *OVER_LOSSES, "", "_distiller", "_store", "diagnostics"},
-    "__init__": {*LIBRARY, *OVER_LOSSES, "_distiller", "_store", "diagnostics"},
+    "__init__": {*LIBRARY, *OVER_LOSSES, "_distiller", "_store", "diagnostics", "pairing"},
 }
 
 

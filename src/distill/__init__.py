@@ -64,6 +64,7 @@ from distill.losses.uld import ULDLoss, uld_loss
 from distill.losses.vid import VIDLoss, vid_loss
 from distill.losses.wsld import WSLDLoss, wsld_loss
 from distill.losses.wttm import WTTMLoss, wttm_loss
+from distill.pairing import pair_layers
 from distill.task import CrossEntropyLoss
 from distill.teachers import Teachers
 from distill.topk import TopK
@@ -174,6 +175,7 @@ __all__ = [
     "ofa_loss",
     "ofd_loss",
     "ofd_margin",
+    "pair_layers",
     "pearson_loss",
     "pkt_loss",
     "queue_kl_loss",

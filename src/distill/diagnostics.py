@@ -1,5 +1,6 @@
 """Looks at models before and after: what each module gives, and how often student and teacher agree."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,10 +46,16 @@ class TapShape:
 
 
 class TapShapes(Mapping[str, TapShape]):
-    """What `tap_shapes` gives: a `TapShape` by path, in the order of `named_modules()`; prints as a table."""
+    """What `tap_shapes` gives: a `TapShape` by path, in the order of `named_modules()`; prints as a table.
 
-    def __init__(self, entries: Mapping[str, TapShape]) -> None:
+    Attributes:
+        order: By path, when in the forward the module gave its last output; only the order has a meaning. -1 where it
+            was not called.
+    """
+
+    def __init__(self, entries: Mapping[str, TapShape], order: Mapping[str, int] | None = None) -> None:
         self._entries = dict(entries)
+        self.order = dict(order or {})
 
     @override
     def __getitem__(self, path: str) -> TapShape:
@@ -114,13 +121,16 @@ def tap_shapes(model: nn.Module, inputs: Any) -> TapShapes:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
     paths = dict(model.named_modules(remove_duplicate=False))
+    clock = itertools.count()
     looks = {
-        id(module): (_Look(module, takes_input=True), _Look(module, takes_input=False)) for module in paths.values()
+        id(module): (_Look(module, clock, takes_input=True), _Look(module, clock, takes_input=False))
+        for module in paths.values()
     }
     with _as_it_was(model), torch.no_grad():
         model.eval()
         listen([look for pair in looks.values() for look in pair], lambda: call(model, inputs))
-    return TapShapes({path: _entry(*looks[id(module)]) for path, module in paths.items()})
+    entries = {path: _entry(*looks[id(module)]) for path, module in paths.items()}
+    return TapShapes(entries, {path: looks[id(module)][1].last for path, module in paths.items()})
 
 
 @torch.no_grad()
@@ -159,13 +169,16 @@ def agreement(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, d
 class _Look(Listener):
     """Notes what passes, and the version of every tensor in it."""
 
-    def __init__(self, module: nn.Module, *, takes_input: bool) -> None:
+    def __init__(self, module: nn.Module, clock: Iterator[int], *, takes_input: bool) -> None:
         super().__init__(module, "distill look", takes_input=takes_input)
+        self.clock = clock
+        self.last = -1
         self.seen: list[tuple[int, ...] | str] = []
         self.versions: list[tuple[Tensor, int]] = []
 
     @override
     def hear(self, call: int, value: Any) -> None:
+        self.last = next(self.clock)
         self.seen.append(_describe(value))
         leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
         self.versions += [(leaf, leaf._version) for leaf in leaves]

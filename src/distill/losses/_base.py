@@ -6,7 +6,7 @@ A loss class is its options and, but for losses of rows, one method that calls i
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from distill._checks import check_tensor
 from distill._engine.rows import Rows
@@ -14,6 +14,7 @@ from distill._engine.topk import refusal
 from distill._options import Options
 from distill._reduction import Reduction, check_denominator, divide, hide, reduce
 from distill.losses._gather import gather_batches, is_alone
+from distill.losses._sizes import Size
 from distill.topk import TopK
 
 
@@ -35,6 +36,41 @@ class Loss(Options):
             mask: Tensor | None = None,
             denominator: float | Tensor | None = None,
         ) -> Tensor: ...
+
+    size: ClassVar[Size | None] = None  # how a loss with layers reads their sizes off a shape
+    several: ClassVar[bool] = False  # whether it compares several maps a side
+
+    @classmethod
+    def between(cls, student: Any, teacher: Any, *more: Any, **options: Any) -> Self:
+        """Build a loss with layers for what it will compare, whose channels then need not be looked up.
+
+        `HintLoss.between(shapes["layer2"], teacher_shapes["layers.1"])` with what `tap_shapes` gave. Where a term has
+        adapters, give the shapes after them.
+
+        Args:
+            student: The student's shape, batch first; or a tensor of that shape, or an entry of `tap_shapes`. For a
+                loss of several maps: a tuple of them.
+            teacher: The teacher's, likewise.
+            more: What else the loss must have.
+            options: Options of the loss.
+
+        Returns:
+            The loss, as if it were built with the channels.
+
+        Raises:
+            TypeError: If the loss has no layers, or a shape is none.
+            ValueError: If a shape has another number of dimensions than the loss takes, or an option is out of range.
+        """
+        if cls.size is None:
+            raise TypeError(f"{cls.__name__} has no layers whose sizes follow from shapes: build it with its options")
+        sides = []
+        for name, given in (("student", student), ("teacher", teacher)):
+            each = given if cls.several else (given,)
+            if cls.several and (not isinstance(given, (tuple, list)) or not given):
+                raise TypeError(f"the {name}'s shapes must be a tuple of shapes, got {given!r}")
+            sizes = tuple(cls.size.read(name, shape, options.get("dim")) for shape in each)
+            sides.append(sizes if cls.several else sizes[0])
+        return cls(*sides, *more, **options)
 
     def refuse_topk(self, teacher: object) -> None:
         """Raise TypeError for a `TopK`, by the name of a loss that takes none."""

@@ -187,6 +187,7 @@ class CTKDLoss(SampleLoss):
             TypeError: If what must be a tensor is none.
             ValueError: As `ctkd_loss`, and if the mask has another shape than the per-sample values.
         """
+        self.refuse_topk(teacher)
         reduction = self.reduction_over(denominator)
         if mask is not None:
             student, teacher = self._hidden(student, teacher, mask)

@@ -11,6 +11,7 @@ from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._layers import check_device
 from distill.losses._maps import ANY, check_maps, pool_to_smaller
+from distill.losses._sizes import LAYERS
 
 FAMILY = "maps"
 
@@ -153,6 +154,7 @@ class HintLoss(SampleLoss):
         "dim": _check_dim,
     }
     built = ("student_channels", "teacher_channels")
+    size = LAYERS
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from distill.losses._base import SampleLoss
 from distill.losses._layers import run_layers
 from distill.losses._maps import check_maps, pool_to_smaller
 from distill.losses._random import drawing
+from distill.losses._sizes import MAPS
 
 FAMILY = "learned maps"
 
@@ -111,6 +112,7 @@ class MGDLoss(SampleLoss):
         "alpha": check_positive,
     }
     built = ("student_channels", "teacher_channels")
+    size = MAPS
 
     def __init__(
         self,

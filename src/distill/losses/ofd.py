@@ -13,6 +13,7 @@ from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._layers import run_layers
 from distill.losses._maps import check_maps, per_channel, pool_to_smaller
+from distill.losses._sizes import MAPS
 
 FAMILY = "learned maps"
 
@@ -145,6 +146,7 @@ class OFDLoss(SampleLoss):
 
     options = {"student_channels": check_count, "teacher_channels": check_count}  # noqa: RUF012 - declared in the base
     built = ("student_channels", "teacher_channels")
+    size = MAPS
     margin: Tensor
 
     def __init__(

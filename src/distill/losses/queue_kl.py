@@ -13,6 +13,7 @@ from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._layers import check_device
 from distill.losses._memory import enter, make_ordinary
+from distill.losses._sizes import EMBEDDINGS
 from distill.losses._softened import divergence_of_logits
 from distill.losses._vectors import normalize
 
@@ -140,6 +141,7 @@ class QueueKLLoss(SampleLoss):
         "temperature": check_positive,
     }
     built = ("student_dim", "teacher_dim", "queue_size")
+    size = EMBEDDINGS
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._layers import run_layers
 from distill.losses._maps import check_maps, check_tuples
+from distill.losses._sizes import FEATURES
 
 FAMILY = "learned maps"
 
@@ -115,6 +116,8 @@ class ReviewLoss(SampleLoss):
         "mid_channels": check_count,
     }
     built = ("student_channels", "teacher_channels", "mid_channels")
+    size = FEATURES
+    several = True
 
     def __init__(
         self,

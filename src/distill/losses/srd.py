@@ -10,6 +10,7 @@ from distill._registry import register_loss
 from distill.losses._base import BatchLoss
 from distill.losses._batches import check_selection, count
 from distill.losses._layers import check_device
+from distill.losses._sizes import FEATURES
 
 FAMILY = "relations"
 
@@ -147,6 +148,7 @@ class SRDLoss(BatchLoss):
         "power": _check_power,
     }
     built = ("student_channels", "teacher_channels")
+    size = FEATURES
 
     def __init__(
         self, student_channels: int, teacher_channels: int, power: float = 4.0, *, gather: bool = False

@@ -13,6 +13,7 @@ from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._layers import run_layers
 from distill.losses._maps import check_maps, per_channel, pool_to_smaller
+from distill.losses._sizes import MAPS
 
 FAMILY = "learned maps"
 
@@ -101,6 +102,7 @@ class VIDLoss(SampleLoss):
         "eps": check_positive,
     }
     built = ("student_channels", "teacher_channels", "init_variance")
+    size = MAPS
 
     def __init__(
         self,
