@@ -173,7 +173,7 @@ class LinearLoss(LossOfHeads):
         weight, bias, *_ = self._heads.tensors()
         size = self._compared()
         check_hidden("student", student, weight)
-        if self.cross_entropy == 0:
+        if self.cross_entropy == 0 and size < len(weight):  # the gradient of a part is a copy
             weight, bias = weight[:size], None if bias is None else bias[:size]
         ours = Side(student.reshape(-1, student.shape[-1]), weight, bias, self.student_scale, self.student_softcap)
         reduction = self.loss.reduction_over(denominator)
