@@ -24,6 +24,7 @@ from distill.losses.ctkd import CTKDLoss, ctkd_loss, ctkd_strength
 from distill.losses.cwd import CWDLoss, cwd_loss
 from distill.losses.dist import DISTLoss, dist_loss
 from distill.losses.dkd import DKDLoss, dkd_loss
+from distill.losses.fgd import FGDLoss, fgd_loss
 from distill.losses.fsp import FSPLoss, fsp_loss
 from distill.losses.gram import GramLoss, gram_loss
 from distill.losses.hint import HintLoss, hint_loss
@@ -86,6 +87,7 @@ __all__ = [
     "DKDLoss",
     "Distiller",
     "DistillerOutput",
+    "FGDLoss",
     "FSPLoss",
     "GramLoss",
     "HintLoss",
@@ -153,6 +155,7 @@ __all__ = [
     "cwd_loss",
     "dist_loss",
     "dkd_loss",
+    "fgd_loss",
     "fingerprint",
     "fsp_loss",
     "get_loss",

@@ -112,7 +112,7 @@ def assert_loss_contract(
     refusals.check_later_options(build())
     refusals.check_classes(build(), *pair(), target)
     if learned:
-        _check_weights(build, pair, adversary=adversary)
+        _check_weights(build, pair, target, adversary=adversary)
     if per_sample:
         _check_reductions(build, *pair(), target, elementwise=elementwise)
         _check_mask(build, *pair(), target, meet=meet)
@@ -268,13 +268,17 @@ def _check_inference_tensors(loss: nn.Module, student: Tensor, teacher: Tensor, 
 
 
 def _check_weights(
-    build: Callable[..., nn.Module], pair: Callable[..., tuple[Tensor, Tensor]], *, adversary: bool
+    build: Callable[..., nn.Module],
+    pair: Callable[..., tuple[Tensor, Tensor]],
+    target: Tensor | None,
+    *,
+    adversary: bool,
 ) -> None:
     """Each weight gets a gradient, is saved, trains and may be of any dtype; nothing moves in a forward."""
     loss, (student, teacher) = build(), pair()
     state = copy.deepcopy(loss.state_dict())
-    value = loss(student, teacher)
-    assert torch.equal(copy.deepcopy(loss).eval()(student, teacher), value)
+    value = loss(student, teacher, target)
+    assert torch.equal(copy.deepcopy(loss).eval()(student, teacher, target), value)
     for name, tensor in loss.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     value.backward()
@@ -283,17 +287,17 @@ def _check_weights(
         assert parameter.grad.isfinite().all(), name
 
     other = with_weights(build(), seed=1)
-    assert not torch.equal(other(student, teacher), value)
+    assert not torch.equal(other(student, teacher, target), value)
     other.load_state_dict(loss.state_dict())
-    assert torch.equal(other(student, teacher), value)
-    other(student, teacher).backward()
+    assert torch.equal(other(student, teacher, target), value)
+    other(student, teacher, target).backward()
     torch.optim.SGD(other.parameters(), lr=1e-3).step()
-    assert other(student, teacher) > value if adversary else other(student, teacher) < value
+    assert other(student, teacher, target) > value if adversary else other(student, teacher, target) < value
 
     for dtype in (torch.bfloat16, torch.half):
         student, teacher = pair(dtype)
         cast = copy.deepcopy(loss).to(dtype)  # as Distiller.half() leaves it
-        assert torch.equal(cast(student, teacher), copy.deepcopy(cast).float()(student, teacher))
+        assert torch.equal(cast(student, teacher, target), copy.deepcopy(cast).float()(student, teacher, target))
 
 
 def _check_reductions(

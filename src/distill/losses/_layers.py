@@ -38,6 +38,8 @@ def run_layers(layers: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tens
                 x = F.conv2d(x, layer.weight.to(x.dtype), bias, layer.stride, layer.padding)
             elif isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 x = _batch_norm(layer, x, mask)
+            elif isinstance(layer, nn.LayerNorm):
+                x = F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
             elif isinstance(layer, nn.ReLU):
                 # The slope at 0 is 0 because this says so, and an input of minus infinity or NaN shows.
                 x = x * (x > 0)
