@@ -135,3 +135,18 @@ def test_a_task_loss_without_a_signature_is_called_with_a_target():
     distiller = Distiller(Net(), Net(seed=1), LogitLoss(), task_loss=max)
     with pytest.raises(ValueError, match="the task loss needs a target, got None"):
         distiller(batch()[0])
+
+
+def test_taps_that_replicas_would_run_past_are_refused():
+    distiller = Distiller(Net(), Net(seed=1), Term(LogitLoss(), at="body"))
+    replicated = nn.DataParallel(distiller.student)
+    replicated.device_ids = [0, 1]
+    with pytest.raises(
+        ValueError, match="the student's taps must hear the student itself, but nn.DataParallel runs rep"
+    ):
+        distiller(*batch(), student=replicated)
+    teacher = nn.DataParallel(Net(seed=1))
+    distiller = Distiller(Net(), teacher, Term(LogitLoss(), at=("body", "module.body")))
+    teacher.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="the teacher's taps must hear the teacher itself"):
+        distiller(*batch())

@@ -23,6 +23,7 @@ from distill._distiller.guards import (
     check_losses_in_step,
     check_masks,
     check_reached,
+    check_replicas,
     check_trains,
     freeze,
     identities,
@@ -213,8 +214,7 @@ class Distiller(nn.Module):
         if not on:
             raise ValueError(f"a term must be on, but all weights are 0: {dict(self._weights)}")
         check_denominator(denominator, "mean")
-        known = [*self._weights]
-        targets, masks = by_name("target", target, on, known), by_name("mask", mask, on, known)
+        targets, masks = by_name("target", target, on, self._weights), by_name("mask", mask, on, self._weights)
         check_masks(masks, self._takes_mask)
         if TASK in on and targets[TASK] is None and self._task_takes_target:
             raise ValueError(
@@ -227,6 +227,7 @@ class Distiller(nn.Module):
 
         theirs, theirs_seen = self._run_teacher(names, inputs, teacher_inputs, teacher_output)
         taps = taps_of((self._compared[name].student, self._compared[name].copy) for name in names)
+        check_replicas(model, taps, side="student")
         ours, ours_seen = run_with_taps(self.student, taps, lambda: call(model, inputs), side="student")
         if trains:
             check_tapped(ours_seen)
@@ -333,6 +334,7 @@ class Distiller(nn.Module):
             given = inputs if teacher_inputs is None else teacher_inputs
             with torch.no_grad():
                 if isinstance(self.teacher, nn.Module):
+                    check_replicas(self.teacher, taps, side="teacher")
                     return run_with_taps(self.teacher, taps, lambda: call(self.teacher, given), side="teacher")
                 teacher_output = call(self.teacher, given)
         return recorded(teacher_output, taps)

@@ -1,15 +1,27 @@
-"""How a module is listened to, so that nothing hangs on it when nobody does, whatever interrupts the listening."""
+"""How a module is listened to: a stand-in for its `forward`, there only while somebody listens.
 
-import operator
+Hooks would be shorter, but taps promise what hooks cannot give:
+
+1. A model that `torch.compile` has compiled before is heard. Its graph does not look at hooks that are registered
+   later; it does look whether the instance has a `forward` of its own.
+2. Nothing stays on the model, whatever interrupts the run. An interrupt may come between any two steps of Python, so no
+   `finally` can be relied on to undo several things. Here everything is undone when the last reference to one object
+   goes, by functions of C, which is one step.
+3. Threads that share a model hear their own run only: who listens is kept per thread, and the stand-in is taken away
+   when the last of them goes, which is the same last reference.
+4. A copy or pickle of a module taken inside a forward carries nothing: while the stand-in is there, so is a
+   `__getstate__` that leaves both out. (Only what copies a `__dict__` by itself gets past that, as DataParallel does,
+   which the Distiller refuses.)
+"""
+
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
-from typing_extensions import override
 
 _Result = TypeVar("_Result")
 
@@ -95,53 +107,33 @@ _HERE = threading.local()
 
 
 class _Hold:
-    """Keeps a stand-in in its place. When the last thread drops its reference, everything is as it was before.
+    """What every run that listens to a module refers to: when it dies, the stand-in goes."""
 
-    That is one step that nothing can interrupt: weak references call back C functions only.
+
+class _Place(NamedTuple):
+    """A stand-in in place.
+
+    Attributes:
+        forward: What it stands in for.
+        before: What the module's `__dict__` had in the places of the stand-ins, if anything.
+        hold: Refers to the hold.
+        undo: Refer to it too; each takes its step back when it dies.
     """
 
-
-class _Place:
-    """Where a stand-in is: what was in its place, the reference to its hold, and those that undo it."""
-
-    def __init__(self, before: Any, hold: "weakref.ref[_Hold]", undo: "list[weakref.ref[_Hold]]") -> None:
-        self.before = before
-        self.hold = hold
-        self.undo = undo
+    forward: Callable[..., Any]
+    before: dict[str, Any]
+    hold: "weakref.ref[_Hold]"
+    undo: "list[weakref.ref[_Hold]]"
 
 
 # All by the identity of the module.
-_STAND_INS: dict[int, Any] = {}  # for life: `torch.compile` compiles anew where it finds another object
-_PLACES: dict[int, _Place] = {}  # those in place
-_INNER: dict[int, Callable[..., Any]] = {}  # what these stand in for
+_PLACES: dict[int, _Place] = {}
+_STAND_INS: dict[int, dict[str, Any]] = {}  # for life: `torch.compile` compiles anew where it finds another object
 _MODULES: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
-class _Key(str):
-    """The key `"forward"`, which copies and pickles as `"training"`: every module has this entry once already."""
-
-    __slots__ = ()
-
-    @override
-    def __reduce__(self) -> Any:
-        return str, ("training",)
-
-
-_FORWARD = _Key("forward")
-
-
-def _stand_in(key: int) -> Any:
-    """What stands in for a module's `forward`: an attribute of the instance hides that of the class.
-
-    A model that was compiled before is heard too, which hooks registered later are not.
-    """
-    made = partial(_heard, key)
-    made.__dict__["__reduce_ex__"] = partial(_reduced, key)
-    return _STAND_INS.setdefault(key, made)
-
-
 def _heard(key: int, /, *args: Any, **kwargs: Any) -> Any:
-    """Run a module's own `forward` and let this thread's listeners hear it."""
+    """Stand in for a module's `forward`: run that, and let this thread's listeners hear it."""
     heard: list[tuple[Listener, int]] = []
     for listener in getattr(_HERE, "listeners", {}).get(key, ()):
         heard.append((listener, listener.calls))
@@ -149,11 +141,66 @@ def _heard(key: int, /, *args: Any, **kwargs: Any) -> Any:
     for listener, call in heard:
         if listener.takes_input:
             listener.hear(call, first_of(args, kwargs))
-    output = _INNER[key](*args, **kwargs) if key in _INNER else _MODULES[key].forward(*args, **kwargs)
+    # A forward that was passed on, to a recomputation in backward for example, is called after its time.
+    output = (_PLACES.get(key) or _MODULES[key]).forward(*args, **kwargs)
     for listener, call in heard:
         if not listener.takes_input:
             listener.hear(call, output)
     return output
+
+
+def _state(key: int) -> Any:
+    """Stand in for a module's `__getstate__`, which copies and pickles ask: its state without the stand-ins."""
+    module, place, ours = _MODULES[key], _PLACES.get(key), _STAND_INS[key]
+    before = {} if place is None else place.before
+    own = before.get("__getstate__") or partial(getattr(type(module), "__getstate__", vars), module)
+    state = own()
+    if not isinstance(state, dict):
+        return state
+    changed = {name for name, value in state.items() if name in ours and value is ours[name]}
+    return {
+        name: before[name] if name in changed else value
+        for name, value in state.items()
+        if name not in changed or name in before
+    }
+
+
+def _put(module: nn.Module, held: list[Any]) -> None:
+    """Put the stand-ins in place, or join the thread or the outer run that has put them there.
+
+    No name may refer to a hold: the traceback of an interrupt would keep it, and the stand-ins with it.
+    """
+    key, own = id(module), module.__dict__
+    _MODULES[key] = module
+    ours = _STAND_INS.setdefault(key, {"forward": partial(_heard, key), "__getstate__": partial(_state, key)})
+    while True:
+        place = _PLACES.get(key)
+        if place is None:
+            before = {name: value for name in ours if (value := own.get(name)) is not None}
+            forward = before.get("forward") or _own_forward(module)
+            if any(value in ours.values() for value in (*before.values(), forward)):
+                continue  # another thread has put it there since we looked  # pragma: no cover
+            held.append(_Hold())
+            made = _Place(forward, before, weakref.ref(held[-1]), [])
+            # The references call back in the reverse order: the place is free once all else is as it was.
+            made.undo.append(weakref.ref(held[-1], _once(_PLACES.pop, key, None)))
+            for name in ours:
+                back = _once(own.__setitem__, name, before[name]) if name in before else _once(own.pop, name, None)
+                made.undo.append(weakref.ref(held[-1], back))
+            place = _PLACES.setdefault(key, made)
+            if place is made:
+                break
+            made.undo.clear()  # another thread was first: nothing to undo  # pragma: no cover
+        held.append(place.hold())
+        if held[-1] is not None:  # else the other thread has just left
+            break
+    for name, stand_in in ours.items():
+        own[name] = stand_in
+
+
+def _once(function: Callable[..., Any], *arguments: Any) -> Callable[[Any], Any]:
+    """A callback for a weak reference: calls a function of C with these arguments, itself in C."""
+    return partial(next, map(function, *([argument] for argument in arguments)))
 
 
 def _own_forward(module: nn.Module) -> Callable[..., Any]:
@@ -163,53 +210,10 @@ def _own_forward(module: nn.Module) -> Callable[..., Any]:
     if forward is None:  # a static method, or a function of C
         return bound
 
-    def inner(*args: Any, **kwargs: Any) -> Any:
+    def own(*args: Any, **kwargs: Any) -> Any:
         return forward(module, *args, **kwargs)
 
-    return inner
-
-
-def _reduced(key: int, _protocol: Any) -> Any:
-    """What copies and pickles have for a stand-in: what was there before, or under `_Key` the module's `training`."""
-    place = _PLACES.get(key)
-    before = None if place is None else place.before
-    return operator.getitem, ((_MODULES[key].training if before is None else before,), 0)
-
-
-def _put(module: nn.Module, held: list[Any]) -> None:
-    """Put the stand-in in its place, or join the thread or the outer run that has put it there.
-
-    No name may refer to a hold: the traceback of an interrupt would keep it, and the stand-in with it.
-    """
-    key, own = id(module), module.__dict__
-    stand_in = _stand_in(key)
-    _MODULES[key] = module
-    while True:
-        place = _PLACES.get(key)
-        if place is None:
-            before = own.get("forward")
-            inner = _own_forward(module) if before is None else before
-            held.append(_Hold())
-            undo = [weakref.ref(held[-1], partial(next, step)) for step in _steps_back(key, own, before)]
-            made = _Place(before, weakref.ref(held[-1]), undo)
-            place = _PLACES.setdefault(key, made)
-            if place is made:
-                _INNER[key] = inner
-                break
-            undo.clear()  # another thread was first: nothing to undo  # pragma: no cover
-        held.append(place.hold())
-        if held[-1] is not None:  # else the other thread has just left
-            break
-    if place.before is None:
-        own[_FORWARD] = stand_in
-    else:
-        own["forward"] = stand_in
-
-
-def _steps_back(key: int, own: dict[str, Any], before: Any) -> tuple[Iterator[Any], ...]:
-    """Each does its step when it is asked for its next element; the last is taken first."""
-    back = map(own.pop, ("forward",), (None,)) if before is None else map(own.__setitem__, ("forward",), (before,))
-    return map(_PLACES.pop, (key,), (None,)), map(_INNER.pop, (key,), (None,)), back
+    return own
 
 
 def _hook(listener: Listener, kept: list[tuple[nn.Module, str, Any]]) -> None:

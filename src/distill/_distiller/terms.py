@@ -290,13 +290,13 @@ class Compared:
         return cls(sides[0], sides[1], *plain[2:])
 
 
-def by_name(what: str, given: Any, on: list[str], known: list[str]) -> dict[str, Any]:
+def by_name(what: str, given: Any, on: list[str], known: Mapping[str, Any]) -> dict[str, Any]:
     """What each term that is on gets of a target or mask: the same, or its entry of a mapping."""
     if not isinstance(given, Mapping):
         return dict.fromkeys(on, given)
     for name in given:
         if name not in known:
-            raise KeyError(f"a mapping as {what} must have names of terms, {known}, got {name!r}")
+            raise KeyError(f"a mapping as {what} must have names of terms, {[*known]}, got {name!r}")
     return {name: given.get(name) for name in on}
 
 
