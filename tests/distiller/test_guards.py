@@ -121,14 +121,30 @@ def test_a_student_of_other_parameters_is_not_looked_through():
 
 
 def test_learned_losses_outside_a_wrapper_are_told_by_their_parameters(monkeypatch):
+    def check(loss):
+        distiller = Distiller(Net(), Net(seed=1), {"hint": Term(loss, at="body")})
+        guards.check_losses_in_step(distiller, nn.Sequential(distiller.student))
+        guards.check_losses_in_step(distiller, distiller.student)
+
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    guards.check_losses_in_step([("hint", HintLoss(8, 12))])
+    check(HintLoss(8, 12))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    check(KLLoss())
     wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
-    guards.check_losses_in_step([("kl", KLLoss()), ("wrapped", wrapped)])
-    with pytest.raises(ValueError, match="the learned part of term 'hint' must get the gradients of all processes"):
-        guards.check_losses_in_step([("hint", nn.Sequential(HintLoss(8, 12)))])
+    assert not list(guards._own_parameters(wrapped))
+    for loss in (HintLoss(8, 12), Around(HintLoss(8, 12))):
+        with pytest.raises(ValueError, match="the learned part of term 'hint' must get the gradients of all processes"):
+            check(loss)
+
+
+class Around(nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, student, teacher, target=None):
+        return self.loss(student, teacher)
 
 
 def test_a_task_loss_without_a_signature_is_called_with_a_target():

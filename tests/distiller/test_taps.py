@@ -339,6 +339,19 @@ def test_rejects_unknown_paths_at_construction(at, message):
         distiller(at=at)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_rejects_paths_into_what_torch_jit_runs():
+    net = Net(seed=1).eval()
+    traced = torch.jit.trace(net, batch()[0])
+    out = Distiller(Net(), torch.jit.script(net.body), Term(LogitLoss(), at=("body", lambda out: out)), task_loss=None)
+    assert out(batch()[0]).loss > 0  # as a teacher alone it serves
+    for teacher, path in ((traced, "body"), (nn.Sequential(traced), "0.body.0"), (nn.Sequential(traced), "0")):
+        with pytest.raises(
+            ValueError, match=f"that Python runs, but '{path}' of the teacher is in a torch.jit.ScriptMod"
+        ):
+            Distiller(Net(), teacher, Term(LogitLoss(), at=("body", path)))
+
+
 def test_rejects_unknown_paths_of_a_model_without_submodules():
     with pytest.raises(ValueError, match="got 'fc'; the nearest are none: it has no submodules"):
         Distiller(nn.Linear(6, 5), Net(), Term(LogitLoss(), at="fc"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill import Distiller, LinearLogitLoss, LogitLoss, Term
+from distill import Distiller, KLLoss, LinearLogitLoss, LinearLoss, LogitLoss, Term
 from linear_heads import METHODS, LoRA, by_logits, heads, hidden
 
 
@@ -40,6 +40,27 @@ def test_check_models_notices_a_head_that_was_replaced():
             loss.check_models(student, teacher)
         model.top["head"] = head
         loss.check_models(student, teacher)
+
+
+def test_a_loss_of_the_heads_that_a_model_was_copied_from_is_refused():
+    pair = heads()
+    student, teacher = Model(pair[0]), Model(pair[1])
+    for loss in (LinearLogitLoss(*pair), LinearLoss(KLLoss(), *pair)):
+        twin = copy.deepcopy(student)
+        with pytest.raises(
+            ValueError, match=r"student_head .* Model has a copy of it at 'top.head': build the loss with"
+        ):
+            Distiller(twin, teacher, Term(loss, at="top.head:input"), task_loss=None)
+        with pytest.raises(ValueError, match=r"teacher_head .* Model has a copy of it at 'top.head'"):
+            loss.check_models(student, copy.deepcopy(teacher))
+        # A Distiller is copied with its heads; models that never had the head pass, and so does one that shares it.
+        whole = copy.deepcopy(Distiller(student, teacher, Term(loss, at="top.head:input"), task_loss=None))
+        whole.losses["distillation"].check_models(whole.student, whole.teacher)
+        with torch.no_grad():
+            twin.top["head"].weight.add_(1)
+        loss.check_models(twin, nn.Identity())
+        tied = Model(copy.copy(pair[0]))
+        loss.check_models(tied, teacher)
 
 
 def test_check_models_finds_every_place_of_a_shared_head():

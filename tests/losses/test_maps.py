@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from contract import make_pair
 from distill import (
@@ -21,7 +22,7 @@ from distill import (
     ofd_loss,
     vid_loss,
 )
-from distill.losses._maps import ANY, check_maps, pool_to_smaller
+from distill.losses._maps import ANY, check_maps, pool, pool_to_smaller
 from learned import average_pool, make_maps
 
 
@@ -43,6 +44,38 @@ def test_pool_to_smaller_averages_each_dimension_to_the_smaller_size(first, seco
     for pooled, whole in zip(pool_to_smaller(*maps), maps, strict=True):
         expected = average_pool(whole.detach().numpy(), *smaller)
         torch.testing.assert_close(pooled.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("whole", "part"), [((7, 4), (3, 4)), ((5,), (2,)), ((6, 4), (3, 2)), ((9, 5, 4), (4, 5, 1)), ((3, 2), (4, 4))]
+)
+def test_pooling_by_products_as_compiled_is_that_of_pytorch(whole, part, monkeypatch):
+    maps = make_pair(2, 3, *whole)[0]
+    expected = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(whole)](maps, part)
+    torch.testing.assert_close(pool(maps, part), expected, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    products = pool(maps, part)
+    torch.testing.assert_close(products, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(pooled.pow(3).sum(), maps)[0] for pooled in (products, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(pool(maps.float(), part), expected.float())
+
+
+def test_maps_of_unequal_size_compile_with_sizes_as_symbols():
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    loss = ATLoss()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    for teacher in ((2, 4, 3, 3), (2, 4, 5, 5)):
+        maps = make_maps((2, 3, 7, 7), teacher)
+        torch.testing.assert_close(compiled(*maps), loss(*maps))
+    assert not any("pool" in target for graph in graphs for target in graph)  # inductor has no pooling for symbols
 
 
 def test_pool_to_smaller_leaves_equal_sizes_alone():

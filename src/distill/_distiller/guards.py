@@ -154,7 +154,8 @@ def freeze(teacher: Any) -> bool:
     """Put a teacher in eval mode and freeze it; return whether it has modes at all (an exported program has none)."""
     if not isinstance(teacher, nn.Module):
         return False
-    teacher.requires_grad_(False)
+    for parameter in teacher.parameters():  # `requires_grad_` of the module is refused by torch.jit
+        parameter.requires_grad_(False)
     try:
         teacher.eval()
     except NotImplementedError:  # exported programs: what they do was fixed when they were exported

@@ -49,19 +49,25 @@ def parse_path(path: str) -> tuple[str, bool, int | None]:
 
 
 def check_path(model: nn.Module, path: str, *, side: str) -> None:
-    """Raise ValueError, with near matches, if a path names no module of the model.
+    """Raise ValueError, with near matches, if a path names no module of the model, or one that cannot be heard.
 
     Args:
         model: The model that will be tapped.
         path: As `parse_path` takes it.
         side: `"student"` or `"teacher"`, for the message.
     """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    name = parse_path(path)[0]
-    if name not in names:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names, name = list(modules), parse_path(path)[0]
+    if name not in modules:
         near = difflib.get_close_matches(name, names, n=3) or [child for child, _ in model.named_children()]
         known = ", ".join(map(repr, near)) or "none: it has no submodules"
         raise ValueError(f"a tap must name a module of the {side}, got {name!r}; the nearest are {known}")
+    around = [outer for outer, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
+    if around and any(name == outer or outer == "" or name.startswith(f"{outer}.") for outer in around):
+        raise ValueError(
+            f"a tap must name a module that Python runs, but {name!r} of the {side} is in a torch.jit.ScriptModule: "
+            "use the model that it was made from, or compare outputs alone"
+        )
 
 
 def run_with_taps(

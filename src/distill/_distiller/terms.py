@@ -296,7 +296,8 @@ def by_name(what: str, given: Any, on: list[str], known: Mapping[str, Any]) -> d
         return dict.fromkeys(on, given)
     for name in given:
         if name not in known:
-            raise KeyError(f"a mapping as {what} must have names of terms, {[*known]}, got {name!r}")
+            way = f"a {what} that is itself a mapping goes in as {{'task': {what}}}"
+            raise KeyError(f"a mapping as {what} must have names of terms, {[*known]}, got {name!r}; {way}")
     return {name: given.get(name) for name in on}
 
 

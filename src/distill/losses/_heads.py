@@ -267,9 +267,9 @@ class _Places:
         self._paths: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
 
     def check(self, name: str, head: nn.Module, model: object) -> None:
-        """Raise ValueError if a model had the head and has another module there now.
+        """Raise ValueError if a model had the head and has another module there now, or has a copy of it.
 
-        A model that never had it passes: heads may lie outside the part that runs.
+        A model that never had it passes: heads may lie outside the part that runs. A copy is told by its numbers, once.
 
         Args:
             name: `"student_head"` or `"teacher_head"`.
@@ -280,8 +280,14 @@ class _Places:
             return
         paths = self._paths.get(model)
         if paths is None:
-            modules = model.named_modules(remove_duplicate=False)
+            modules = list(model.named_modules(remove_duplicate=False))
             self._paths[model] = [path for path, module in modules if module is head]
+            if not self._paths[model]:
+                for path in (path for path, module in modules if _copied(head, module)):
+                    raise ValueError(
+                        f"{name} must be the head that the model has, but {type(model).__name__} has a copy of it at "
+                        f"{path!r}: build the loss with that one"
+                    )
             for path in self._paths[model]:
                 if path.rpartition(".")[2] in ("base_layer", "original_module"):
                     raise ValueError(
@@ -296,6 +302,21 @@ class _Places:
                     f"{name} must be the head that the model has, but {type(model).__name__} has another module at "
                     f"{path!r} now: build the loss anew with that one"
                 )
+
+
+def _copied(head: nn.Module, module: nn.Module) -> bool:
+    """Whether a module is of the head's class and has a weight of its own with the same numbers."""
+    ours, theirs = head.weight, getattr(module, "weight", None)
+    return (
+        type(module) is type(head)
+        and isinstance(ours, Tensor)
+        and type(theirs) is type(ours)
+        and theirs.shape == ours.shape
+        and (theirs.dtype, theirs.device) == (ours.dtype, ours.device)
+        and theirs.device.type != "meta"
+        and theirs.data_ptr() != ours.data_ptr()
+        and torch.equal(theirs, ours)
+    )
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:

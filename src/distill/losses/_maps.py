@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill._checks import check_tensor, check_tensors, make_ready, ordinary
+from distill._checks import check_tensor, check_tensors, make_ready, ordinary, without_autocast
 
 ANY = (1, 2, 3)  # positions along a line, in a plane, in a volume
 _LAYOUTS = {1: "(N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}
@@ -146,14 +147,31 @@ def per_channel(name: str, values: Tensor, maps: Tensor) -> Tensor:
 def pool_to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool two maps `(N, C, *positions)` to the smaller size in each dimension of the positions."""
     size = tuple(min(sizes) for sizes in zip(first.shape[2:], second.shape[2:], strict=True))
-    return _pool(first, size), _pool(second, size)
+    return pool(first, size), pool(second, size)
 
 
-def _pool(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    if maps.shape[2:] == size:
+def pool(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Average-pool maps `(N, C, *positions)` to a size, as PyTorch's adaptive pooling does."""
+    if tuple(maps.shape[2:]) == tuple(size):
         return maps
-    pool, adaptive_pool = _POOLS[len(size)]
+    if torch.compiler.is_compiling():  # inductor cannot pool adaptively where sizes are symbols
+        for dim, part in enumerate(size, 2):
+            with without_autocast(maps):
+                maps = (maps.movedim(dim, -1) @ _shares(maps, maps.shape[dim], part)).movedim(-1, dim)
+        return maps
+    pool_whole, adaptive_pool = _POOLS[len(size)]
     # Windows that do not overlap: the same, and faster on a CPU, but for a single one, which is mean().
     if max(size) > 1 and all(whole % part == 0 for whole, part in zip(maps.shape[2:], size, strict=True)):
-        return pool(maps, tuple(whole // part for whole, part in zip(maps.shape[2:], size, strict=True)))
+        return pool_whole(maps, tuple(whole // part for whole, part in zip(maps.shape[2:], size, strict=True)))
     return adaptive_pool(maps, size)
+
+
+def _shares(maps: Tensor, whole: int, part: int) -> Tensor:
+    """What each of `whole` positions counts for in each of `part` bins, `(whole, part)`.
+
+    Bin i goes from floor(i whole / part) to ceil((i + 1) whole / part).
+    """
+    position = torch.arange(whole, device=maps.device).unsqueeze(1)
+    bins = torch.arange(part, device=maps.device)
+    first, end = bins * whole // part, ((bins + 1) * whole + part - 1) // part
+    return ((position >= first) & (position < end)).to(maps.dtype) / (end - first)

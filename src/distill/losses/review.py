@@ -12,7 +12,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._layers import run_layers
-from distill.losses._maps import check_maps, check_tuples
+from distill.losses._maps import check_maps, check_tuples, pool
 from distill.losses._sizes import FEATURES
 
 FAMILY = "learned maps"
@@ -182,7 +182,7 @@ def _context(student: Tensor, teacher: Tensor) -> Tensor:
         if size < difference.shape[2]:
             weight /= 2
             total += weight
-            value = value + weight * F.adaptive_avg_pool2d(difference, size).square().flatten(1).mean(1)
+            value = value + weight * pool(difference, (size, size)).square().flatten(1).mean(1)
     return value / total
 
 
