@@ -306,7 +306,7 @@ class _Places:
 
 def _copied(head: nn.Module, module: nn.Module) -> bool:
     """Whether a module is of the head's class and has a weight of its own with the same numbers."""
-    ours, theirs = head.weight, getattr(module, "weight", None)
+    ours, theirs = getattr(head, "weight", None), getattr(module, "weight", None)
     return (
         type(module) is type(head)
         and isinstance(ours, Tensor)
