@@ -23,7 +23,6 @@ from distill._distiller.guards import (
     check_losses_in_step,
     check_masks,
     check_reached,
-    check_replicas,
     check_trains,
     freeze,
     identities,
@@ -227,8 +226,7 @@ class Distiller(nn.Module):
 
         theirs, theirs_seen = self._run_teacher(names, inputs, teacher_inputs, teacher_output)
         taps = taps_of((self._compared[name].student, self._compared[name].copy) for name in names)
-        check_replicas(model, taps, side="student")
-        ours, ours_seen = run_with_taps(self.student, taps, lambda: call(model, inputs), side="student")
+        ours, ours_seen = run_with_taps(self.student, taps, lambda: call(model, inputs), side="student", runs=model)
         if trains:
             check_tapped(ours_seen)
 
@@ -334,7 +332,6 @@ class Distiller(nn.Module):
             given = inputs if teacher_inputs is None else teacher_inputs
             with torch.no_grad():
                 if isinstance(self.teacher, nn.Module):
-                    check_replicas(self.teacher, taps, side="teacher")
                     return run_with_taps(self.teacher, taps, lambda: call(self.teacher, given), side="teacher")
                 teacher_output = call(self.teacher, given)
         return recorded(teacher_output, taps)

@@ -1,6 +1,6 @@
 """What must hold of a call and the models: masks of use, nothing shared, the student trained, losses in step."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -90,15 +90,6 @@ def check_reached(loss: Tensor, student: nn.Module, model: Any) -> None:
         "student= must run the Distiller's own student, wrapped, but no parameter of that student gets a gradient; "
         "another model was given, or its forward ran under no_grad"
     )
-
-
-def check_replicas(model: Any, taps: Sequence[Any], *, side: str) -> None:
-    """Raise ValueError if taps are to hear a model of which replicas run instead."""
-    if taps and isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise ValueError(
-            f"the {side}'s taps must hear the {side} itself, but nn.DataParallel runs replicas of it: use "
-            "nn.parallel.DistributedDataParallel, or compare outputs alone"
-        )
 
 
 def check_trains(student: nn.Module) -> None:

@@ -71,7 +71,7 @@ def check_path(model: nn.Module, path: str, *, side: str) -> None:
 
 
 def run_with_taps(
-    model: nn.Module, taps: Sequence[Tap], call: Callable[[], _Result], *, side: str
+    model: nn.Module, taps: Sequence[Tap], call: Callable[[], _Result], *, side: str, runs: Any = None
 ) -> tuple[_Result, dict[Tap, Any]]:
     """Run `call`, listening meanwhile.
 
@@ -83,14 +83,21 @@ def run_with_taps(
         taps: Distinct taps, whose paths `check_path` has checked.
         call: What runs the model.
         side: `"student"` or `"teacher"`, for the messages.
+        runs: What `call` runs, if that is the model wrapped.
 
     Returns:
         What `call` returns, and what each tap has seen, of any type.
 
     Raises:
-        ValueError: If a module is not called, or called more than once without `"#k"`, or what a tap has seen was
-            changed in place later in the forward and the tap has no copy.
+        ValueError: If a module is not called, or called more than once without `"#k"`, what a tap has seen was changed
+            in place later in the forward and the tap has no copy, or replicas of the model run in its place.
     """
+    runs = model if runs is None else runs
+    if taps and isinstance(runs, nn.DataParallel) and len(runs.device_ids) > 1:
+        raise ValueError(
+            f"the {side}'s taps must hear the {side} itself, but nn.DataParallel runs replicas of it: use "
+            "nn.parallel.DistributedDataParallel, or compare outputs alone"
+        )
     listeners = [_Listener(model, tap, side) for tap in taps]
     run = listen_traced if torch.compiler.is_compiling() else listen
     result = run(listeners, call)

@@ -307,10 +307,10 @@ class _Places:
 def _copied(head: nn.Module, module: nn.Module) -> bool:
     """Whether a module is of the head's class and has a weight of its own with the same numbers."""
     ours, theirs = getattr(head, "weight", None), getattr(module, "weight", None)
+    if type(module) is not type(head) or not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+        return False
     return (
-        type(module) is type(head)
-        and isinstance(ours, Tensor)
-        and type(theirs) is type(ours)
+        type(theirs) is type(ours)
         and theirs.shape == ours.shape
         and (theirs.dtype, theirs.device) == (ours.dtype, ours.device)
         and theirs.device.type != "meta"
