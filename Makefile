@@ -10,10 +10,11 @@ export NO_MKDOCS_2_WARNING := 1
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo reproduce test coverage lint docs bench format wheel clean
+.PHONY: help demo examples reproduce test coverage lint docs bench format wheel clean
 
 help:
 	@echo "make demo    distil a small ResNet on handwritten digits, in less than a minute"
+	@echo "make examples  a sentence encoder and a language model, each with a smaller student: minutes; fetches 120 MB"
 	@echo "make reproduce  the published CIFAR table: hours on a GPU, weeks on a CPU; stops and goes on"
 	@echo "make test    the tests, all of them"
 	@echo "make coverage  the tests that cover src, slower: each line must run"
@@ -34,6 +35,11 @@ reproduce: $(READY)
 
 demo: $(READY)
 	python examples/cifar_resnet.py --out runs/digits
+
+examples: $(READY)
+	python examples/fetch.py
+	python examples/sentence_encoder.py
+	python examples/causal_lm.py
 
 # Two workers, each with one thread, so that two cores are never asked for more.
 test: $(READY)
