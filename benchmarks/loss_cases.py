@@ -327,6 +327,7 @@ LINEAR_BFLOAT16 = ((2048, 32000, 256, 512),)
 CUDA_LOGITS = ((8192, 128256),)
 CUDA_LINEAR = ((16384, 128256, 2048, 4096),)
 PICTURE_ONLY = {(1024, classes) for classes in (10, 100, 10000, 32000)}
+MEMORY = (2048, 32000)  # at which each other loss of rows is measured beside `logit` and `kl`
 FULL = PICTURE_ONLY | {(4096, 128256), *LINEAR[: len(SWEEP)], *LINEAR_SMALL}
 
 
@@ -347,6 +348,9 @@ def list_cases(device: torch.device) -> list[Case]:
         for shape in logit_shapes
         if dtype == torch.float32 or shape not in PICTURE_ONLY
     ]
+    # `dist` compares columns, too, which are not taken some rows at a time.
+    rows = [x for x, plain in PLAIN.items() if plain.shape == SMALL_LOGITS and x not in ("logit", "kl", "dist")]
+    cases += [Case("logits", loss, MEMORY, torch.float32, False, build_loss) for loss in rows]
     cases += [
         Case("linear", heads, shape, dtype, shape in FULL, partial(build_linear, train_heads=heads == "trained"))
         for heads in ("trained", "frozen")
