@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 
 from transformers import LlamaForCausalLM, Trainer  # noqa: E402
 
-from distill import Distiller, DISTLoss, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
+from distill import Distiller, DISTLoss, HintLoss, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
 from language_models import VOCABULARY, arguments, build, llama, rows, stack  # noqa: E402
 
@@ -253,6 +253,129 @@ def test_encoder_decoder_models_get_their_decoder_inputs(tmp_path):
     DistillTrainer(
         distiller=Distiller(student, teacher, KLLoss()), args=arguments(tmp_path), train_dataset=rows()
     ).train()
+
+
+def step_by_hand(distiller, pieces):
+    """The gradient of the mean over all tokens of the pieces; each is (inputs, target, mask)."""
+    count = sum(int(mask.sum()) for *_, mask in pieces)
+    for inputs, target, mask in pieces:
+        distiller(inputs, target, mask=mask, denominator=count).loss.backward()
+    return {name: parameter.grad for name, parameter in distiller.named_parameters() if parameter.grad is not None}
+
+
+def assert_step(distiller, before, gradients, **tolerance):
+    moved = {name: value for name, value in change(distiller, before).items() if value.any()}
+    assert set(moved) == {name for name, gradient in gradients.items() if gradient.any()}
+    for name, value in moved.items():
+        torch.testing.assert_close(value, 0.1 * gradients[name], **{"rtol": 1e-4, "atol": 2e-7, **tolerance})
+
+
+def shifted(batch, **options):
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return (inputs, *next_tokens(batch["labels"], **options))
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning", "ignore:.is_gradient:FutureWarning")
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_checkpointing": True}, {"bf16": True}, {"max_grad_norm": 0.5}],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_options_of_the_trainer_and_tied_embeddings(tmp_path, options, tied):
+    def make():
+        torch.manual_seed(2)
+        terms = {"kl": KLLoss(2.0), "hint": Term(HintLoss(8, 16), at="model.norm")}
+        return Distiller(llama(8, tied=tied), llama(16, seed=1), terms)
+
+    distiller, by_hand = make(), make()
+    before = copy.deepcopy(distiller.state_dict())
+    args = arguments(tmp_path, gradient_accumulation_steps=2, **options)
+    DistillTrainer(distiller=distiller, args=args, train_dataset=rows(4)).train()
+    gradients = step_by_hand(by_hand, [shifted(stack(rows(4)))])
+    if "max_grad_norm" in options:  # Trainer clips the model's gradient
+        norm = torch.stack([g.norm() for name, g in gradients.items() if name.startswith("student")]).norm()
+        assert norm > 0.5
+        gradients = {name: g * (0.5 / norm if name.startswith("student") else 1) for name, g in gradients.items()}
+    if tied:
+        gradients["student.lm_head.weight"] = gradients["student.model.embed_tokens.weight"]
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    assert_step(distiller, before, gradients, **({"rtol": 0.1, "atol": 2e-3 * largest} if "bf16" in options else {}))
+    if "bf16" in options:
+        assert {parameter.dtype for parameter in distiller.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+def test_adapters_are_trained_and_saved_as_adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def make():
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        return Distiller(peft.get_peft_model(llama(8), config), llama(16, seed=1), KLLoss(2.0))
+
+    distiller, by_hand = make(), make()
+    by_hand.load_state_dict(distiller.state_dict())
+    before = copy.deepcopy(distiller.state_dict())
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=rows(4))
+    trainer.train()
+    gradients = step_by_hand(by_hand, [shifted(stack(rows(4)))])
+    assert all("lora" in name for name in gradients)
+    assert_step(distiller, before, gradients)
+    trainer.save_model(str(tmp_path / "out"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert not names & {"model.safetensors", "distiller.pt"}
+
+
+def test_padding_on_the_left_predicts_nothing(tmp_path):
+    flipped = [{name: value.flip(0) for name, value in row.items()} for row in rows(4)]
+    for row in flipped:
+        row["labels"] = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
+    distiller, by_hand = build(), build()
+    before = copy.deepcopy(distiller.state_dict())
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    DistillTrainer(distiller=distiller, args=args, train_dataset=flipped).train()
+    alone = [{name: value[None, row["attention_mask"] == 1] for name, value in row.items()} for row in flipped]
+    assert_step(distiller, before, step_by_hand(by_hand, [shifted(row) for row in alone]))
+
+
+def test_packed_sequences_are_as_if_each_were_alone(tmp_path):
+    lengths = [4, 5]
+    packed = []
+    for row in rows(2):
+        labels = row["input_ids"].clone()
+        labels[4] = -100  # the start of the second
+        places = torch.cat([torch.arange(length) for length in lengths])
+        packed.append({"input_ids": row["input_ids"], "position_ids": places, "labels": labels})
+    distiller, by_hand = build(), build()
+    before = copy.deepcopy(distiller.state_dict())
+    args = arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=packed, data_collator=stack)
+    trainer.train()
+    assert not distiller.teacher.config.use_cache
+    alone = [part[None] for row in packed for part in row["input_ids"].split(lengths)]
+    pieces = [shifted({"input_ids": part, "labels": part}) for part in alone]
+    assert_step(distiller, before, step_by_hand(by_hand, pieces))
+
+
+def test_what_is_saved_and_what_a_checkpoint_holds(tmp_path):
+    distiller = build()
+    args = arguments(tmp_path / "run", save_strategy="steps", save_steps=1)
+    trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=rows(2))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    saved = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors"} <= saved
+    assert "distiller.pt" not in saved
+    held = {path.name for path in (tmp_path / "run/checkpoint-1").iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "distiller.pt"} <= held
+    from safetensors.torch import load_file
+
+    for folder in (tmp_path / "out", tmp_path / "run/checkpoint-1"):
+        assert set(load_file(folder / "model.safetensors")) == set(distiller.student.state_dict())
+    learned = torch.load(tmp_path / "run/checkpoint-1/distiller.pt", weights_only=True)["learned"]
+    assert set(learned) == {"losses.hint.regressor.weight", "losses.hint.regressor.bias"}
 
 
 @pytest.mark.subprocess

@@ -31,7 +31,8 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         distiller: The Distiller.
         prepare: Makes of a batch what the Distiller is called with: `prepare(batch) -> (inputs, target, mask)`. It is
             called twice. None: labels are taken out of the batch, shifted by `next_tokens` if the student's own
-            loss shifts them, and masked where they are -100; without labels the `attention_mask` is the mask.
+            loss shifts them, and masked where they are -100 or predicted from padding; without labels the
+            `attention_mask` is the mask.
         **trainer: What `Trainer` takes, but for `model` and `compute_loss_func`.
 
     Raises:
@@ -57,14 +58,13 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         self._logged_step, self._hooked = 0, False
 
     def _prepare(self, batch: dict[str, Any]) -> tuple[Any, Any, Any]:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        labels = batch.get("labels")
-        model = self.accelerator.unwrap_model(self.model)
+        inputs, model = dict(batch), self.accelerator.unwrap_model(self.model)
+        labels, seen = inputs.pop("labels", None), inputs.get("attention_mask")
         if labels is None or labels.is_floating_point():
-            mask = batch.get("attention_mask") if labels is None else None
-            return inputs, labels, None if mask is None else mask.bool()
+            return inputs, labels, seen.bool() if labels is None and seen is not None else None
         if labels.ndim == 2 and self._shifts(model):
-            return inputs, *next_tokens(labels)
+            segments = seen.long() if isinstance(seen, Tensor) and seen.shape == labels.shape else None
+            return inputs, *next_tokens(labels, segments=segments)  # no padding on the left predicts a first token
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
         return inputs, labels, labels != -100
