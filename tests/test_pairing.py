@@ -99,6 +99,16 @@ def test_a_swin_pairs_with_a_resnet_by_resolution_through_adapters():
     check_trains(student, teacher, pairs, x)
 
 
+def test_a_swin_has_as_many_stages_as_resolutions():
+    pairs = pair_layers(swin(), vit(layers=3), images(side=32)[0])
+    assert [pair.student for pair in pairs] == [
+        "swin.encoder.layers.0.blocks.0",
+        "swin.encoder.layers.1.blocks.0",
+        "swin.layernorm",
+    ]
+    assert pairs[2].compared == ((4, 16, 32), (4, 16, 16))  # tokens of one grid
+
+
 def test_a_vit_is_cut_into_as_many_shares_as_a_resnet_has_stages():
     student, teacher = ResNet(), vit(layers=8)
     x, _ = images(side=32)

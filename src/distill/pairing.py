@@ -331,11 +331,12 @@ def _read(shape: tuple[int, ...], picture: tuple[int, int] | None) -> tuple[str,
         if picture is not None and _distortion(last, picture) < _distortion(first, picture):
             return "NHWC", (last[0], last[1]), 0
         return "NCHW", (first[0], first[1]), 0
-    if picture is not None:
+    if picture is not None and shape[2] > 1:  # what was pooled is no token
         for prefix in range(min(_PREFIXES, shape[1])):
-            height = round(math.sqrt((shape[1] - prefix) * picture[0] / picture[1]))
-            width = (shape[1] - prefix) // max(height, 1)
-            if height * width == shape[1] - prefix and _distortion((height, width), picture) == 0:
+            height = max(round(math.sqrt((shape[1] - prefix) * picture[0] / picture[1])), 1)
+            width = (shape[1] - prefix) // height
+            patches = {math.ceil(of / by) for of, by in zip(picture, (height, width), strict=True) if by}
+            if height * width == shape[1] - prefix and len(patches) == 1:  # patches are squares
                 return "tokens", (height, width), prefix
     return "tokens", None, 0
 

@@ -13,7 +13,7 @@ from distill._reduction import Reduction, check_denominator, check_mask, divide,
 from distill._registry import register_loss
 from distill.losses._base import Loss, RowLoss
 from distill.losses._heads import HeadPair
-from distill.losses._maps import check_maps
+from distill.losses._maps import check_maps, pool
 
 FAMILY = "refined logits"
 
@@ -214,7 +214,7 @@ class SDDLoss(Loss):
         """What a classifier says of each region, `(N, R, C)`."""
         if weight.device != maps.device:
             raise ValueError(f"the classifiers must be on the device of the maps, {maps.device}, got {weight.device}")
-        pooled = torch.cat([F.adaptive_avg_pool2d(maps, scale).flatten(2) for scale in self.scales], 2).mT
+        pooled = torch.cat([pool(maps, (scale, scale)).flatten(2) for scale in self.scales], 2).mT
         with without_autocast(maps):
             return F.linear(pooled, weight.to(maps.dtype), None if bias is None else bias.to(maps.dtype))
 
