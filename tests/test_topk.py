@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import distill
+import topk as topk_benchmark
 from contract import gradient, make_pair
 from distill import Distiller, KLLoss, LinearLoss, ReverseKLLoss, TeacherOutput, Term, TopK
 from distill._engine import fused
 from distill._engine import linear as engine_linear
+from measure import quartiles
 
 INF = math.inf
 T = 2.0
@@ -749,3 +751,34 @@ def test_linear_loss_rejects_what_does_not_fit():
         LinearLoss(distill.DKDLoss(), ours)(student, topk, torch.zeros(10, dtype=torch.int64))
     with pytest.raises(ValueError, match="vocab_size"):
         LinearLoss(build("kl"), ours, vocab_size=V + 1)
+
+
+def test_linear_loss_caps_and_scales_the_students_logits():
+    (ours, theirs), (student, teacher, _) = heads(), linear_case()
+    topk = TopK.of(theirs(teacher), 4, temperature=T)
+    linear = LinearLoss(build("kl"), ours, student_scale=0.5, student_softcap=2.0)
+    formed = build("kl")(2.0 * torch.tanh(0.5 * ours(student) / 2.0), topk)
+    value = linear(student, topk)
+    torch.testing.assert_close(value, formed, rtol=1e-10, atol=1e-12)
+    for found, expected in zip(gradients(value, student), gradients(formed, student), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+# --- what the page says ---
+
+
+def test_the_forms_of_the_benchmark_are_as_wrong_as_the_page_says():
+    found = {name: topk_benchmark.errors(name, 4.0, 6, 4000) for name in topk_benchmark.FORMS}
+    middle = {
+        (name, kind): [quartiles(errors[kind, k][0])[0] for k in topk_benchmark.KS]
+        for name, errors in found.items()
+        for kind in ("agrees", "near")
+    }
+    assert max(middle["TopK", "agrees"]) == 0
+    assert min(middle["teacher renormalised", "agrees"]) > 0.01
+    for name in ("teacher renormalised", "both renormalised", "cut off"):
+        for ours, other in zip(middle["TopK", "near"], middle[name, "near"], strict=True):
+            assert ours < 0.5 * other
+    reverse = {name: topk_benchmark.errors(name, 4.0, 6, 4000) for name in topk_benchmark.REVERSE}
+    assert reverse["TopK of the student, gathered"]["far", 32][1] > 0.8
+    assert reverse["TopK of the teacher"]["far", 32][1] < 0.6

@@ -23,6 +23,7 @@ from distill._reduction import hide, reduce, row_weights
 _CPU, _GPU = 256, 2048
 # Elements of a block on a CPU: the block's own buffers are all the memory beside the chunk's logits.
 _BLOCK = 2**19
+_KNOWN = 2**20  # where the teacher's rows are known: there are no logits of its, and more small operations in a block
 # Chunks up to which a head in half precision may add up its gradient in that precision.
 _FEW = 8
 
@@ -230,6 +231,7 @@ def _chunks(
         torch.empty(step, len(side.weight), dtype=side.hidden.dtype, device=device)
         for side in ((ours,) if theirs is None else (ours, theirs))
     ]
+    elements = None if device.type != "cpu" else _KNOWN if isinstance(teacher, Tensor) else _BLOCK
     for start in range(0, count, step):
         piece = slice(start, min(start + step, count))
         logits = _multiply(ours, piece, buffers[0])
@@ -244,7 +246,7 @@ def _chunks(
             None if labels is None else labels[piece],
             counts,
             into=None if counts is None else logits,
-            elements=_BLOCK if device.type == "cpu" else None,
+            elements=elements,
         )
         if counts is not None:
             gradients.add(logits, ours, piece)
