@@ -21,13 +21,14 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the pages, into site/"
 	@echo "make bench   the benchmarks, in at most half an hour; stops and goes on"
-	@echo "make wheel   the package, into dist/"
+	@echo "make wheel   the package as sdist and wheel, into dist/"
 	@echo "make clean   remove .venv and all that the commands above made"
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	mkdir -p $(TMPDIR)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade "pip>=25.1" # knows dependency groups
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[examples,store,transformers]" --group dev
 	touch $@
 
 reproduce: $(READY)
@@ -67,7 +68,7 @@ bench: $(READY)
 	python benchmarks/losses.py
 
 wheel: $(READY)
-	python -m build --wheel
+	python -m build
 
 clean:
 	rm -rf .venv dist site runs .coverage .mypy_cache .pytest_cache .ruff_cache

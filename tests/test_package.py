@@ -92,6 +92,7 @@ def test_a_pickle_of_an_instance_outlives_a_move():
 def test_version_is_the_one_of_the_distribution_and_the_changelog():
     assert distill.__version__ == version("distill")
     assert f"## [{distill.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {distill.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_needs_only_torch_numpy_and_typing_extensions():
