@@ -379,8 +379,20 @@ def test_of_meta_and_compiled():
     topk = TopK.of(teacher, 3, temperature=T)
     given = topk.indices, topk.log_probs, topk.log_tail
     torch.testing.assert_close(step(student, *given), loss(student, topk))
+    whole = torch.compile(lambda s, t: loss(s, t), backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(student, topk), loss(student, topk))
     of_func = torch.func.grad(lambda s: loss(s, topk))(student.detach())
     torch.testing.assert_close(of_func, gradient(loss, student, topk))
+    mapped = torch.vmap(lambda s: loss(s, topk))(torch.stack([student, 2 * student]).detach())
+    torch.testing.assert_close(mapped, torch.stack([loss(student, topk), loss(2 * student, topk)]).detach())
+
+
+@both_forms
+def test_weights_that_learn():
+    student, teacher = make_pair(5, 9)
+    topk, loss = TopK.of(teacher, 3, temperature=T), build("kl")
+    weights = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, s: loss(s, topk, mask=w), (weights, student))
 
 
 # --- what is refused ---
