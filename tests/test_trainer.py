@@ -139,6 +139,19 @@ def test_saves_the_student_alone_and_evaluates(tmp_path):
     torch.testing.assert_close(loaded(**batch).logits, distiller.student(**batch).logits)
 
 
+def test_what_trains_without_labels_is_evaluated_without_labels(tmp_path):
+    unlabelled = [{name: value for name, value in row.items() if name != "labels"} for row in rows(4)]
+    distiller = build({"kl": KLLoss()})
+    trainer = DistillTrainer(distiller=distiller, args=arguments(tmp_path), eval_dataset=unlabelled)
+    with pytest.raises(ValueError, match=r"needs a target, got None; distiller.weights\['task'\] = 0 switches it off"):
+        trainer.evaluate()  # Trainer itself would report no loss, without a word
+    assert trainer.predict(unlabelled).predictions.shape == (4, 9, VOCABULARY)
+    distiller.weights["task"] = 0.0
+    batch = stack(unlabelled)
+    expected = distiller.eval()(batch, mask=batch["attention_mask"].bool()).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_students_without_keywords_get_the_same_gradient(tmp_path):
     class Plain(nn.Module):
         def __init__(self, seed=0):

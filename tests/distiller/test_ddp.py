@@ -1,30 +1,17 @@
 """Two processes under DistributedDataParallel and FSDP against one process on the joined batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 import torch
-import torch.distributed as dist
+
+from workers import needs_gloo, run_workers
 
 WORKER = Path(__file__).parents[1] / "support/ddp_worker.py"
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo")
+@needs_gloo
 def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs = [(0, 1), (0, 2), (1, 2)]
-    processes = [
-        subprocess.Popen([sys.executable, str(WORKER), str(rank), str(world), str(tmp_path)], env=environment)
-        for rank, world in runs
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_workers(WORKER, [(rank, world, tmp_path) for rank, world in ((0, 1), (0, 2), (1, 2))])
     single, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("single.pt", "0.pt", "1.pt"))
     student = {
         name.removeprefix("student."): gradient
@@ -41,3 +28,9 @@ def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
         torch.testing.assert_close(process["as one"], single["distiller"])
         assert process["size"] == sum(gradient.numel() for gradient in single["distiller"].values())
     assert "losses.hint.scale" in first["distiller"]
+    # Each process logs its own terms: their mean is that of the batch, with a denominator their sum.
+    for name, whole in single["terms"].items():
+        torch.testing.assert_close((first["terms"][name] + second["terms"][name]) / 2, whole)
+        assert first["terms"][name] != second["terms"][name]
+    for name in ("task", "kl", "pool"):
+        torch.testing.assert_close(first["shares"][name] + second["shares"][name], single["terms"][name])

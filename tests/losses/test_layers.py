@@ -1,10 +1,7 @@
 """How losses run the layers that they learn; each loss's own test holds the layers against its reference."""
 
 import copy
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from torch import nn
 from contract import make_pair
 from distill import HintLoss, MGDLoss, OFDLoss, ReviewLoss, VIDLoss
 from distill.losses._layers import run_layers
+from workers import run_workers
 
 WORKER = Path(__file__).parents[1] / "support/sync_norm_worker.py"
 
@@ -89,17 +87,8 @@ def processes(tmp_path_factory):
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this PyTorch has no gloo")
     tmp_path = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [(0, 1), (0, 2), (1, 2)]
-    started = [
-        subprocess.Popen([sys.executable, str(WORKER), str(rank), str(world), str(tmp_path)], env=environment)
-        for rank, world in runs
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in started] == [0, 0, 0]
-    finally:
-        for process in started:
-            process.kill()
+    run_workers(WORKER, [(rank, world, tmp_path) for rank, world in runs])
     return [torch.load(tmp_path / f"{rank} of {world}.pt", weights_only=True) for rank, world in runs]
 
 

@@ -49,8 +49,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     inputs, target = batch(8)
     if world == 1:
         distiller = build()
-        distiller(inputs, target).loss.backward()
-        torch.save({"distiller": gradients(distiller)}, folder / "single.pt")
+        out = distiller(inputs, target)
+        out.loss.backward()
+        torch.save({"distiller": gradients(distiller), "terms": out.terms}, folder / "single.pt")
         return
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
@@ -58,9 +59,12 @@ def main(rank: int, world: int, folder: Path) -> None:
     # The whole Distiller inside DDP: averages the losses' own weights as well.
     distiller = build()
     wrapped = DistributedDataParallel(distiller)
-    wrapped(inputs[mine], target[mine]).loss.backward()
+    out = wrapped(inputs[mine], target[mine])
+    out.loss.backward()
     buckets = sum(p.numel() for p in wrapped.parameters())
     whole = gradients(distiller)
+    with torch.no_grad():
+        shares = distiller(inputs[mine], target[mine], denominator=8).terms
 
     # The student inside DDP, handed over in the call, and so must be the loss that learns.
     distiller = build()
@@ -95,7 +99,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     as_one = {name: gradient.full_tensor() for name, gradient in gradients(distiller).items()}
 
     state = {"distiller": whole, "student": replicated, "sharded": sharded, "as one": as_one, "size": buckets}
-    state |= {"refused": refused, "refused sharded": refused_sharded}
+    state |= {"terms": out.terms, "shares": shares, "refused": refused, "refused sharded": refused_sharded}
     torch.save(state, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from typing_extensions import override
 
 from distill._distiller.distiller import Distiller
 from distill._distiller.evaluate import has_mean
-from distill.language import next_tokens
+from distill.integrations._labels import split_batch
 
 _STATE = "distiller.pt"
 _Prepare = Callable[[dict[str, Any]], tuple[Any, Any, Any]]
@@ -25,7 +24,8 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
 
     What it saves is the student, as `from_pretrained` wants it. What learns in the losses is in the optimizer, in the
     checkpoints and resumed; the terms are logged. With a mask every mean is over all that it counts in the accumulated
-    batch on all processes, however that is cut; without one the micro-batches' means are averaged.
+    batch on all processes, however that is cut; without one the micro-batches' means are averaged. `evaluate` gives the
+    Distiller's loss, also without labels where no term needs them (`task_loss=None`, or `weights["task"] = 0`).
 
     Args:
         distiller: The Distiller.
@@ -58,21 +58,8 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         self._logged_step, self._hooked = 0, False
 
     def _prepare(self, batch: dict[str, Any]) -> tuple[Any, Any, Any]:
-        inputs, model = dict(batch), self.accelerator.unwrap_model(self.model)
-        labels, seen = inputs.pop("labels", None), inputs.get("attention_mask")
-        if labels is None or labels.is_floating_point():
-            return inputs, labels, seen.bool() if labels is None and seen is not None else None
-        if labels.ndim == 2 and self._shifts(model):
-            segments = seen.long() if isinstance(seen, Tensor) and seen.shape == labels.shape else None
-            return inputs, *next_tokens(labels, segments=segments)  # no padding on the left predicts a first token
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-        return inputs, labels, labels != -100
-
-    def _shifts(self, model: Any) -> bool:
-        kinds = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__mro__
-        causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} & {kind.__name__ for kind in kinds}
-        return bool(getattr(self, "_loss_shifts_labels", False) or causal)
+        shifts = bool(getattr(self, "_loss_shifts_labels", False))
+        return split_batch(batch, self.accelerator.unwrap_model(self.model), shifts=shifts)
 
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -103,6 +90,14 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
                 self._terms[name] = self._terms.get(name, 0) + value.detach() * (1.0 if counted else share)
         loss = loss * self.args.world_size if model.training else loss  # DDP takes the mean of the gradients
         return (loss, out.student) if return_outputs else loss
+
+    @override
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        # The loss alone, also of batches without labels: Trainer would give none for those.
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     @override
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

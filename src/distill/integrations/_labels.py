@@ -1,0 +1,39 @@
+"""What a Distiller is called with for a batch of a `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from distill.language import next_tokens
+
+
+def split_batch(batch: dict[str, Any], model: Any, *, shifts: bool = False) -> tuple[Any, Any, Any]:
+    """Take a batch apart into inputs, target and mask.
+
+    Args:
+        batch: The batch; it is not changed.
+        model: The student, unwrapped.
+        shifts: Whether the model's own loss shifts the labels, where its class does not say so.
+
+    Returns:
+        The inputs without the labels. The labels, shifted where the model predicts the next token. The mask: where
+        there is a label; without labels the `attention_mask`, if there is one.
+    """
+    inputs = dict(batch)
+    labels, seen = inputs.pop("labels", None), inputs.get("attention_mask")
+    if labels is None or labels.is_floating_point():
+        return inputs, labels, seen.bool() if labels is None and seen is not None else None
+    if labels.ndim == 2 and (shifts or _predicts_next(model)):
+        segments = seen.long() if isinstance(seen, Tensor) and seen.shape == labels.shape else None
+        return inputs, *next_tokens(labels, segments=segments)  # no padding on the left predicts a first token
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    return inputs, labels, labels != -100
+
+
+def _predicts_next(model: Any) -> bool:
+    kinds = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__mro__
+    return bool({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} & {kind.__name__ for kind in kinds})
