@@ -142,6 +142,13 @@ def measure(
     ways = {"ours": fresh(by_linear), "formed": fresh(by_formed), "products": fresh(products)}
     if case.beta is not None:
         ways |= {peer_name: fresh(by_peer(peer_name, module)) for peer_name, module in peers.items()}
+    gradients = (student.numel() + heads[0].weight.numel()) * dtype.itemsize
+    extra = []
+    for way in ("ours", "formed"):  # before the allocator's memory is in pieces
+        ways[way]()
+        student.grad = heads[0].weight.grad = None
+        peak = peak_extra_bytes(ways[way], device)
+        extra.append("" if peak is None else str(round((peak - gradients) / 1e6)))
     times = time_steps(ways, repetitions + 1, 1, wall_clock(device))
 
     def ratio(first: str, second: str) -> str:
@@ -151,12 +158,6 @@ def measure(
         middle, low, high = quartiles([a / b for a, b in pairs])
         return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
-    gradients = (student.numel() + heads[0].weight.numel()) * dtype.itemsize
-    extra = []
-    for way in ("ours", "formed"):
-        student.grad = heads[0].weight.grad = None
-        peak = peak_extra_bytes(ways[way], device)
-        extra.append("" if peak is None else str(round((peak - gradients) / 1e6)))
     kind = str(dtype).removeprefix("torch.")
     ratios = ratio("ours", "products"), *(ratio(other, "ours") for other in ("formed", "liger", "trl"))
     return f"| {' | '.join([str(shape), name, kind, *ratios, *extra])} |"
