@@ -147,6 +147,22 @@ def test_drawn_classes_and_lists_of_top_k_are_stored_too(tmp_path):
     assert short.check(30).k == 4
 
 
+def test_classes_without_a_probability_are_stored(tmp_path):
+    logits = random(2, 3, 9)
+    logits[..., 2:] = -math.inf
+    read = write(tmp_path, [0, 1], logits, k=4)([0, 1])
+    assert same(read, TopK.of(logits, 4).to(torch.float16))
+    assert (read.log_probs[..., 2:] == -math.inf).all()
+    assert (read.log_probs.exp().sum(-1) + read.log_tail.exp() - 1).abs().max() < 1e-3
+
+
+def test_all_classes_may_be_kept(tmp_path):
+    logits = random(2, 5)
+    read = write(tmp_path, [0, 1], logits, k=5)([0, 1])
+    student = random(2, 5, seed=1)
+    torch.testing.assert_close(KLLoss(1.0)(student, read), KLLoss(1.0)(student, logits), rtol=1e-3, atol=1e-3)
+
+
 def test_outputs_may_be_mappings_and_features_may_stand_alone(tmp_path):
     assert torch.equal(write(tmp_path / "a", [0], {"logits": random(1, 5)})([0]), random(1, 5))
     teacher = write(tmp_path / "b", [0], TeacherOutput(features={"fc": random(1, 5)}))
@@ -172,7 +188,7 @@ def test_a_distiller_gives_the_same_from_disk_as_live(tmp_path):
     asked = stored(tmp_path, teacher, inputs, ["body.1", "fc:input", "body", "body.0#0"])
     live = Distiller(student, teacher, terms)(inputs, labels)
     order = torch.tensor([2, 0, 3, 1])
-    for question in (order, (order, inputs[order])):
+    for question in (order, (order, inputs[order]), {"ids": order, "tokens": inputs[order]}):
         out = Distiller(student, asked, terms)(inputs[order], labels[order], teacher_inputs=question)
         torch.testing.assert_close(out.loss, live.loss)
         assert out.terms.keys() == live.terms.keys()
@@ -444,6 +460,16 @@ def test_a_writer_with_other_options_is_refused_before_it_writes(tmp_path, optio
         TeacherWriter(tmp_path, **options)
 
 
+class Extra(nn.Linear):
+    """Saves more than tensors."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
 def test_fingerprint_is_of_names_shapes_dtypes_and_numbers():
     model = nn.Linear(3, 2)
     first = fingerprint(model)
@@ -453,9 +479,9 @@ def test_fingerprint_is_of_names_shapes_dtypes_and_numbers():
     with torch.no_grad():
         changed.weight[1, 2] += 1e-6
     assert len({first, fingerprint(twin), fingerprint(changed), fingerprint(copy.deepcopy(model).bfloat16())}) == 4
-    extra = nn.BatchNorm1d(2)
-    extra.get_extra_state = lambda: {"a": 1}
-    assert len(fingerprint(extra)) == 32
+    extra = Extra(3, 2)
+    extra.load_state_dict(model.state_dict(), strict=False)
+    assert fingerprint(extra) == first
     with pytest.raises(ValueError, match="must have plain tensors, got Tensor on meta as 'bias'; give a name"):
         fingerprint(nn.Linear(3, 2, device="meta"))
     with pytest.raises(TypeError, match="the model must be an nn.Module, got str"):
@@ -525,6 +551,10 @@ REFUSED = {
         TopK.of(random(2, 5), 2, temperature=2.0),
         {"vocabulary": 5},
     ),
+    "dense vocabulary": (ValueError, "classes of the vocabulary, 6, got 5", random(2, 5), {"vocabulary": 6}),
+    "k for nothing": (ValueError, "got k=3 and temp", TeacherOutput(None, {"fc": random(2, 5)}), {"k": 3}),
+    "temperature for nothing": (ValueError, "got k=None and temperature=2.0", random(2, 5), {"temperature": 2.0}),
+    "dtype for nothing": (ValueError, "dtype must have a tensor", random(2, 5), {"dtype": torch.float16, "k": 2}),
     "short list": (ValueError, r"for each of the 2 ids, got 1 of \['Tensor'\]", [random(2, 5)], {}),
     "mixed list": (
         ValueError,
@@ -620,12 +650,17 @@ def test_rejects_options_and_use_after_the_end(tmp_path, monkeypatch):
         TeacherWriter(tmp_path, model=3)
     writer = TeacherWriter(tmp_path)
     writer.close()
-    with pytest.raises(ValueError, match="a writer must be open, and used by the process that made it"):
+    with pytest.raises(ValueError, match="a writer must be open, got one that was closed"):
         writer.add([0], random(1, 5))
     writer = TeacherWriter(tmp_path)
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    with pytest.raises(ValueError, match="closed or forked: make a TeacherWriter here"):
-        writer.add([0], random(1, 5))
+    writer.add([0], random(1, 5))
+    with monkeypatch.context() as context:
+        context.setattr(os, "getpid", lambda: 1)
+        for use in (lambda: writer.add([1], random(1, 5)), writer.flush, writer.close):
+            with pytest.raises(ValueError, match="must be used by the process that made it, got a fork: make one here"):
+                use()
+    writer.close()
+    assert StoredTeacher(tmp_path).ids().tolist() == [0]
 
 
 def test_rejects_questions(tmp_path):

@@ -99,7 +99,18 @@ def test_flush_syncs_before_it_renames_and_the_folder_after(tmp_path, monkeypatc
     with TeacherWriter(tmp_path) as writer:
         writer.add([0], random(1, 5))
         writer.flush()
-        assert steps == ["file", ".json", "folder", "file", ".safetensors", "folder", "file", ".json", "folder"]
+        assert steps == [
+            "folder",
+            "file",
+            ".json",
+            "folder",
+            "file",
+            ".safetensors",
+            "folder",
+            "file",
+            ".json",
+            "folder",
+        ]
         steps.clear()
         writer.flush()
         assert not steps

@@ -81,7 +81,7 @@ def write_file(path: Path, chunks: Iterable[Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
@@ -95,7 +95,7 @@ def write_file(path: Path, chunks: Iterable[Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a new name in a folder last; Windows has no such call, and opens no folder."""
     with suppress(PermissionError):
         descriptor = os.open(folder, os.O_RDONLY)

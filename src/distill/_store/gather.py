@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,14 +31,15 @@ def gather(header: Header, name: str, number: int, samples: list[tuple[Shard, in
         StoreError: If a sample is damaged.
     """
     part = header.parts[name]
-    pieces = [shard.read(row, number) for shard, row in samples]
-    slots: list[Any] = [(slice(at, at + 1),) for at in range(len(pieces))]
-    lead, filled = [len(pieces)], True
+    slots: list[Any] = [(slice(at, at + 1),) for at in range(len(samples))]
+    lead, filled = [len(samples)], True
     if part.sequence:
-        lengths = [len(arrays[0]) for arrays in pieces]
+        lengths = [int(shard.lengths[number][row]) for shard, row in samples]
         lead.append(max(lengths) if batch.positions is None else batch.positions)
         filled = min(lengths) == lead[1]
         slots = [(at, where) for at, where in enumerate(_places(name, samples, lengths, batch))]
+    # Each is copied as soon as it was compared with its checksum, while it is in the cache.
+    pieces = (shard.read(row, number) for shard, row in samples)
     if part.kind == "top-k":
         return _topk(header, part, lead, filled, pieces, slots)
     out = (torch.empty if filled else torch.zeros)(*lead, *part.shape, dtype=getattr(torch, part.dtype))
@@ -70,7 +72,7 @@ def _refuse(name: str, sample: tuple[Shard, int], length: int, got: str) -> None
 
 
 def _topk(
-    header: Header, part: Part, lead: list[int], filled: bool, pieces: list[list[Array]], slots: list[Any]
+    header: Header, part: Part, lead: list[int], filled: bool, pieces: Iterable[list[Array]], slots: list[Any]
 ) -> TopK:
     exact, classes = header.k or 0, header.vocabulary or 0
     k = exact + header.samples

@@ -66,7 +66,7 @@ class Folder:
         return np.stack(columns[: self.header.ids], 1)
 
     def find(self, ids: Integers) -> tuple[Integers, Bools]:
-        """Where samples are, as numbers for `shard_of`, and whether they are there at all.
+        """Where samples are, as numbers for `rows_of`, and whether they are there at all.
 
         Args:
             ids: As `as_ids` gives them.
@@ -80,20 +80,21 @@ class Folder:
         if not len(self):
             return np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
         keys, known = self._key(ids)
-        place = np.searchsorted(self._keys, keys).clip(max=len(self) - 1)
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
         return self._places[place], known & (self._keys[place] == keys)
 
-    def shard_of(self, place: int) -> tuple[Shard, int]:
-        """The shard of a place, and the row in it."""
-        number = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self.shards[number], place - int(self._starts[number])
+    def rows_of(self, places: Integers) -> list[tuple[Shard, int]]:
+        """The shard of each place, and the row in it."""
+        numbers = np.searchsorted(self._starts, places, side="right") - 1
+        rows = places - self._starts[numbers]
+        return [(self.shards[number], row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
 
     def _key(self, ids: Integers) -> tuple[Integers, Bools]:
         """One number for each id, and whether its sample and its seed occur."""
         known = np.ones(len(ids), bool)
         parts = []
         for values, column in zip((self._samples, self._seeds), _pairs(ids).T, strict=True):
-            place = np.searchsorted(values, column).clip(max=len(values) - 1)
+            place = np.minimum(np.searchsorted(values, column), len(values) - 1)
             known &= values[place] == column
             parts.append(place)
         return parts[0] * len(self._seeds) + parts[1], known
@@ -109,13 +110,13 @@ class Folder:
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         again = np.flatnonzero(keys[1:] == keys[:-1]) + 1
-        for place in again.tolist():
-            self._check_twin(int(order[place - 1]), int(order[place]))
+        for twins in zip(self.rows_of(order[again - 1]), self.rows_of(order[again]), strict=True):
+            self._check_twin(*twins)
         self._keys, self._places = np.delete(keys, again), np.delete(order, again)
 
-    def _check_twin(self, first: int, second: int) -> None:
+    def _check_twin(self, first: tuple[Shard, int], second: tuple[Shard, int]) -> None:
         """A sample may be stored twice, by two processes, if it is the same sample."""
-        (shard, row), (other, again) = self.shard_of(first), self.shard_of(second)
+        (shard, row), (other, again) = first, second
         if shard.hashes is not None and other.hashes is not None:
             what, a, b = "tokens or pixels", shard.hashes[row], other.hashes[again]
         else:

@@ -154,7 +154,7 @@ class StoredTeacher(nn.Module):
                 f"every sample must be stored, got {spoken(array[~known][0])}, one of {int((~known).sum())} that are "
                 f"not; {self._folder} has {len(there)} samples, from {spoken(there[0])} to {spoken(there[-1])}"
             )
-        samples = [self._opened.shard_of(place) for place in places.tolist()]
+        samples = self._opened.rows_of(places)
         batch = Batch(len(array), tokens, mask)
         self._check_hashes(array, samples, batch.hashes())
         names = list(self._opened.header.parts)
@@ -194,11 +194,10 @@ class StoredTeacher(nn.Module):
         header = self._opened.header
         stored = getattr(header, name)
         output = header.parts.get(OUTPUT)
-        if stored is None and output is not None and output.kind == "tensor":
-            if name == "temperature":  # logits serve every temperature
-                return
-            if name == "vocabulary" and output.shape:
-                stored = output.shape[-1]
+        if name == "temperature" and stored is None:  # logits and hidden states serve every temperature
+            return
+        if name == "vocabulary" and stored is None and output is not None and output.shape:
+            stored = output.shape[-1]
         if wanted is not None and wanted != stored:
             raise ValueError(f"{name} of what is stored in {self._folder} must be {wanted!r}, got {stored!r}")
 
@@ -217,7 +216,7 @@ class StoredTeacher(nn.Module):
     def _moved(self, value: Tensor | TopK) -> Tensor | TopK:
         """On the device of `.to()`, and a tensor in its dtype; a top-k is computed with in a wider one anyway."""
         if isinstance(value, TopK):
-            return value.to(self._place.device)
+            return value if value.device == self._place.device else value.to(self._place.device)
         return value.to(self._place.device, self._dtype or value.dtype)
 
     def _build(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill._checks import check_count, check_count_or_none, check_positive
-from distill._store.files import HEADER, StoreError, write_json
+from distill._store.files import HEADER, StoreError, sync_folder, write_json
 from distill._store.fingerprint import fingerprint
 from distill._store.header import Header, check_same, settle_header
 from distill._store.index import Bools, Folder, Integers, as_ids
@@ -85,6 +85,7 @@ class TeacherWriter:
         self._dtype = dtype
         self._shard_bytes = check_count("shard_bytes", shard_bytes)
         self.folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.folder.parent)
         self._there = self._open()
         self._header = None if self._there is None else self._there.header
         self._check_options()
@@ -140,11 +141,9 @@ class TeacherWriter:
             TypeError: If something must be a tensor and is none.
             OSError: If writing fails; the message says if the disk is full. What was added stays in memory.
         """
-        if self._closed or os.getpid() != self._process:
-            raise ValueError(
-                "a writer must be open, and used by the process that made it; this one was closed or forked: make a "
-                "TeacherWriter here"
-            )
+        if self._closed:
+            raise ValueError("a writer must be open, got one that was closed")
+        self._check_process()
         array = as_ids(ids)
         self._check_new(array)
         batch = Batch(len(array), tokens, mask)
@@ -158,7 +157,10 @@ class TeacherWriter:
             elif isinstance(rows, TopK):
                 raise TypeError(f"only the output may be a TopK, got one as {name}")
             else:
+                if name == OUTPUT:
+                    self._check_classes(rows)
                 parts[name] = stored_tensor(name, rows, lengths, self._dtype)
+        self._check_used(topk, parts)
         header = Header(
             model=self._model,
             vocabulary=vocabulary,
@@ -190,6 +192,7 @@ class TeacherWriter:
         header = self._header
         if not self._waiting or header is None:
             return
+        self._check_process()
         settle_header(self.folder, header)
         ids, hashes, parts = zip(*self._waiting, strict=True)
         whole = {name: _together([part[name] for part in parts]) for name in header.parts}
@@ -226,6 +229,11 @@ class TeacherWriter:
             if value != stored and (value is not None or name == "model"):
                 raise ValueError(f"{self.folder} was written with {name}={stored!r}, got {value!r}")
 
+    def _check_process(self) -> None:
+        """Raise ValueError in a fork: it would write what its parent writes, under the same names."""
+        if os.getpid() != self._process:
+            raise ValueError("a writer must be used by the process that made it, got a fork: make one here")
+
     def _known(self, ids: Integers) -> Bools:
         known = np.array([row.tobytes() in self._added for row in ids])
         return known if self._there is None else known | self._there.find(ids)[1]
@@ -242,14 +250,27 @@ class TeacherWriter:
                 "missing(ids) says which are not stored yet"
             )
 
+    def _check_used(self, topk: TopK | None, parts: dict[str, Stored]) -> None:
+        """Raise ValueError for an option that would do nothing."""
+        if topk is None and (self._k is not None or self._temperature != 1):
+            raise ValueError(
+                f"k and temperature must have an output to be of use, got k={self._k} and "
+                f"temperature={self._temperature} without; logits themselves are stored as they are"
+            )
+        if self._dtype is not None and not any(stored.part.kind == "tensor" for stored in parts.values()):
+            raise ValueError(f"dtype must have a tensor to be of use, got {self._dtype} and a top-k alone")
+
+    def _check_classes(self, rows: Tensor) -> int:
+        """How many classes logits have; raise ValueError if the vocabulary has others."""
+        classes = rows.shape[-1]
+        if self._vocabulary not in (None, classes):
+            raise ValueError(f"logits must have the classes of the vocabulary, {self._vocabulary}, got {classes}")
+        return classes
+
     def _topk(self, rows: Tensor | TopK) -> tuple[TopK, int]:
         """The output as a `TopK`, and how many classes there are."""
         if isinstance(rows, Tensor):
-            classes = rows.shape[-1]
-            if self._vocabulary not in (None, classes):
-                raise ValueError(f"logits must have the classes of the vocabulary, {self._vocabulary}, got {classes}")
-            topk = TopK.of(rows, check_count("k", self._k or 0), temperature=self._temperature)
-            return topk, classes
+            return TopK.of(rows, self._k or 0, temperature=self._temperature), self._check_classes(rows)
         if self._vocabulary is None:
             raise ValueError("vocabulary must be given to store a TopK, which does not know it; got None")
         if rows.temperature != self._temperature or self._k not in (None, rows.k):
