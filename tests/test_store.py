@@ -266,21 +266,46 @@ def test_it_is_one_of_several_teachers(tmp_path):
     torch.testing.assert_close(both(ids), (live(inputs[ids]) + random(4, 5)[ids]) / 2)
 
 
-def test_training_from_disk_ends_where_training_from_the_live_teacher_ends(tmp_path):
+def train(distiller, inputs, labels, questions):
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    for step in range(6):
+        ids = torch.randperm(len(inputs), generator=generator(step))[:8]
+        optimizer.zero_grad()
+        distiller(inputs[ids], labels[ids], teacher_inputs=questions(ids)).loss.backward()
+        optimizer.step()
+    return distiller.student.state_dict()
+
+
+def ruin(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+
+
+def test_training_without_the_teacher_ends_where_training_with_it_ends(tmp_path):
     inputs, labels, teacher = random(32, 6), integers(5, 32), Net(width=16, seed=1).eval()
     asked = stored(tmp_path, teacher, inputs)
+    live = train(Distiller(Net(seed=2), teacher, KLLoss()), inputs, labels, lambda ids: inputs[ids])
+    ruin(teacher)
+    disk = train(Distiller(Net(seed=2), asked, KLLoss()), inputs, labels, lambda ids: (ids, inputs[ids]))
+    for name, value in live.items():
+        torch.testing.assert_close(disk[name], value)
+
+
+def test_training_without_logits_and_without_the_teachers_body_ends_the_same(tmp_path):
+    student, teacher = (nn.Sequential(nn.Embedding(9, width), nn.Linear(width, 50)) for width in (4, 6))
+    students = student, copy.deepcopy(student)
+    teacher.eval()
+    tokens = integers(9, 32, 3)
+    hidden = record(teacher, tokens, ["0"]).features
+    asked = write(tmp_path, range(32), TeacherOutput(features=hidden), tokens)
     ends = []
-    for model in (teacher, asked):
-        distiller = Distiller(Net(seed=2), model, KLLoss())
-        optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
-        for step in range(8):
-            ids = torch.randperm(32, generator=generator(step))[:8]
-            optimizer.zero_grad()
-            distiller(
-                inputs[ids], labels[ids], teacher_inputs=inputs[ids] if model is teacher else (ids, inputs[ids])
-            ).loss.backward()
-            optimizer.step()
-        ends.append(distiller.student.state_dict())
+    for student, known, question in zip(
+        students, (teacher, asked), (lambda ids: tokens[ids], lambda ids: (ids, tokens[ids])), strict=True
+    ):
+        term = Term(LinearLoss(KLLoss(2.0), student[1], teacher[1]), at="0")
+        ends.append(train(Distiller(student, known, term, task_loss=None), tokens, tokens, question))
+        ruin(teacher[0])
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value)
 

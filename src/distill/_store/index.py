@@ -62,8 +62,8 @@ class Folder:
     @property
     def ids(self) -> Integers:
         """All ids in ascending order, `(N, 1)` or `(N, 2)`."""
-        columns = self._samples[self._keys // len(self._seeds)], self._seeds[self._keys % len(self._seeds)]
-        return np.stack(columns[: self.header.ids], 1)
+        places = np.unravel_index(self._keys, [len(values) for values in self._values])
+        return np.stack([values[place] for values, place in zip(self._values, places, strict=True)], 1)
 
     def find(self, ids: Integers) -> tuple[Integers, Bools]:
         """Where samples are, as numbers for `rows_of`, and whether they are there at all.
@@ -91,18 +91,17 @@ class Folder:
 
     def _key(self, ids: Integers) -> tuple[Integers, Bools]:
         """One number for each id, and whether its sample and its seed occur."""
-        known = np.ones(len(ids), bool)
-        parts = []
-        for values, column in zip((self._samples, self._seeds), _pairs(ids).T, strict=True):
+        keys, known = np.zeros(len(ids), np.int64), np.ones(len(ids), bool)
+        for values, column in zip(self._values, ids.T, strict=True):
             place = np.minimum(np.searchsorted(values, column), len(values) - 1)
             known &= values[place] == column
-            parts.append(place)
-        return parts[0] * len(self._seeds) + parts[1], known
+            keys = keys * len(values) + place
+        return keys, known
 
     def _index(self) -> None:
         self._starts = np.cumsum([0, *(len(shard.ids) for shard in self.shards)])
         ids = np.concatenate([np.zeros((0, self.header.ids), np.int64), *(shard.ids for shard in self.shards)])
-        self._samples, self._seeds = (np.unique(column) for column in _pairs(ids).T)
+        self._values = [np.unique(column) for column in ids.T]  # samples, and seeds where there are some
         if not len(ids):
             self._keys = self._places = np.zeros(0, np.int64)
             return
@@ -126,10 +125,6 @@ class Folder:
                 f"an id must be stored once, got {spoken(shard.ids[row])} twice with other {what}: {a} in "
                 f"{shard.path} and {b} in {other.path}"
             )
-
-
-def _pairs(ids: Integers) -> Integers:
-    return ids if ids.shape[1] == 2 else np.concatenate([ids, np.zeros_like(ids)], 1)
 
 
 def _names(path: Path) -> list[str]:
