@@ -134,7 +134,8 @@ def _align(student: list[list[int]], teacher: list[list[int]]) -> tuple[list[int
 def _boundaries(tokens: list[list[int]]) -> list[tuple[int, int, int]]:
     """Where a text may be cut: from where to where in the text, and how many tokens lie before.
 
-    Between two tokens that may be a gap, such as a space that neither holds; tokens that overlap cannot be cut apart.
+    Between two tokens that may be a gap, such as a space that neither holds. Tokens that overlap cannot be cut apart:
+    the end of that range lies before its start, so that it meets no other.
     """
     found: list[tuple[int, int, int]] = []
     before: list[int] = []
@@ -147,7 +148,7 @@ def _boundaries(tokens: list[list[int]]) -> list[tuple[int, int, int]]:
             found.append((start, start, n))
         elif start < before[0] or end < before[1]:
             raise ValueError(f"tokens must be in the order of the text, got {before} before {[start, end]}")
-        elif start >= before[1]:
+        else:
             found.append((before[1], start, n))
         before = [start, end]
     return [*found, (before[1], before[1], len(tokens))] if before else []

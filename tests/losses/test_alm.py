@@ -84,8 +84,10 @@ def test_finite_where_the_student_is_sure_and_infinite_where_it_excludes_a_chunk
     assert values[4] == math.inf
     assert values[3] == 0
     assert gradient(ALMLoss(), student[:3], teacher[:3]).isfinite().all()
-    tiny = torch.tensor([-1e-7, 1e-7])  # of rounding
-    assert gradient(ALMLoss(), tiny, torch.tensor([-1.0, -1.0])).isfinite().all()
+    above = torch.tensor([0.0, 1e-7, 0.5])  # by rounding, in bfloat16 by much
+    assert torch.equal(alm_loss(above, teacher[:1].expand(3)), values[:1].expand(3))
+    assert torch.equal(alm_loss(student[:1].expand(3) - 1, above), alm_loss(student[:3] - 1, torch.zeros(3)))
+    assert gradient(ALMLoss(), above, teacher[:1].expand(3)).isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])

@@ -24,8 +24,9 @@ def alm_loss(student: Tensor, teacher: Tensor, *, temperature: float = 100.0) ->
 
     A chunk is a piece of text at whose ends tokens of both networks end; t and s are the logarithms of what each gives
     it: the sums over its tokens. So the tokenizers may differ in every way. `align_tokens` finds the chunks,
-    `chunk_log_probs` adds up. The smallest value is where s equals t, and is not 0 but the entropy of P. At a
-    temperature of 100 the likelihoods of unlikely chunks are not all near 0.
+    `chunk_log_probs` adds up the tokens' logarithms: minus the cross-entropy with a reduction of `"none"`, also that of
+    `LinearCrossEntropyLoss`, which forms no logits. The smallest value is where s equals t, and is not 0 but the
+    entropy of P. At a temperature of 100 the likelihoods of unlikely chunks are not all near 0.
 
     Published with weight 1 at temperature 100, as the only term.
 

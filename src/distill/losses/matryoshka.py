@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_not_negative, check_tensor
+from distill._checks import check_count, check_flag, check_not_negative, check_tensor
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import Loss
@@ -117,12 +117,6 @@ def _check_weights(name: str, value: Sequence[float] | None) -> tuple[float, ...
     return tuple(value)
 
 
-def _check_flag(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
 @register_loss("matryoshka")
 class MatryoshkaLoss(Loss):
     """Any loss, summed over leading dimensions of the embeddings; see `matryoshka_loss` for the formula.
@@ -148,7 +142,7 @@ class MatryoshkaLoss(Loss):
         >>> distiller(torch.randn(4, 8)).loss.backward()
     """
 
-    options = {"dims": _check_dims, "weights": _check_weights, "of_teacher": _check_flag}  # noqa: RUF012 - declared in the base
+    options = {"dims": _check_dims, "weights": _check_weights, "of_teacher": check_flag}  # noqa: RUF012 - declared in the base
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ def _correct(log_p: Tensor, labels: Tensor, *, dim: int, threshold: float) -> Te
     sure = right & (at_label >= 1 - threshold)
     # What is left of the others, 1 - a, and the label's new probability.
     left = (1 - at_label - threshold).clamp(min=0) / (1 - at_label).masked_fill(sure, 1.0)
-    left = torch.where(right, left.masked_fill(sure, 0.0), (1 - threshold) / (1 + largest - at_label))
+    left = torch.where(right, left, (1 - threshold) / (1 + largest - at_label))
     label = torch.where(
         right,
         (at_label + threshold).clamp(max=1),

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill._checks import check_positive
+from distill._checks import check_flag, check_positive
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
@@ -94,15 +94,9 @@ def sampled_reverse_kl_loss(
         Minjae Oh, Sangjun Song, Gyubin Choi, Yunho Choi and Yohan Jo, "KL for a KL: On-Policy Distillation with Control
         Variate Baseline", arXiv 2605.07865 (2026).
     """
-    _check_flag("baseline", baseline)
+    check_flag("baseline", baseline)
     check_positive("temperature", temperature)
     return _ROWS.values(student, teacher, target, dim=dim, baseline=baseline, temperature=temperature)
-
-
-def _check_flag(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 @register_loss("sampled_reverse_kl")
@@ -128,7 +122,7 @@ class SampledReverseKLLoss(RowLoss):
     """
 
     rows = _ROWS
-    options = {"baseline": _check_flag, "temperature": check_positive}  # noqa: RUF012 - declared in the base
+    options = {"baseline": check_flag, "temperature": check_positive}  # noqa: RUF012 - declared in the base
 
     def __init__(
         self, baseline: bool = True, temperature: float = 1.0, *, reduction: Reduction = "mean", dim: int | None = None
