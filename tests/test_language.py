@@ -1,10 +1,11 @@
-"""next_tokens: labels shifted by one, one mask for all."""
+"""Labels shifted by one, one mask for all; the pieces of text that two tokenizers share."""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from distill import ALMLoss, CrossEntropyLoss, align_tokens, chunk_log_probs, next_tokens
 
@@ -100,6 +101,27 @@ def test_chunks_of_random_cuts_are_the_same_text_and_the_shortest():
         for side, chunks in zip(sides, found, strict=True):
             texts = [(side[chunks == n][0, 0].item(), side[chunks == n][-1, 1].item()) for n in range(len(common) - 1)]
             assert texts == list(itertools.pairwise(common))
+
+
+def test_chunks_of_real_tokenizers_are_the_same_text_but_for_spaces():
+    texts = ["the happy cats sit on the mat — naïve façade, 漢字 😀😀 unhappily", "a café in Zürich: 12,345 € and 😀x"]
+    by_bytes = Tokenizer(models.BPE())
+    by_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    by_bytes.train_from_iterator(texts, trainers.BpeTrainer(280, initial_alphabet=alphabet, show_progress=False))
+    by_words = Tokenizer(models.WordPiece(unk_token="?"))
+    by_words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    by_words.train_from_iterator(texts, trainers.WordPieceTrainer(120, special_tokens=["?"], show_progress=False))
+    for text in texts:
+        offsets = [torch.tensor(tokenizer.encode(text).offsets) for tokenizer in (by_bytes, by_words)]
+        found = align_tokens(*offsets)
+        assert (offsets[0][1:] == offsets[0][:-1]).all(1).any()  # tokens that are parts of one character
+        for number in range(int(found[0].max()) + 1):
+            pieces = [of[chunks == number] for of, chunks in zip(offsets, found, strict=True)]
+            ours, theirs = (text[piece[0, 0] : piece[-1, 1]].strip() for piece in pieces)
+            assert ours == theirs
+        assert all((chunks >= 0).all() for chunks in found)
+        assert found[0].max() >= 10
 
 
 def test_chunk_log_probs_adds_up_what_was_predicted():
