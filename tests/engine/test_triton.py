@@ -128,3 +128,28 @@ def test_blocks_on_a_gpu_without_a_kernel_look_at_no_value(fused, monkeypatch, l
     monkeypatch.setattr(loss, "may_look", lambda x: False)
     monkeypatch.setattr(loss, "compare_rows", None)
     torch.testing.assert_close((call(student), gradient(call, student)), expected)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_loss_inside_another_takes_its_kernel(monkeypatch, takes):
+    """As beside a cross-entropy or under a soft cap, where the whole has none."""
+
+    class Kernels:
+        @staticmethod
+        def run(kernel, student, teacher, values, factors, gradient, *, temperature):
+            assert (kernel, temperature) == (KLLoss, 2.0)
+            if takes:
+                values.fill_(3.0)
+                if gradient is not None:
+                    gradient.copy_(factors.unsqueeze(-1).expand_as(gradient))
+            return takes
+
+    monkeypatch.setattr(engine, "_kernels", lambda x, dtype: Kernels)
+    block = Rows(kl._formula, block=kl._block, kernel=lambda: KLLoss).in_blocks()
+    student, teacher = (x.detach().float() for x in make_pair(3, 5))
+    factors, gradient, spare = torch.tensor([[1.0], [2.0], [3.0]]), torch.empty(3, 5), torch.empty(3, 5)
+    values = block(student, teacher, factors, gradient, spare, temperature=2.0)
+    assert (values == 3.0).all() == takes
+    assert torch.equal(gradient, factors.expand(3, 5)) == takes
+    expected = values if takes else kl._formula(student, teacher, dim=-1, temperature=2.0)
+    torch.testing.assert_close(block(student, teacher, None, gradient, spare, temperature=2.0), expected)

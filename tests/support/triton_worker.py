@@ -4,12 +4,13 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import copy
 import itertools
 
 import torch
 
 from contract import gradient, make_pair
-from distill import KLLoss, LogitLoss, ReverseKLLoss
+from distill import KLLoss, LinearLoss, LogitLoss, ReverseKLLoss
 from distill._engine import fused as engine
 from distill._engine import triton as kernels
 from distill._engine.rows import Rows
@@ -165,7 +166,38 @@ def check_scale():
         torch.testing.assert_close(x, expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=0)
 
 
+def check_chunks_of_two_heads():
+    """The kernels write the gradient over the student's logits of a chunk, alone or with another loss in the pass."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.nn.Linear(width, 4100) for width in (3, 5)]
+    student, teacher = (torch.randn(5, width, generator=generator) for width in (3, 5))
+    labels, mask = torch.tensor([1, 4099, -100, 7, 0]), torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0])
+    ways = [(0.0, None, None), (0.5, None, None), (0.5, 4000, None), (0.0, None, 3.0), (0.5, 4000, 3.0)]
+    for module, (share, size, cap) in itertools.product((KLLoss, ReverseKLLoss), ways):
+        options = {"cross_entropy": share, "vocab_size": size, "student_softcap": cap, "rows": 2}
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            ours, theirs = (copy.deepcopy(head).to(dtype) for head in heads)
+            hidden = student.to(dtype).requires_grad_()
+            loss = LinearLoss(module(2.5), ours, theirs, **options)
+            value = loss(hidden, teacher.to(dtype), labels, mask=mask.to(dtype))
+            found.append((value, *torch.autograd.grad(value, (hidden, ours.weight, ours.bias))))
+        for got, exact in zip(*found, strict=True):
+            torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+def check_that_chunks_take_the_kernels(calls):
+    run = kernels.run
+    kernels.run = lambda *args, **options: calls.append(args[0]) or run(*args, **options)
+    check_chunks_of_two_heads()
+    kernels.run = run
+    # In float32 five ways of two losses, with four counted samples two at a time.
+    assert len(calls) >= 5 * 2 * 2
+    assert {*calls} == {kernels.kl, kernels.reverse_kl}
+
+
 if __name__ == "__main__":
+    check_that_chunks_take_the_kernels([])
     check_values_and_gradients()
     check_extremes()
     check_close_rows_keep_their_digits()

@@ -205,6 +205,27 @@ class Call:
             values[index] = part.view(values[index].shape)
 
 
+def kernel_first(kernel: Callable[[], Any], block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Give a block function that takes the kernel where that can do the rows, for losses that are part of another.
+
+    Args:
+        kernel: As in `Rows`.
+        block: As in `Rows`.
+    """
+
+    def run(student: Tensor, teacher: Tensor, *rest: Any, **options: Any) -> Tensor:
+        kernels = _kernels(student, student.dtype)
+        if kernels is not None:
+            factors, gradient, _ = rest  # a loss with a kernel has no labels
+            values = student.new_empty(len(student))
+            counts, out = (None, None) if factors is None else (factors.view(-1), gradient)
+            if kernels.run(kernel(), student, teacher, values, counts, out, **options):
+                return values
+        return block(student, teacher, *rest, **options)
+
+    return run
+
+
 class _Fused(torch.autograd.Function):
     """The reduced loss of large inputs.
 

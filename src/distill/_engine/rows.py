@@ -56,8 +56,9 @@ class Rows:
     sampled: Rows | None = None
 
     def in_blocks(self) -> Callable[..., Tensor]:
-        """The block function: its own, or the formula's by autograd."""
-        return self.block or functools.partial(block_by_autograd, self.formula)
+        """The block function: its kernel on a GPU, else its own, or the formula's by autograd."""
+        block = self.block or functools.partial(block_by_autograd, self.formula)
+        return block if self.kernel is None else fused.kernel_first(self.kernel, block)
 
     def values(
         self,
