@@ -105,13 +105,13 @@ def test_chunks_of_random_cuts_are_the_same_text_and_the_shortest():
 
 def test_chunks_of_real_tokenizers_are_the_same_text_but_for_spaces():
     texts = ["the happy cats sit on the mat — naïve façade, 漢字 😀😀 unhappily", "a café in Zürich: 12,345 € and 😀x"]
-    by_bytes = Tokenizer(models.BPE())
-    by_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    by_bytes.train_from_iterator(texts, trainers.BpeTrainer(280, initial_alphabet=alphabet, show_progress=False))
-    by_words = Tokenizer(models.WordPiece(unk_token="?"))
+    by_bytes, by_words = Tokenizer(models.BPE()), Tokenizer(models.WordPiece(unk_token="?"))
+    by_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     by_words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    by_words.train_from_iterator(texts, trainers.WordPieceTrainer(120, special_tokens=["?"], show_progress=False))
+    options = {"vocab_size": 280, "show_progress": False}
+    by_bytes.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, **options))
+    by_words.train_from_iterator(texts, trainers.WordPieceTrainer(special_tokens=["?"], **options))
     for text in texts:
         offsets = [torch.tensor(tokenizer.encode(text).offsets) for tokenizer in (by_bytes, by_words)]
         found = align_tokens(*offsets)
