@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,7 @@ __all__ = ["LayerPair", "LayerPairs", "pair_layers"]
 _PREFIXES = 17  # class, distillation and register tokens: at most so many, less one
 
 
-@dataclass(frozen=True)
-class LayerPair:
+class LayerPair(NamedTuple):
     """Two layers that may be compared; an entry of `pair_layers`.
 
     Attributes:
@@ -181,8 +179,7 @@ def pair_layers(
     return LayerPairs([_pair(*pair) for pair in pairs])
 
 
-@dataclass(frozen=True)
-class _Layer:
+class _Layer(NamedTuple):
     """A module called once whose first output is a map or tokens."""
 
     path: str
@@ -316,12 +313,8 @@ def _first_tensor(seen: tuple[int, ...] | str | None) -> tuple[tuple[int, ...] |
     """The shape of a tensor, or of the first of a tuple of outputs, and whether it is the latter."""
     if not isinstance(seen, str):
         return seen, False
-    try:
-        parts = ast.literal_eval(seen)
-    except (ValueError, SyntaxError):
-        parts = None  # something in it is neither tensor, tuple nor None
-    is_shape = isinstance(parts, list) and parts and isinstance(parts[0], tuple)
-    return (parts[0], True) if is_shape else (None, False)
+    first = re.match(r"\[\(([\d, ]+)\)", seen)  # a tuple or list in words
+    return (tuple(map(int, first[1].rstrip(", ").split(", "))), True) if first else (None, False)
 
 
 def _read(shape: tuple[int, ...], picture: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None, int]:

@@ -90,6 +90,13 @@ def test_what_is_no_number_shows_also_in_the_second_part_alone():
     assert skd_loss(student, teacher, beta=0.0).isnan()
 
 
+def test_covariances_that_have_no_factor_show(monkeypatch):
+    # With a ridge below what rounding leaves; the factor is then finite and wrong.
+    factor = torch.eye(4, dtype=torch.float64), torch.tensor(3)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda covariance: factor)
+    assert skd_loss(*make_pair(4, 5), alpha=0.0).isnan()
+
+
 @pytest.mark.parametrize("name", ["temperature", "ridge"])
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
 def test_rejects_bad_temperatures_and_ridges(name, bad):

@@ -61,6 +61,8 @@ class Loss(Options):
             TypeError: If the loss has no layers, or a shape is none.
             ValueError: If a shape has another number of dimensions than the loss takes, or an option is out of range.
         """
+        # Before training and not from the first batch, as nn.LazyConv2d: the Distiller, the optimizer and DDP look at
+        # the parameters when they are built, and a forward must draw no random numbers.
         if cls.size is None:
             raise TypeError(f"{cls.__name__} has no layers whose sizes follow from shapes: build it with its options")
         sides = []

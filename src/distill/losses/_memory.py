@@ -1,10 +1,10 @@
 """What memories of embeddings do: entries move with the batches, and negatives are of other classes."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill._checks import check_tensor, is_integer, ordinary
+from distill.losses._gather import gather_batches, is_alone
 from distill.losses._vectors import normalize
 
 
@@ -36,14 +36,16 @@ def enter(queue: Tensor, entered: Tensor, embeddings: Tensor, kept: Tensor | Non
     Args:
         queue: `(K, D)`.
         entered: How many have ever entered, int64 without dimensions.
-        embeddings: `(N, D)`, of the same N in every process. One that is not finite does not enter.
+        embeddings: `(N, D)`; N may differ between the processes. One that is not finite does not enter.
         kept: Which of them may enter, bool `(N,)`; None: all.
     """
     with torch.no_grad():
         moves = embeddings.isfinite().all(1)
         if kept is not None:
             moves = moves & kept
-        embeddings, moves = _of_all_processes(embeddings, moves)
+        if not is_alone():  # pragma: no cover - in the test's processes
+            joined = gather_batches(embeddings=embeddings, moves=moves)
+            embeddings, moves = (part for part in joined if part is not None)
         size, number = len(queue), moves.sum()
         rank = moves.cumsum(0) - 1
         moves = moves & (rank >= number - size)  # of more than there is room for the last ones
@@ -54,16 +56,6 @@ def enter(queue: Tensor, entered: Tensor, embeddings: Tensor, kept: Tensor | Non
         place = place[source]
         queue.index_copy_(0, place, torch.where(number > 0, embeddings[source].to(queue.dtype), queue[place]))
         entered.add_(number)
-
-
-def _of_all_processes(embeddings: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return embeddings, moves
-    mine = torch.cat([embeddings, moves[:, None].to(embeddings.dtype)], 1)  # pragma: no cover - in the test's processes
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]  # pragma: no cover
-    dist.all_gather(parts, mine)  # pragma: no cover
-    whole = torch.cat(parts)  # pragma: no cover
-    return whole[:, :-1], whole[:, -1] != 0  # pragma: no cover
 
 
 def make_ordinary(module: nn.Module) -> None:

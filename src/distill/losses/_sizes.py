@@ -1,12 +1,10 @@
 """What losses with layers read off the shapes that they will compare: how many channels there are."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Where the channels stand in a shape.
 
     Args:

@@ -146,6 +146,8 @@ class HintLoss(SampleLoss):
         >>> loss(student, torch.rand(2, 64, 8, 8)).backward()
         >>> loss.regressor.weight.grad.shape
         torch.Size([64, 16])
+        >>> HintLoss.between(student, (2, 64, 8, 8)).regressor  # the channels from the shapes
+        Linear(in_features=16, out_features=64, bias=True)
     """
 
     options = {  # noqa: RUF012 - declared in the base

@@ -102,8 +102,8 @@ class QueueKLLoss(SampleLoss):
     the queue stays. What a mask hides, and an embedding that is not finite, does not enter: a NaN shows in the values
     of its batch alone. A queue in which nothing is yet gives 0. The queue is in `state_dict()`.
 
-    Where several processes train together, the embeddings of all of them enter all queues, which so stay the same.
-    Every process must call the loss with the same number of samples (`drop_last=True`), as `all_gather` needs.
+    Where several processes train together, the embeddings of all of them enter all queues, which so stay the same: all
+    must call the loss in each step, with as many samples as they have.
 
     Args:
         student_dim: Width of the student's embeddings.
