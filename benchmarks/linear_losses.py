@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +59,16 @@ LOSSES = {
     "skew_kl": Case(SkewKLLoss(), 0.0, formed_kl),
     "alpha_beta": Case(AlphaBetaLoss(0.5, 0.5), 0.0, formed_kl),
 }
+
+
+# What is measured if nothing is chosen, in about six minutes on two free cores: shape, dtype, losses, repetitions.
+PLAN: tuple[tuple[int, str, tuple[str, ...], int], ...] = (
+    (0, "float32", tuple(LOSSES), 15),
+    (0, "bfloat16", ("kl", "js"), 5),
+    (1, "float32", tuple(LOSSES), 3),
+    (2, "float32", ("kl",), 3),
+)
+_PEERS_UP_TO = 2**26  # logits; the peers need many times the memory of those
 
 
 def load_peers() -> tuple[dict[str, Any], list[str]]:
@@ -160,33 +170,37 @@ def measure(
 
     kind = str(dtype).removeprefix("torch.")
     ratios = ratio("ours", "products"), *(ratio(other, "ours") for other in ("formed", "liger", "trl"))
-    return f"| {' | '.join([str(shape), name, kind, *ratios, *extra])} |"
+    return f"| {' | '.join([str(shape), name, kind, str(repetitions), *ratios, *extra])} |"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--dtypes", nargs="*", choices=("float32", "bfloat16"), default=["float32"])
-    parser.add_argument("--shapes", type=int, nargs="*", default=[0, 1], help=f"which of {SHAPES}")
-    parser.add_argument("--losses", nargs="*", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--dtypes", nargs="*", choices=("float32", "bfloat16"))
+    parser.add_argument("--shapes", type=int, nargs="*", help=f"which of {SHAPES}")
+    parser.add_argument("--losses", nargs="*", choices=LOSSES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     peers, words = ({}, ["peers left out"]) if options.no_peers else load_peers()
     settle_allocator()
-    print(f"torch {torch.__version__}, {describe_machine(device)}, n={options.repetitions}; {', '.join(words)}")
+    print(f"torch {torch.__version__}, {describe_machine(device)}; {', '.join(words)}")
     print(
-        "| (N, V, d_s, d_t) | loss | dtype | ours / products | formed / ours | liger / ours | trl / ours "
+        "| (N, V, d_s, d_t) | loss | dtype | n | ours / products | formed / ours | liger / ours | trl / ours "
         "| extra MB, ours | extra MB, formed |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for index in options.shapes:
-        for dtype in options.dtypes:
-            for name in options.losses:
-                row = measure(SHAPES[index], name, getattr(torch, dtype), options.repetitions, peers, device)
-                print(row, flush=True)
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    plan: Sequence[tuple[int, str, Sequence[str], int]] = PLAN
+    if options.shapes or options.dtypes or options.losses:
+        names, dtypes = options.losses or [*LOSSES], options.dtypes or ["float32"]
+        plan = [(index, dtype, names, options.repetitions) for index in options.shapes or [1] for dtype in dtypes]
+    for index, dtype, names, repetitions in plan:
+        shape = SHAPES[index]
+        beside = peers if shape[0] * shape[1] <= _PEERS_UP_TO else {}
+        for name in names:
+            print(measure(shape, name, getattr(torch, dtype), repetitions, beside, device), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import linear_losses
+import without_logits
 from distill import AlphaBetaLoss, CrossEntropyLoss, JSLoss, KLLoss, LinearLoss, ReverseKLLoss, SkewKLLoss
 
 
@@ -42,6 +43,12 @@ def test_every_loss_and_both_peers(monkeypatch, capsys):
     assert [row.split(" | ")[1] for row in rows] == [*linear_losses.LOSSES] * 2
     assert {*calls} == {(peer, beta) for peer in ("liger", "trl") for beta in (0.0, 0.5, 1.0)}
     assert "|  |  |" in rows[1]  # no peer has the cross-entropy in the same pass
+    calls.clear()
+    monkeypatch.setattr(linear_losses, "PLAN", ((0, "float32", ("js",), 2),))
+    monkeypatch.setattr(linear_losses, "_PEERS_UP_TO", 6 * 40 - 1)
+    linear_losses.main([])
+    assert [row.split(" | ")[1:4] for row in capsys.readouterr().out.splitlines()[3:]] == [["js", "float32", "2"]]
+    assert calls == []  # too large for peers
 
 
 def test_absent_peers_are_said_to_be_absent(monkeypatch):
@@ -79,3 +86,14 @@ def test_float32_against_float64(loss, share):
     assert abs(value.double() - formed) <= 1e-6 * formed
     for got, expected in zip(found, torch.autograd.grad(formed, exact), strict=True):
         assert (got.double() - expected).norm() <= 5e-6 * expected.norm()
+
+
+def test_the_recipe_without_logits_gives_the_same_loss(monkeypatch, capsys):
+    monkeypatch.setattr(without_logits, "settle_allocator", lambda: None)
+    monkeypatch.setattr(without_logits, "peak_extra_bytes", lambda step, device: step())  # None: not told
+    without_logits.main("--tokens 2 6 --vocabulary 40 --widths 8 16 --repetitions 2".split())
+    _, loss, memory, time = capsys.readouterr().out.splitlines()
+    formed, without = (float(word) for word in loss.split() if word[0].isdigit())
+    assert abs(formed - without) < 1e-5
+    assert memory.startswith("memory unknown with logits, unknown without; gradients are 0 MB")
+    assert time.startswith("time with logits / without: ")
