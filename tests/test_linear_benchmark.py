@@ -91,7 +91,7 @@ def test_float32_against_float64(loss, share):
 def test_the_recipe_without_logits_gives_the_same_loss(monkeypatch, capsys):
     monkeypatch.setattr(without_logits, "settle_allocator", lambda: None)
     monkeypatch.setattr(without_logits, "peak_extra_bytes", lambda step, device: step())  # None: not told
-    without_logits.main("--tokens 2 6 --vocabulary 40 --widths 8 16 --repetitions 2".split())
+    without_logits.main(["--tokens", "2", "6", "--vocabulary", "40", "--widths", "8", "16", "--repetitions", "2"])
     _, loss, memory, time = capsys.readouterr().out.splitlines()
     formed, without = (float(word) for word in loss.split() if word[0].isdigit())
     assert abs(formed - without) < 1e-5
