@@ -80,7 +80,7 @@ def processes(tmp_path_factory):
 @pytest.mark.parametrize("page", ["distributed", "accelerate"])
 def test_two_processes_take_the_steps_of_one(processes, page):
     one, *two = processes
-    assert len(one[page]) == {"distributed": 4, "accelerate": 1}[page]
+    assert len(one[page]) == {"distributed": 5, "accelerate": 1}[page]
     for place, alone in enumerate(one[page]):
         loss = sum(process[page][place]["loss"] for process in two) / 2
         torch.testing.assert_close(loss, alone["loss"], rtol=1e-6, atol=1e-6)
@@ -101,9 +101,10 @@ def test_no_state_has_a_teacher_and_what_learns_is_in_it(processes):
 def test_the_teacher_is_sharded_after_its_forward_but_for_the_head_of_linear_loss(processes):
     _, *two = processes
     for process in two:
-        whole, linear = (look["sharded"] for look in process["distributed"] if "sharded" in look)
+        whole, linear, _ = (look["sharded"] for look in process["distributed"] if "sharded" in look)
         assert whole == [True, True]
         assert linear == [True, False]
+        assert "the weight of teacher_head must be whole in each process" in process["distributed"][-1]["refused"]
 
 
 def test_what_processes_do_not_agree_on_is_refused_by_each(processes):

@@ -113,6 +113,19 @@ def test_passes_on_what_the_loss_itself_refuses_and_takes_the_target_where_one_i
         loss(student, teacher, [0, 1, 2, 3, 4])
 
 
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a Function that is traced
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer looks at it
+def test_breaks_the_graph_of_what_is_compiled():
+    student, teacher = make_pair(5, 6)
+    torch.compiler.reset()
+    compiled = torch.compile(SPLoss(gather=True), backend="eager")
+    value = compiled(student, teacher)
+    torch.testing.assert_close(value, SPLoss()(student, teacher))
+    (slope,) = torch.autograd.grad(value, student)
+    torch.testing.assert_close(slope, torch.autograd.grad(SPLoss()(student, teacher), student)[0])
+
+
 def test_what_the_processes_do_not_agree_on_is_refused():
     pair = [((4, 6), "float"), ((4, 7), "float")]
     names = ["student", "teacher"]

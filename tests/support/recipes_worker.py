@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import gather_worker
+from distill import Distiller, KLLoss, LinearLoss, Term
 
 RECIPES = Path(__file__).parents[2] / "docs/recipes"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -43,6 +44,34 @@ def look(names: dict[str, Any], factor: int) -> dict[str, Any]:
     return seen
 
 
+def more_heads(names: dict[str, Any]) -> dict[str, Any]:
+    """What the page on processes says of heads: tied ones work in the root, a sharded one is refused."""
+
+    def build(**root: Any) -> Distiller:
+        torch.manual_seed(3)
+        student, teacher = names["llama"](16, tie_word_embeddings=True), names["llama"](32, tie_word_embeddings=True)
+        soft = LinearLoss(KLLoss(2.0), student.lm_head, teacher.lm_head, cross_entropy=0.5)
+        distiller = Distiller(student, teacher, Term(soft, at="model.norm"), task_loss=None)
+        names["shard"](student)
+        names["shard"](teacher, **root)
+        return distiller
+
+    mine = names["target"][names["mine"]], names["mask"][names["mine"]]
+    batch = {**names["batch"], "logits_to_keep": 1}
+    distiller = build()
+    for _ in range(2):  # the second time the teacher was sharded again
+        distiller.zero_grad()
+        out = distiller(batch, mine[0], mask=mine[1])
+        out.loss.backward()
+        distiller.teacher.reshard()
+    found = look({"distiller": distiller, "out": out}, 1)
+    try:
+        build(reshard_after_forward=True)(batch, mine[0], mask=mine[1])
+    except ValueError as error:
+        found["refused"] = str(error)
+    return found
+
+
 def run(name: str, world: int) -> list[dict[str, Any]]:
     """Run a page block by block, and look at what each left."""
     names: dict[str, Any] = {"__name__": "page"}
@@ -51,6 +80,8 @@ def run(name: str, world: int) -> list[dict[str, Any]]:
         exec(code, names)
         if "backward(" in text:
             found.append(look(names, world if "* world)" in text else 1))
+    if "shard" in names:
+        found.append(more_heads(names))
     return found
 
 

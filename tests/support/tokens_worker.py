@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from distill import KLLoss, next_tokens
+from distill import DISTLoss, KLLoss, next_tokens
 from distill.integrations.transformers import DistillTrainer
 from language_models import arguments, build, rows, stack
 
@@ -40,12 +40,22 @@ def by_trainer(world: int, folder: Path) -> dict[str, torch.Tensor]:
     return {name: before[name] - value for name, value in distiller.state_dict().items()}
 
 
+def gathered(world: int, folder: Path) -> dict[str, torch.Tensor]:
+    """The same with a loss that compares the samples of all processes, in one batch."""
+    distiller = build({"kl": KLLoss(2.0), "dist": DISTLoss(gather=True)})
+    before = {name: value.clone() for name, value in distiller.state_dict().items()}
+    args = arguments(folder / f"gathered{world}", per_device_train_batch_size=8 // world)
+    DistillTrainer(distiller=distiller, args=args, train_dataset=rows()).train()
+    return {name: before[name] - value for name, value in distiller.state_dict().items()}
+
+
 def main(rank: int, world: int, port: str, folder: Path) -> None:
     """Do both; the Trainer starts the group of processes."""
     if world > 1:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     changed = by_trainer(world, folder)
+    changed |= {f"gathered {name}": value for name, value in gathered(world, folder).items()}
     torch.save({"trainer": changed, "hand": by_hand(rank, world)}, folder / f"{world}-{rank}.pt")
     if world > 1:
         dist.destroy_process_group()

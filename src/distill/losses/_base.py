@@ -5,6 +5,7 @@ A loss class is its options and, but for losses of rows, one method that calls i
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
@@ -101,9 +102,10 @@ class Loss(Options):
             raise ValueError(f"with gather=True dimension 0 must be the samples, got dim={dim} for the classes")
         if not self.training or is_alone():
             return student, teacher, target, mask
-        student, teacher, labels, mask = gather_batches(
-            student=student, teacher=teacher.detach(), target=labels, mask=mask
-        )
+        gather = gather_batches
+        if torch.compiler.is_compiling():  # to wait for other processes is nothing to compile
+            gather = torch.compiler.disable(gather)  # type: ignore[no-untyped-call]  # pragma: no cover - traced
+        student, teacher, labels, mask = gather(student=student, teacher=teacher.detach(), target=labels, mask=mask)
         return student, teacher, target if labels is None else labels, mask
 
 
