@@ -11,6 +11,7 @@ import cifar_resnet
 import distill
 import losses
 import losses_page
+import seeds
 import stored_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -45,12 +46,18 @@ def test_command_on_the_page_is_accepted(page, line):
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(arguments) <= set(targets)
     elif program.endswith("python"):
+        script, *options = arguments
         commands = {
             "examples/cifar_resnet.py": cifar_resnet,
+            "examples/seeds.py": seeds,
             "benchmarks/losses.py": losses,
             "benchmarks/stored_teacher.py": stored_teacher,
         }
-        commands[arguments[0]].parse_arguments(arguments[1:])  # exits with 2 if it refuses
+        if script in ("examples/fetch.py", "examples/sentence_encoder.py", "examples/causal_lm.py"):
+            assert (ROOT / script).exists()
+            assert not options, "these are shown with their defaults"
+        else:
+            commands[script].parse_arguments(options)  # exits with 2 if it refuses
     else:
         assert (program, arguments) == ("pip", ["install", "."])
 
