@@ -137,6 +137,34 @@ def test_the_writer_takes_the_k_largest_itself(tmp_path):
     torch.testing.assert_close(whole, torch.ones(2, 3).double(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["tensor", "sequence", "top-k", "half top-k"])
+def test_what_was_added_may_change_before_it_is_written(tmp_path, kind):
+    ids, output = torch.arange(2), random(2, 3, 200_000) if "top" in kind else random(2, 3, 5)
+    output = output[:, 0].clone() if kind == "tensor" else output
+    if "top" in kind:
+        output = TopK.of(output, 4)
+        output = TopK(output.indices.int(), output.log_probs, output.log_tail)
+        output = output.to(torch.float16) if kind == "half top-k" else output
+    wanted = copy.deepcopy(output)
+    with TeacherWriter(tmp_path, vocabulary=None if kind in ("tensor", "sequence") else 200_000) as writer:
+        writer.add(ids, output)
+        ids.zero_()
+        for tensor in (
+            [output] if isinstance(output, torch.Tensor) else [output.indices, output.log_probs, output.log_tail]
+        ):
+            tensor.zero_()
+    asked = StoredTeacher(tmp_path)
+    assert same(asked([0, 1]), wanted.to(torch.float16) if isinstance(wanted, TopK) else wanted)
+
+
+def test_inference_tensors_are_stored(tmp_path):
+    with torch.inference_mode():
+        output, tokens = random(2, 3, 5) * 1, integers(9, 2, 3) * 1
+    read = write(tmp_path / "a", [0, 1], TeacherOutput(output, {"fc": output}), tokens)([0, 1], tokens)
+    assert torch.equal(read, output)
+    assert same(write(tmp_path / "b", [0, 1], output, k=2)([0, 1]), TopK.of(output, 2).to(torch.float16))
+
+
 def test_drawn_classes_and_lists_of_top_k_are_stored_too(tmp_path):
     logits = [random(length, 30, seed=length) for length in (2, 5)]
     topks = [TopK.of(each, 4, samples=3, generator=generator()) for each in logits]
@@ -686,6 +714,12 @@ def test_rejects_options_and_use_after_the_end(tmp_path, monkeypatch):
                 use()
     writer.close()
     assert StoredTeacher(tmp_path).ids().tolist() == [0]
+
+
+def test_a_writer_without_safetensors_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r'TeacherWriter needs safetensors: pip install "distill\[store\]"'):
+        TeacherWriter(tmp_path)
 
 
 def test_rejects_questions(tmp_path):

@@ -35,7 +35,7 @@ def as_ids(ids: Any) -> Integers:
             "ids must be integers (N,), or pairs (N, 2) of a sample and a seed, at least one, "
             f"got {found.dtype} of shape {tuple(found.shape)}"
         )
-    array: Integers = found.cpu().long().reshape(len(found), -1).numpy()
+    array: Integers = found.cpu().to(torch.int64, copy=True).reshape(len(found), -1).numpy()
     return array
 
 

@@ -151,7 +151,7 @@ def stored_tensor(name: str, rows: Tensor, lengths: Integers | None, dtype: torc
         raise ValueError(f"{name} must be floating-point, got {rows.dtype}")
     if bool(rows.isnan().any()):
         raise ValueError(f"{name} must have no NaN, got one")
-    kept = rows.detach().to("cpu", dtype).contiguous()
+    kept = rows.detach().to("cpu", dtype, copy=True).contiguous()  # what was given may change before it is written
     if kept.isinf().sum() != rows.isinf().sum():
         raise ValueError(
             f"{name} must fit into {dtype}, got values to {float(rows.abs().max())}; dtype= says what to use"
@@ -162,6 +162,7 @@ def stored_tensor(name: str, rows: Tensor, lengths: Integers | None, dtype: torc
 def stored_topk(topk: TopK, lengths: Integers | None, vocabulary: int) -> Stored:
     """A `TopK` in the packed form."""
     topk = topk.to("cpu").to(torch.float16).check(vocabulary)
-    arrays = {f"/{end}": ids.contiguous() for end, ids in pack_ids(topk.indices, vocabulary).items()}
-    arrays |= {"/log_probs": topk.log_probs.contiguous(), "/log_tail": topk.log_tail.float().contiguous()}
+    arrays = {f"/{end}": ids for end, ids in pack_ids(topk.indices, vocabulary).items()}
+    arrays |= {"/log_probs": topk.log_probs, "/log_tail": topk.log_tail.float()}
+    arrays = {end: array.clone(memory_format=torch.contiguous_format) for end, array in arrays.items()}
     return Stored(Part("top-k", "float16", tuple(topk.shape[1:]), lengths is not None), arrays, lengths)

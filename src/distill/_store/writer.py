@@ -73,8 +73,10 @@ class TeacherWriter:
         total: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        import safetensors  # noqa: F401 - said here, not after the first hours
-
+        try:
+            import safetensors  # noqa: F401 - said here, not after the first hours
+        except ImportError as error:
+            raise ImportError('TeacherWriter needs safetensors: pip install "distill[store]"') from error
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
         self.folder = Path(folder)
