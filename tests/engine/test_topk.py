@@ -45,8 +45,8 @@ def test_large_inputs_take_blocks_and_give_the_same(name, dtype, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody
 @pytest.mark.parametrize("samples", [0, 4])
 def test_holds_nothing_of_the_students_size_but_the_gradient(samples, monkeypatch):
-    monkeypatch.setattr(engine, "_block_elements", lambda device: 2**14)
-    student, teacher = make_pair(128, 2**13, dtype=torch.float32)
+    monkeypatch.setattr(engine, "_block_elements", lambda device: 2**13)
+    student, teacher = make_pair(64, 2**13, dtype=torch.float32)
     topk = TopK.of(teacher, 32, samples=samples)
     size = student.numel() * 4
     names = ["kl"] if samples else ["reverse_kl", "js", "alpha_beta"]
