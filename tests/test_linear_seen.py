@@ -133,6 +133,7 @@ def test_what_is_no_change_after_the_head_passes(dtype):
     for after in (
         lambda logits: logits,
         lambda logits: logits.flip(1),  # other positions
+        lambda logits: logits + 3e-3 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)),  # noise
         lambda logits: logits[..., :-1],  # another vocabulary
         lambda logits: logits.detach().fill_(torch.nan),
         lambda logits: logits[:1],

@@ -11,7 +11,7 @@ from distill._engine.linear import Side
 
 # A factor that dropout between what is compared and the head cannot explain.
 _FAR = 1.5
-_FEW = 16  # classes, or fewer, that may be in the same order by chance
+_FEW = 16  # classes, or fewer, that may look like anything by chance
 
 
 class SeenLogits:
@@ -92,14 +92,27 @@ def _precision(*tensors: Tensor) -> float:
 
 def _difference(given: Tensor, formed: Tensor, tolerance: float) -> str | None:
     """In words, how logits of a model differ from those of its head; None if they do not, or not in a known way."""
-    size = given.norm()
-    if not bool(size.isfinite() & (size > 0) & (formed.norm() > 0) & ((given - formed).norm() > tolerance * size)):
+    size, apart = given.norm(), (given - formed).norm()
+    if not bool(size.isfinite() & (size > 0) & (formed.norm() > 0) & (apart > tolerance * size)):
         return None
     factor = float((given * formed).sum() / formed.square().sum())
     rest = float((given - factor * formed).norm() / size)
+    if len(given) > _FEW and _is_curve(given, formed, tolerance):
+        return "a curved function of those of its head, as after a soft cap"
     if rest <= tolerance:
         return f"{factor:.4g} times those of its head"
-    steps = given[formed.argsort()].diff()
-    if len(given) > _FEW and bool(steps.min() >= -tolerance * given.abs().max()):
-        return "a curved function of those of its head, as after a soft cap"
     return f"about {factor:.2g} times those of its head" if rest < 0.5 and not 1 / _FAR < factor < _FAR else None
+
+
+def _is_curve(given: Tensor, formed: Tensor, tolerance: float) -> bool:
+    """Whether logits are a curved function of others, such as c tanh(x / c), rather than noise or a factor."""
+    line, cube = formed / formed.norm(), (formed / formed.abs().max()) ** 3
+    cube = cube - (cube * line).sum() * line
+    cube = cube / cube.norm()
+    rest = given - (given * line).sum() * line
+    left, apart = (rest - (rest * cube).sum() * cube).norm(), (given - formed).norm()
+    if bool((left < 0.3 * apart) & (left < 0.5 * rest.norm())):  # as long as the curve is slight
+        return True
+    steps = given[formed.argsort()].diff()
+    strong = (apart > 0.2 * given.norm()) & (rest.norm() > tolerance * given.norm())
+    return bool(strong & (steps.min() >= -tolerance * given.abs().max()))
