@@ -65,7 +65,7 @@ def processes(tmp_path_factory):
         AcceleratorState._reset_state(reset_partial_state=True)
         with torch.random.fork_rng():
             recipes_worker.main(0, 1, ports[1], folder)
-        assert [process.wait(timeout=240) for process in others] == [0, 0]
+        assert [process.wait(timeout=600) for process in others] == [0, 0]
     finally:
         for process in others:
             process.kill()
