@@ -1,16 +1,13 @@
 """Knowledge distillation losses for PyTorch, and one wrapper that runs teacher and student."""
 
+import importlib
+import typing
+
 from distill import adapt
 from distill._distiller.distiller import Distiller
 from distill._distiller.terms import DistillerOutput, TeacherOutput, Term
 from distill._reduction import Reduction
 from distill._registry import create_loss, get_loss, list_losses, register_loss
-from distill._store.files import StoreError
-from distill._store.fingerprint import fingerprint
-from distill._store.reader import StoredTeacher
-from distill._store.record import record
-from distill._store.writer import TeacherWriter
-from distill.diagnostics import agreement, tap_shapes
 from distill.language import align_tokens, chunk_log_probs, next_tokens
 from distill.linear import LinearCrossEntropyLoss, LinearLoss
 from distill.losses.akl import AKLLoss, akl_loss
@@ -65,10 +62,18 @@ from distill.losses.uld import ULDLoss, uld_loss
 from distill.losses.vid import VIDLoss, vid_loss
 from distill.losses.wsld import WSLDLoss, wsld_loss
 from distill.losses.wttm import WTTMLoss, wttm_loss
-from distill.pairing import pair_layers
 from distill.task import CrossEntropyLoss
 from distill.teachers import Teachers
 from distill.topk import TopK
+
+if typing.TYPE_CHECKING:  # what few programs need is imported when it is first asked for
+    from distill._store.files import StoreError
+    from distill._store.fingerprint import fingerprint
+    from distill._store.reader import StoredTeacher
+    from distill._store.record import record
+    from distill._store.writer import TeacherWriter
+    from distill.diagnostics import agreement, tap_shapes
+    from distill.pairing import pair_layers
 
 __version__ = "0.1.0"
 
@@ -209,5 +214,27 @@ __all__ = [
 
 # What stands in a private module has its public name in a pickle, so that the pickle outlives a move.
 for _name in __all__:
-    if "._" in getattr(globals()[_name], "__module__", ""):
+    if "._" in getattr(globals().get(_name), "__module__", ""):
         globals()[_name].__module__ = __name__
+
+_LATER = {
+    "StoreError": "distill._store.files",
+    "StoredTeacher": "distill._store.reader",
+    "TeacherWriter": "distill._store.writer",
+    "agreement": "distill.diagnostics",
+    "fingerprint": "distill._store.fingerprint",
+    "pair_layers": "distill.pairing",
+    "record": "distill._store.record",
+    "tap_shapes": "distill.diagnostics",
+}
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -29,6 +29,9 @@ class StoreError(ValueError):
     """
 
 
+StoreError.__module__ = "distill"  # a pickle that names it outlives a move
+
+
 def as_text(values: Mapping[str, Any]) -> str:
     """JSON in one spelling, so that equal values are equal texts."""
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -233,6 +233,9 @@ class StoredTeacher(nn.Module):
                 module = module._modules.setdefault(part, Recorded())  # type: ignore[assignment]
 
 
+StoredTeacher.__module__ = "distill"  # a pickle that names it outlives a move
+
+
 class Recorded(nn.Module):
     """Stands at a path, and gives what is stored."""
 

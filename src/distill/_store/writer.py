@@ -283,6 +283,9 @@ class TeacherWriter:
         return rows, self._vocabulary
 
 
+TeacherWriter.__module__ = "distill"  # a pickle that names it outlives a move
+
+
 def _together(parts: list[Stored]) -> Stored:
     """The same part of several batches."""
     first = parts[0]
