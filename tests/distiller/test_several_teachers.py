@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill import Distiller, KLLoss, LogitLoss, Teachers, Term, kl_loss, next_tokens
 from models import Net, batch
@@ -18,7 +17,8 @@ def experts(**options):
 def llama(vocab_size, seed=0):
     torch.manual_seed(seed)
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=16, **sizes)).eval()
+    hf = pytest.importorskip("transformers", reason="a development dependency")
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=vocab_size, max_position_embeddings=16, **sizes)).eval()
 
 
 def test_each_sample_gets_the_logits_of_its_teacher_which_runs_once_on_its_samples():
