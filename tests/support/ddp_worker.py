@@ -10,11 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distill import Distiller, KLLoss, LogitLoss, Term
 from models import batch
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # PyTorch 2.5
+    from torch.distributed._composable.fsdp import fully_shard
 
 
 class Regressor(nn.Module):
