@@ -22,7 +22,7 @@ help:
 	@echo "make docs    the pages, into site/"
 	@echo "make bench   the benchmarks, in at most half an hour; stops and goes on"
 	@echo "make wheel   the package as sdist and wheel, into dist/"
-	@echo "make clean   remove .venv and all that the commands above made"
+	@echo "make clean   remove .venv, caches and what was built; runs/, which may hold the results of weeks, stays"
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -71,4 +71,4 @@ wheel: $(READY)
 	python -m build
 
 clean:
-	rm -rf .venv dist site runs .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv dist site .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -44,7 +44,7 @@ def embed(encoder: Encoder, texts: list[str]) -> Tensor:
     return vectors[torch.tensor([i for part in parts for i in part]).argsort()]
 
 
-def train(student: Encoder, texts: list[str], vectors: Tensor, epochs: int = 1) -> None:
+def train(student: Encoder, texts: list[str], vectors: Tensor, epochs: int = 3) -> None:
     """Teach a student to give the teacher's vectors of these texts."""
     student.transformer.embeddings.requires_grad_(False)  # they stay the teacher's, which saves a third of the time
     distiller = Distiller(student, None, CosineLoss(), task_loss=None)  # the teacher's vectors come with each call
