@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "docs/recipes").glob("*.md"))  # whose code test_recipes.py runs
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PLAIN_COMMANDS = (  # shown with their defaults
+    "examples/fetch.py",
+    "examples/sentence_encoder.py",
+    "examples/causal_lm.py",
+    "benchmarks/linear_losses.py",
+)
 COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND_LINES = [
     (page.name, line)
@@ -52,7 +58,7 @@ def test_command_on_the_page_is_accepted(page, line):
             "benchmarks/losses.py": losses,
             "benchmarks/stored_teacher.py": stored_teacher,
         }
-        if script in ("examples/fetch.py", "examples/sentence_encoder.py", "examples/causal_lm.py"):
+        if script in PLAIN_COMMANDS:
             assert (ROOT / script).exists()
             assert not options, "these are shown with their defaults"
         elif script == "examples/seeds.py":
