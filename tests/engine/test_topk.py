@@ -45,6 +45,7 @@ def test_large_inputs_take_blocks_and_give_the_same(name, dtype, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody
 @pytest.mark.parametrize("samples", [0, 4])
 def test_holds_nothing_of_the_students_size_but_the_gradient(samples, monkeypatch):
+    monkeypatch.setattr(engine, "SMALL", 0)
     monkeypatch.setattr(engine, "_block_elements", lambda device: 2**13)
     student, teacher = make_pair(64, 2**13, dtype=torch.float32)
     topk = TopK.of(teacher, 32, samples=samples)
