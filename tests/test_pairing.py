@@ -206,6 +206,12 @@ def test_the_teacher_may_take_other_inputs():
     assert [(pair.student, pair.teacher) for pair in pairs] == [(f"layer{k}", f"layer{k + 1}") for k in (1, 2, 3)]
 
 
+def test_without_a_common_resolution_stages_are_paired_from_the_end():
+    pairs = pair_layers(ResNet(), ResNet(width=6), torch.zeros(2, 3, 16, 16), teacher_inputs=torch.zeros(2, 3, 20, 20))
+    assert paths(pairs) == [(f"stage {k}", f"layer{k}", f"layer{k}") for k in range(1, len(pairs) + 1)]
+    assert len(pairs) > 1
+
+
 def test_rejects_models_without_layers_to_pair():
     with pytest.raises(ValueError, match="the student must have maps of several resolutions or blocks that repeat"):
         pair_layers(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), ResNet(), torch.zeros(2, 3, 16, 16))

@@ -242,6 +242,20 @@ def test_rejects_a_student_that_does_not_fit():
         loss(student, topk, mask=torch.ones(3))
     with pytest.raises(ValueError, match=r"dim must be given for .*four dimensions"):
         loss(student.view(2, 2, 2, 3), topk)
+    with pytest.raises(ValueError, match=r"student must not be empty, got shape \(0, 6\)"):
+        loss(student[:0], topk[:0])
+
+
+def test_a_data_loader_can_pin_it(monkeypatch):
+    # Without a GPU there is nothing to pin for: what the loader calls is what counts.
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    topk = TopK.of(make_pair(4, 6)[1], 3, temperature=T)
+    twin = topk.pin_memory()
+    for name in ("indices", "log_probs", "log_tail"):
+        assert any(tensor is getattr(topk, name) for tensor in pinned)
+        assert torch.equal(getattr(twin, name), getattr(topk, name))
+    assert twin.temperature == T
 
 
 def test_other_losses_refuse_it_by_name():

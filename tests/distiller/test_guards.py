@@ -56,8 +56,12 @@ def test_another_model_as_student_is_refused():
     distiller, other = Distiller(Net(), Net(seed=1), LogitLoss()), Net(seed=3)
     with pytest.raises(ValueError, match="student= must run the Distiller's own student, wrapped, but no parameter"):
         distiller(*batch(), student=other)
-    distiller(*batch(), student=torch.compile(distiller.student, backend="eager"))
     distiller(*batch(), student=lambda x: distiller.student(x))
+
+
+def test_a_compiled_student_is_no_other_model():
+    distiller = Distiller(Net(), Net(seed=1), LogitLoss())
+    distiller(*batch(), student=torch.compile(distiller.student, backend="eager"))
 
 
 def test_parameters_that_come_to_be_shared_are_found():

@@ -66,6 +66,21 @@ def test_matches_reference(scales):
     torch.testing.assert_close(value, expected.mean(), rtol=1e-12, atol=1e-12)
 
 
+def test_its_reduction_is_that_of_the_loss_inside():
+    loss = SDDLoss(KLLoss(), head(3), head(4, seed=1))
+    student, teacher = make_pair(6, 3, 8, 4, teacher_shape=(6, 4, 4, 8))
+    mean = loss(student, teacher, labels(6))
+    loss.reduction = "sum"
+    assert loss.loss.reduction == "sum"
+    torch.testing.assert_close(loss(student, teacher, labels(6)), 6 * mean)
+
+
+def test_rejects_classifiers_on_another_device():
+    student, teacher = make_pair(6, 3, 8, 4, teacher_shape=(6, 4, 4, 8))
+    with pytest.raises(ValueError, match="the classifiers must be on the device of the maps, cpu, got meta"):
+        SDDLoss(KLLoss(), head(3).to("meta"), head(4).to("meta"))(student, teacher, labels(6))
+
+
 def test_scales_are_1_2_4_by_default_and_complementary_regions_count_twice():
     loss = SDDLoss(KLLoss(), head(3), head(4))
     assert loss.scales == (1, 2, 4)

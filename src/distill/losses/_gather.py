@@ -59,7 +59,7 @@ def _join(tensor: Tensor, sizes: list[int]) -> Tensor:
     own = tensor.detach()
     missing = max(sizes) - len(own)
     if missing:  # all must send as much
-        own = torch.cat([own, own.new_zeros(missing, *own.shape[1:])])
+        own = torch.cat([own, own.new_zeros(missing, *own.shape[1:])])  # pragma: no cover - in a process of its own
     sent = own.contiguous().flatten().view(torch.uint8)  # bytes: every backend knows them
     received = [torch.empty_like(sent) for _ in sizes]
     dist.all_gather(received, sent)
