@@ -10,7 +10,7 @@ export NO_MKDOCS_2_WARNING := 1
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo examples reproduce test coverage lint docs bench format wheel clean
+.PHONY: help demo examples reproduce test coverage lint docs bench format wheel release clean
 
 help:
 	@echo "make demo    distil a small ResNet on handwritten digits, in less than a minute"
@@ -22,6 +22,7 @@ help:
 	@echo "make docs    the pages, into site/"
 	@echo "make bench   the benchmarks, in at most half an hour; stops and goes on"
 	@echo "make wheel   the package as sdist and wheel, into dist/"
+	@echo "make release  the checklist of a release; publishes nothing"
 	@echo "make clean   remove .venv, caches and what was built; runs/, which may hold the results of weeks, stays"
 
 $(READY): pyproject.toml constraints.txt
@@ -69,6 +70,9 @@ bench: $(READY)
 
 wheel: $(READY)
 	python -m build
+
+release: $(READY)
+	.ci/release
 
 clean:
 	rm -rf .venv dist site .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -7,10 +7,12 @@ import pickle
 import statistics
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
+import hatchling.build
 import pytest
 import torch
 
@@ -93,6 +95,26 @@ def test_version_is_the_one_of_the_distribution_and_the_changelog():
     assert distill.__version__ == version("distill")
     assert f"## [{distill.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {distill.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with zipfile.ZipFile(tmp_path / hatchling.build.build_wheel(str(tmp_path))) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        wheel.extractall(tmp_path / "installed")
+    source = ROOT / "src"
+    files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    assert names == {name for name in files if "__pycache__" not in name}
+    assert "distill/py.typed" in names
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r})\n"
+        "import distill\n"
+        "for name in distill.__all__: getattr(distill, name)\n"
+        "for name in distill.list_losses(): distill.get_loss(name)\n"
+        "print(distill.__file__)"
+    )
+    assert run(code, cwd=tmp_path).strip() == str(tmp_path / "installed/distill/__init__.py")
 
 
 def test_needs_only_torch_numpy_and_typing_extensions():
