@@ -75,6 +75,22 @@ def _crd(networks: Networks, _place: int) -> nn.Module:
     return distill.CRDLoss(WIDTHS[-1], WIDTHS[-1], len(labels), num_negatives=negatives, labels=labels)
 
 
+def _sdd(networks: Networks, _place: int) -> nn.Module:
+    return distill.SDDLoss(distill.DKDLoss(beta=2.0), networks.student.fc, networks.teacher.fc)
+
+
+class _OnTokens(nn.Module):
+    """A loss of tokens `(N, L, D)` for maps `(N, D, H, W)`."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        value: Tensor = self.loss(student.flatten(2).mT, teacher.flatten(2).mT, target)
+        return value
+
+
 # Weights as the docstrings of the losses name them. Where a loss was published for something else than the features of
 # CIFAR networks, or with something else around it, a comment says so: there the weight is a first guess.
 SETUPS: dict[str, Setup] = {
@@ -93,6 +109,16 @@ SETUPS: dict[str, Setup] = {
     "logit_std": Setup(9.0),
     "dist": Setup(1.0),  # of segmentation; on ImageNet 2
     "wsld": Setup(2.5),  # of ImageNet; on CIFAR-100 2.25 at temperature 4
+    "ofa": Setup(1.0),
+    "ttm": Setup(45.0),  # of VGG-13 to VGG-8, and so is the next
+    "wttm": Setup(4.0),
+    "skd": Setup(0.9, task_weight=0.1),
+    "ctkd": Setup(0.9, task_weight=0.1),  # published with a strength that rises over ten epochs; here it is in full
+    # The next three were published for language models, `mft` as the only term.
+    "akl": Setup(1.0),
+    "todi": Setup(0.5, task_weight=0.5),
+    "mft": Setup(1.0),
+    "sigmoid_kl": Setup(10.0),  # of images with several labels
     # On the heads, without the logits.
     "linear_logit": Setup(
         0.1, "fc:input", build=lambda networks, _: distill.LinearLogitLoss(networks.student.fc, networks.teacher.fc)
@@ -118,12 +144,20 @@ SETUPS: dict[str, Setup] = {
     "mgd": Setup(1.0, "relu3", build=lambda *_: distill.MGDLoss(WIDTHS[2], WIDTHS[2])),
     "pearson": Setup(6.0, "relu3"),  # of a detector's feature pyramid
     "ickd": Setup(500.0, "relu3"),  # of ImageNet, through a convolution and a batch norm
+    "sdd": Setup(1.0, "relu3", build=_sdd, warmup=_WARMUP),
+    # The next two were published for vision transformers, beside losses of pretraining.
+    "gram": Setup(2.0, "relu3", build=lambda *_: _OnTokens(distill.GramLoss())),
+    "token_similarity": Setup(1.0, "relu3", build=lambda *_: _OnTokens(distill.TokenSimilarityLoss())),
     # On relations between the images of a batch.
     "rkd": Setup(1.0, "fc:input"),
     "pkt": Setup(30000.0, "fc:input"),
     "sp": Setup(3000.0, "relu3"),
     "cc": Setup(100.0, "fc:input"),
     "crd": Setup(0.8, "fc:input", build=_crd, indices=True),
+    "srd": Setup(2.0, "fc:input", build=lambda *_: distill.SRDLoss(WIDTHS[-1], WIDTHS[-1])),  # beside `kl` at 1
+    # On the pooled features of each image. Published for hidden states of a language model, and for pretraining.
+    "cosine": Setup(1.0, "fc:input"),
+    "queue_kl": Setup(1.0, "fc:input", build=lambda *_: distill.QueueKLLoss(WIDTHS[-1], WIDTHS[-1])),
 }
 
 
