@@ -49,6 +49,7 @@ def reference(student, teacher, alpha, beta, temperature=1.0, axis=-1):
 EXPONENTS = [
     (0.2, 0.7),
     (0.8, 0.3),
+    (0.3, 0.7),
     (1.0, 1.0),
     (2.0, 0.5),
     (1.0, 0.0),

@@ -139,7 +139,7 @@ class Call:
         """Give the per-sample values and, if there are factors, the gradient for the student in its dtype.
 
         A row whose factor is 0 gets a gradient of 0, whatever it holds. The gradient goes `into` a tensor if one is
-        given, which may be the student's own. A block has at most so many `elements`; None: by the device.
+        given, which may be the student's own, or overlap it from a block before it on. A block has at most so many `elements`; None: by the device.
         """
         student, teacher = student.detach().movedim(self.dim, -1), teacher.movedim(self.dim, -1)
         labels = None if labels is None else labels.movedim(self.dim, -1)
@@ -174,20 +174,22 @@ class Call:
             factors = None if factors is None else factors.reshape(-1)
             gradient = None if gradient is None else gradient.view(-1, columns)
         limit = min(max(elements, columns), student.numel())
-        # What is not there as it is needed is copied into a buffer; the last two are the block's own.
-        copied = [x.dtype != self.dtype or not x.is_contiguous() for x in (student, teacher)]
-        size = limit // columns
-        buffers = [
-            torch.empty((size if needed else 0, width), dtype=self.dtype, device=student.device)
-            for needed, width in zip((*copied, True, True), (columns, teacher.shape[-1], columns, columns), strict=True)
-        ]
-        block = self.loss.in_blocks()
         in_place = (
             gradient is not None
             and gradient.dtype == self.dtype
             and gradient.is_contiguous()
             and gradient.data_ptr() != student.data_ptr()  # a block still reads what it would overwrite
         )
+        # What is not there as it is needed is copied into a buffer; the last two are the block's own.
+        copied = [x.dtype != self.dtype or not x.is_contiguous() for x in (student, teacher)]
+        size = limit // columns
+        buffers = [
+            torch.empty((size if needed else 0, width), dtype=self.dtype, device=student.device)
+            for needed, width in zip(
+                (*copied, not in_place, True), (columns, teacher.shape[-1], columns, columns), strict=True
+            )
+        ]
+        block = self.loss.in_blocks()
         for index in _cut(student.shape, limit):
             ours, theirs = _rows(student[index], buffers[0]), _rows(teacher[index], buffers[1])
             grad, spare = buffers[2][: len(ours)], buffers[3][: len(ours)]

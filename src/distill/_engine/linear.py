@@ -22,7 +22,7 @@ from distill._reduction import hide, reduce, row_weights
 # Samples whose logits are formed at a time, where the caller does not say: few enough for memory, enough for products.
 _CPU, _GPU = 256, 2048
 # Elements of a block on a CPU: the block's own buffers are all the memory beside the chunk's logits.
-_BLOCK = 2**19
+_BLOCK = 2**18
 _KNOWN = 2**20  # where the teacher's rows are known: there are no logits of its, and more small operations in a block
 # Chunks up to which a head in half precision may add up its gradient in that precision.
 _FEW = 8
@@ -227,29 +227,32 @@ def _chunks(
         call = replace(call, loss=under_softcap(call.loss, student.softcap))
     ours = student.product(_product_dtype(student))
     theirs = teacher.product(_product_dtype(teacher)) if isinstance(teacher, Side) else None
-    buffers = [
-        torch.empty(step, len(side.weight), dtype=side.hidden.dtype, device=device)
-        for side in ((ours,) if theirs is None else (ours, theirs))
-    ]
     elements = None if device.type != "cpu" else _KNOWN if isinstance(teacher, Tensor) else _BLOCK
+    # A block leaves its gradient where the logits of the block before it were: so it needs no buffer and no copy.
+    ahead = (
+        0 if elements is None or ours.hidden.dtype != call.dtype else min(max(elements // len(ours.weight), 1), step)
+    )
+    both = torch.empty(ahead + step, len(ours.weight), dtype=ours.hidden.dtype, device=device)
+    other = None if theirs is None else torch.empty(step, len(theirs.weight), dtype=theirs.hidden.dtype, device=device)
     for start in range(0, count, step):
         piece = slice(start, min(start + step, count))
-        logits = _multiply(ours, piece, buffers[0])
-        if theirs is None:  # nothing to multiply: there is no teacher, or its rows are known
+        logits = _multiply(ours, piece, both[ahead:])
+        if other is None or theirs is None:  # nothing to multiply: there is no teacher, or its rows are known
             constant = teacher[piece] if isinstance(teacher, Tensor) else logits
         else:
-            constant = _multiply(theirs, piece, buffers[1])
+            constant = _multiply(theirs, piece, other)
         counts = None if factors is None else factors[piece]
+        gradient = None if counts is None else both[: len(logits)]
         values[piece], _ = call.run(
             logits,
             constant,
             None if labels is None else labels[piece],
             counts,
-            into=None if counts is None else logits,
+            into=gradient,
             elements=elements,
         )
-        if counts is not None:
-            gradients.add(logits, ours, piece)
+        if gradient is not None:
+            gradients.add(gradient, ours, piece)
     return values
 
 

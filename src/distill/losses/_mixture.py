@@ -1,7 +1,6 @@
 """How far teacher and student are from a mixture of them: what the Jensen-Shannon and the skew divergences share."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -91,17 +90,15 @@ def block_from_mixture(
         return block_by_autograd(formula, student, teacher, factors, gradient, spare, temperature=temperature)
     q = softmax_rows(student, temperature, out=gradient)
     p = softmax_rows(teacher, temperature, out=spare)
-    to_p, to_q = mixture.factors(q.dtype)
-    # One of what w is multiplied by goes into m, whose pass is there anyway.
-    within = to_p if of_teacher and (not of_student or share < 0.5) else to_q
     w = torch.sub(q, p)
     values = mixture.drift * w.sum(-1) if mixture.drift else torch.zeros_like(w[:, 0])
-    m = torch.mul(p, share / within).add_(q, alpha=(1 - share) / within)
-    w.div_(m.add_(math.copysign(torch.finfo(p.dtype).tiny, within)))
-    logarithm = m  # the memory, from here on
-    for weight, x, factor in (of_teacher, p, to_p), (of_student, q, to_q):
+    m = torch.lerp(q, p, share)
+    w.div_(m.add_(torch.finfo(p.dtype).tiny))
+    logarithm, within = m, 1.0  # the memory, from here on, and what w has been multiplied by
+    for weight, x, factor in zip((of_teacher, of_student), (p, q), mixture.factors(q.dtype), strict=True):
         if weight:
-            torch.log1p(w if factor == within else torch.mul(w, factor / within, out=logarithm), out=logarithm)
+            torch.log1p(w.mul_(factor / within), out=logarithm)
+            within = factor
             mean = torch.mul(logarithm, x, out=spare).sum(-1, keepdim=True)
             values += weight * mean.squeeze(-1)
     if factors is not None:

@@ -1,15 +1,18 @@
 """Alpha-beta divergence: Wang et al., "ABKD: Pursuing a Proper Allocation of the Probability Mass" (ICML 2025)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill._checks import check_not_negative, check_positive, may_look
+from distill._engine.blocks import redo
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import expm1_rows, log_softmax_rows, not_negative, soften
+from distill.losses._softened import compare_rows, expm1_rows, log_softmax_rows, not_negative, soften
 from distill.topk import TopK
 
 FAMILY = "logits"
@@ -82,6 +85,9 @@ def _block(
     The gradient is (g - q sum g) / T with g = (q^(alpha + beta) - p^alpha q^beta) / alpha, one part of each term.
     """
     _check_exponents(alpha, beta)
+    options = {"alpha": alpha, "beta": beta, "temperature": temperature}
+    if math.isclose(alpha + beta, 1, rel_tol=1e-15) and min(alpha, beta) >= _SMALL and may_look(student):
+        return _block_of_shares(student, teacher, factors, gradient, spare, **options)
     log_q = log_softmax_rows(student, temperature, out=torch.empty_like(spare))
     q = torch.exp(log_q, out=gradient)
     log_p = log_softmax_rows(teacher, temperature, out=spare)
@@ -110,6 +116,39 @@ def _block(
         slope = up.mul_(middle)
         q.mul_(slope.sum(-1, keepdim=True).neg_()).add_(slope).mul_(factors / temperature)
     return values
+
+
+def _block_of_shares(
+    student: Tensor,
+    teacher: Tensor,
+    factors: Tensor | None,
+    gradient: Tensor,
+    spare: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """Do what `_block` does where the exponents sum to 1, in fewer passes: nothing of it is a power.
+
+    With d as in `compare_rows` and a = sum p (exp(beta d) - 1 - beta d), b = sum p (exp(d) - 1 - d), the sum of
+    p^alpha q^beta is (1 + a) / (1 + b)^beta. No digits are lost near agreement, where both are small.
+    """
+    d, p = gradient, spare
+    u, far = compare_rows(teacher, student, d, p, temperature=temperature)
+    power = torch.sub(u, d).mul_(p)
+    b = power.sum(-1, keepdim=True)
+    power = expm1_rows(d.mul_(beta), out=power)
+    a = torch.sub(power, d, out=d).mul_(p).sum(-1, keepdim=True)
+    less = torch.expm1(a.log1p() - beta * b.log1p())
+    values = (less / (-alpha * beta)).clamp_(min=0).squeeze(-1)
+    if factors is not None:  # (1 + less) (q - p^alpha q^beta / (1 + less)) / (alpha T)
+        counts = factors * (1 + less) / (alpha * temperature)
+        u.sub_(b).mul_(counts / (1 + b))
+        power.sub_(a).mul_(counts / (1 + a))
+        torch.sub(u, power, out=gradient).mul_(p)
+    options = {"alpha": alpha, "beta": beta, "temperature": temperature}
+    return redo(far, values, _formula, student, teacher, factors, gradient, **options)
 
 
 _ROWS = Rows(_formula, block=_block, topk=True)
