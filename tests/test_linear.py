@@ -10,6 +10,7 @@ from torch import nn
 import distill
 from contract import gradient
 from distill import CrossEntropyLoss, Distiller, KLLoss, LinearCrossEntropyLoss, LinearLoss, RKDLoss, Term
+from distill._engine import products
 from distill.losses._base import RowLoss
 
 V, N = 23, 10
@@ -165,6 +166,57 @@ def test_low_precision_heads(dtype):
     found = gradients(value, student, ours)
     assert [grad.dtype for grad in found] == [dtype] * 3
     check(found, gradients(formed, student, ours), **tolerance)
+
+
+@pytest.fixture
+def widening(monkeypatch):
+    """PyTorch on a GPU, whose products of half precision can give float32."""
+    real, asked = torch.mm, []
+
+    def mm(first, second, *, out_dtype=None, out=None):
+        asked.append(out_dtype)
+        dtype = out_dtype or first.dtype
+        return real(first.to(dtype), second.to(dtype), out=out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    products._gives_float32.cache_clear()
+    yield asked
+    products._gives_float32.cache_clear()
+
+
+@pytest.mark.parametrize("teachers", [1, 0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_half_precision_gives_logits_in_float32_where_a_product_can(widening, bias, teachers):
+    (ours, theirs), (student, teacher, labels) = heads(bias, dtype=torch.bfloat16), hidden(torch.bfloat16)
+    wide = [copy.deepcopy(head).float() for head in (ours, theirs)]
+    exact = student.detach().float().requires_grad_()
+    if teachers:
+        value = LinearLoss(KLLoss(), ours, theirs, cross_entropy=1.0, rows=4)(student, teacher, labels)
+        formed = KLLoss()(wide[0](exact), wide[1](teacher.float())) + CrossEntropyLoss()(wide[0](exact), labels)
+    else:
+        value = LinearCrossEntropyLoss(ours, rows=4)(student, labels)
+        formed = CrossEntropyLoss()(wide[0](exact), labels)
+    assert torch.float32 in widening
+    torch.testing.assert_close(value, formed, rtol=1e-6, atol=0)
+    found = gradients(value, student, ours)
+    assert {grad.dtype for grad in found} == {torch.bfloat16}
+    expected = gradients(formed, exact, wide[0])
+    check([grad.float() for grad in found], expected, rtol=1e-2, atol=1e-3)
+
+
+def test_a_product_that_cannot_is_found_out_once(monkeypatch):
+    asked = []
+
+    def mm(*_, **options):
+        asked.append(options)
+        raise TypeError("mm() got an unexpected keyword argument 'out_dtype'")  # PyTorch 2.5
+
+    monkeypatch.setattr(torch, "mm", mm)
+    products._gives_float32.cache_clear()
+    cpu = torch.device("cpu")
+    assert [products._gives_float32(cpu, dtype) for dtype in (torch.half, torch.half, torch.float32)] == [False] * 3
+    products._gives_float32.cache_clear()
+    assert len(asked) == 1
 
 
 def test_under_autocast_and_checkpointing():

@@ -18,7 +18,8 @@ from distill._checks import (
 )
 from distill._engine.cross_entropy import CROSS_ENTROPY, with_cross_entropy
 from distill._engine.fused import Call
-from distill._engine.linear import Side, linear_rows
+from distill._engine.linear import linear_rows
+from distill._engine.products import Side
 from distill._engine.squared.heads import check_vocabulary
 from distill._engine.topk import check_fits, loss_of
 from distill._hidden import IGNORED, check_compared, check_hidden, find_labels, flat_mask, labelled_share

@@ -139,7 +139,8 @@ class Call:
         """Give the per-sample values and, if there are factors, the gradient for the student in its dtype.
 
         A row whose factor is 0 gets a gradient of 0, whatever it holds. The gradient goes `into` a tensor if one is
-        given, which may be the student's own, or overlap it from a block before it on. A block has at most so many `elements`; None: by the device.
+        given: the student's own, or one whose memory overlaps the student's by what earlier blocks have read. A block
+        has at most so many `elements`; None: by the device.
         """
         student, teacher = student.detach().movedim(self.dim, -1), teacher.movedim(self.dim, -1)
         labels = None if labels is None else labels.movedim(self.dim, -1)

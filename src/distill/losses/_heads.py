@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._checks import is_integer
-from distill._engine.linear import Side, capped
+from distill._engine.products import Side, capped
 from distill._engine.squared.heads import FEWER, check_whole
 from distill._options import Options
 from distill.losses._seen import SeenLogits, check_all_positions

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from distill._checks import is_integer
-from distill._engine.linear import Side
+from distill._engine.products import Side
 
 # A factor that dropout between what is compared and the head cannot explain.
 _FAR = 1.5
