@@ -10,7 +10,7 @@ export NO_MKDOCS_2_WARNING := 1
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo examples reproduce test coverage lint docs bench format wheel release clean
+.PHONY: help demo examples reproduce test coverage mutants lint docs bench format wheel release clean
 
 help:
 	@echo "make demo    distil a small ResNet on handwritten digits, in less than a minute"
@@ -18,6 +18,7 @@ help:
 	@echo "make reproduce  the published CIFAR table: hours on a GPU, weeks on a CPU; stops and goes on"
 	@echo "make test    the tests, all of them"
 	@echo "make coverage  the tests that cover src, slower: each line must run"
+	@echo "make mutants  how many faults put into src on purpose the tests find: an hour; stops and goes on"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the pages, into site/"
 	@echo "make bench   the benchmarks, in at most half an hour; stops and goes on"
@@ -50,6 +51,9 @@ test: $(READY)
 # What is traced and the study would take much longer than without coverage, and cover nothing that the others do not.
 coverage: $(READY)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal -m "not compile and not study" --cov --cov-fail-under=100
+
+mutants: $(READY)
+	python benchmarks/mutants.py --out docs/results/mutants
 
 lint: $(READY)
 	ruff check .
