@@ -55,7 +55,7 @@ def mutants(source: str) -> list[Mutant]:
         return f"({text})" if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Compare | ast.BoolOp | ast.IfExp) else text
 
     found = []
-    for node, line in _walk(ast.parse(source), 1):
+    for node, at in _walk(ast.parse(source), 1):
         for operator, target, text in _changes(node, text_of):
             if isinstance(target, ast.AST):
                 start, stop = span(target)
@@ -66,7 +66,7 @@ def mutants(source: str) -> list[Mutant]:
                 start += between.index(symbol)
                 stop = start + len(symbol)
             if source[start:stop] != text and compiles(source[:start] + text + source[stop:]):
-                found.append(Mutant(operator, line, start, stop, text))
+                found.append(Mutant(operator, at, start, stop, text))
     return sorted(found, key=lambda mutant: (mutant.start, mutant.stop, mutant.operator))
 
 
