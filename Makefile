@@ -6,7 +6,6 @@ READY := .venv/ready
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TMPDIR := $(CURDIR)/.venv/tmp
-export NO_MKDOCS_2_WARNING := 1
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -66,7 +65,7 @@ format: $(READY)
 	ruff format .
 
 docs: $(READY)
-	mkdocs build --strict --quiet
+	sphinx-build --fresh-env --fail-on-warning --keep-going --quiet --doctree-dir .venv/doctrees docs site
 
 bench: $(READY)
 	python benchmarks/train_step.py

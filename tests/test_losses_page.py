@@ -9,92 +9,75 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
+import conf
 import distill
 import losses_page
 from distill import _registry
 
 ROOT = Path(__file__).parents[1]
-
-
-def page(name):
-    return SimpleNamespace(file=SimpleNamespace(src_uri=name))
+FAMILY_PAGES = sorted((ROOT / "docs/losses").glob("*.md"))
+OURS = {name: cls for name, cls in _registry._registered.items() if cls.__module__.startswith("distill.losses.")}
 
 
 def rows():
-    return dict(re.findall(r"^\| \[`(\w+)`\]\[distill\.(\w+)\] \| `loss = .* \|$", losses_page.render(), re.MULTILINE))
+    return dict(re.findall(r"^\| \{py:obj\}`(\w+) <distill\.(\w+)>` \| .* \|$", losses_page.table(), re.MULTILINE))
 
 
-def test_the_page_has_the_mark_once_and_mkdocs_the_hook():
-    text = (ROOT / "docs/losses.md").read_text()
-    assert text.count(losses_page.MARK) == 1
-    assert "\nhooks: [docs/losses_page.py]\n" in (ROOT / "mkdocs.yml").read_text()
-    written = losses_page.on_page_markdown(text, page=page("losses.md"), config=None, files=None)
-    assert written == text.replace(losses_page.MARK, losses_page.render())
-    assert losses_page.on_page_markdown(text, page=page("why.md"), config=None, files=None) == text
+def doc_of(name):
+    return f"{inspect.getdoc(getattr(distill, f'{name}_loss'))}\n\n{inspect.getdoc(OURS[name])}"
 
 
 def test_every_loss_has_its_row_and_every_public_name_its_entry():
-    assert set(rows()) == {name for name, cls in _registry._registered.items() if cls.__module__.startswith("distill.")}
-    for name, cls in rows().items():
-        assert getattr(distill, cls) is _registry._registered[name]
-    shown = re.findall(r"^::: distill\.(\w+)$", losses_page.render(), re.MULTILINE)
-    homes = {name: getattr(getattr(distill, name), "__module__", "") for name in distill.__all__}
-    assert sorted(shown) == sorted(name for name, home in homes.items() if home.startswith("distill.losses."))
+    assert rows() == {name: cls.__name__ for name, cls in OURS.items()}
+    pages = "\n".join(losses_page.fill(page.read_text()) for page in FAMILY_PAGES)
+    shown = re.findall(r"^\.\. auto(\w+):: distill\.(\w+)$", pages, re.MULTILINE)
+    homes = ((name, getattr(getattr(distill, name), "__module__", "")) for name in distill.__all__)
+    of_losses = [name for name, home in homes if home.startswith("distill.losses.")]
+    assert sorted(name for _, name in shown) == sorted(of_losses)
+    assert all(kind == ("class" if name[0].isupper() else "function") for kind, name in shown)
+    assert sorted(re.findall(r"^## (\w+)$", pages, re.MULTILINE)) == sorted(OURS)
 
 
 def test_a_row_says_what_the_docstrings_say():
-    text = losses_page.render()
+    text = losses_page.table()
     assert (
-        "| [`kl`][distill.KLLoss] | `loss = T^2 * KL(p || q) = T^2 * sum_c p_c (log p_c - log q_c)` "
-        "| *student:* The student's logits, `(..., C)`; -inf is a probability of 0"
-        "<br>*teacher:* The teacher's logits, same shape; -inf is a probability of 0 "
-        "| weight 0.9 at temperature 4, beside 0.1 times the cross-entropy (the CIFAR-100 benchmark of Tian, Krishnan "
-        'and Isola, "Contrastive Representation Distillation", ICLR 2020)'
-        "<br>*Scale:* `distiller_zoo/KD.py` of that benchmark (`HobbitLong/RepDistiller`): T^2 times the sum over the "
-        "classes, averaged over the samples<br>*Doubt:* none known "
-        '| Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network", NIPS deep '
-        "learning workshop 2014 and [arXiv 1503.02531](https://arxiv.org/abs/1503.02531) (2015) |\n"
+        "| {py:obj}`kl <distill.KLLoss>` "
+        f"| {inspect.getdoc(distill.kl_loss).partition(', one value per sample.')[0]} |  |\n"
     ) in text
-    assert re.search(r"<br>\*target:\* The class of every sample, .* \| weight 1 beside the cross-entropy", text)
-    assert "q_c^(alpha + beta) - p_c^alpha q_c^beta]` |" in text  # a formula of more than one line
-    assert "published" not in text.split("| [`crd`]")[1].splitlines()[0]  # found in the class's docstring
-    assert "weight 0.8 on pooled features" in text.split("| [`crd`]")[1].splitlines()[0]
+    assert re.search(r"^\| \{py:obj\}`dkd <distill\.DKDLoss>` \| .* \| yes \|$", text, re.MULTILINE)
+    assert not re.search(r"one value (per|for)", text)
 
 
-def test_every_loss_says_which_file_fixed_its_scale_and_what_is_not_certain():
-    lines = {name: line for line in losses_page.render().splitlines() for name in re.findall(r"^\| \[`(\w+)`\]", line)}
-    silent = {name for name, line in lines.items() if not re.search(r"<br>\*Scale:\* .+<br>\*Doubt:\* .+ \|", line)}
-    assert lines.keys() == rows().keys()
-    assert not silent
-    for name, line in lines.items():
-        assert len(re.sub(r"`[^`]*`", "", line).split("|")) == 7, name  # five cells: no stray bar ends one
-
-
-def test_says_nothing_twice():
-    text = (ROOT / "docs/losses.md").read_text().replace(losses_page.MARK, losses_page.render())
-    for kind in (r"^## .+", r"^::: .+", r"^- \*\*\w+\.?\*\*"):
-        found = re.findall(kind, text, re.MULTILINE)
-        assert sorted(set(found)) == sorted(found)
+def test_every_loss_says_its_formula_its_paper_and_whose_scale_it_has():
+    for said in (r"^    loss = ", r"^Scale: ", r"^Reference:$"):
+        silent = [name for name in OURS if not re.search(said, doc_of(name), re.MULTILINE)]
+        assert not silent, said
 
 
 def test_changes_with_the_docstring(monkeypatch):
-    monkeypatch.setattr(distill.sp_loss, "__doc__", distill.sp_loss.__doc__.replace("weight 3000", "weight 3"))
-    assert "weight 3 on the last feature maps" in losses_page.render()
+    monkeypatch.setattr(distill.sp_loss, "__doc__", "Another | line.\n")
+    assert r"| {py:obj}`sp <distill.SPLoss>` | Another \| line |  |" in losses_page.table()
 
 
 def test_a_loss_stands_in_the_family_that_its_file_names():
-    sections = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", losses_page.render() + "\n", re.MULTILINE))
-    assert list(sections) == [title for title, _ in losses_page.FAMILIES.values()]
-    for name, cls in _registry._registered.items():
-        title, _ = losses_page.FAMILIES[sys.modules[cls.__module__].FAMILY]
-        assert f"\n| [`{name}`]" in sections[title]
+    families = losses_page.families()
+    assert sorted(page for page, _ in families.values()) == [f"losses/{page.stem}" for page in FAMILY_PAGES]
+    section = re.compile(r"^### \[.+\]\((.+)\.md\)\n((?:(?!### ).*\n)*)", re.MULTILINE)
+    sections = dict(section.findall(losses_page.table() + "\n"))
+    assert list(sections) == [page for page, _ in families.values()]  # the navigation's order
+    for name, cls in OURS.items():
+        word = sys.modules[cls.__module__].FAMILY
+        page, title = families[word]
+        assert f"| {{py:obj}}`{name} <" in sections[page]
+        assert f"# {title}\n" in (ROOT / f"docs/{page}.md").read_text()
+        assert f"\n## {name}\n" in losses_page.fill((ROOT / f"docs/{page}.md").read_text())
 
 
 @pytest.mark.parametrize("family", ["relation", None])
 def test_refuses_a_loss_without_a_known_family(family, monkeypatch):
     monkeypatch.setattr(sys.modules["distill.losses.sp"], "FAMILY", family)
     with pytest.raises(ValueError, match=rf"FAMILY in the file of 'sp' must be one of logits, .*, got {family!r}"):
-        losses_page.render()
+        losses_page.table()
 
 
 def test_what_a_class_takes_is_said_by_its_method_where_that_differs_from_the_function():
@@ -103,16 +86,14 @@ def test_what_a_class_takes_is_said_by_its_method_where_that_differs_from_the_fu
             """Compute the loss.
 
             Args:
-                student: The student's maps. More about them.
-                teacher: The teacher's
-                    maps.
+                student: The student's maps.
                 target: Not used.
             """
 
     function = inspect.getdoc(distill.wsld_loss)
-    assert losses_page._inputs(NewLoss, function) == {"student": "The student's maps", "teacher": "The teacher's maps"}
+    assert not losses_page._reads_target(NewLoss, function)
     NewLoss.per_sample.__doc__ = "One value per sample."
-    assert list(losses_page._inputs(NewLoss, function)) == ["student", "teacher", "target"]
+    assert losses_page._reads_target(NewLoss, function)
 
 
 def test_losses_of_other_packages_are_left_out():
@@ -120,13 +101,41 @@ def test_losses_of_other_packages_are_left_out():
     class ElsewhereLoss(nn.Module):
         pass
 
-    assert "from_elsewhere" not in losses_page.render()
+    assert "from_elsewhere" not in losses_page.table()
 
 
-def test_refuses_a_docstring_without_the_section(monkeypatch):
-    monkeypatch.setattr(distill.sp_loss, "__doc__", distill.sp_loss.__doc__.replace("Reference:", "See:"))
-    with pytest.raises(ValueError, match="a docstring must have the section 'Reference', got:"):
-        losses_page.render()
+def test_the_list_of_names_has_every_name_once():
+    listed = re.findall(r"^\| \{py:obj\}`(\w+) <distill\.\1>` \| \S.* \|$", losses_page.names(), re.MULTILINE)
+    assert sorted(listed) == sorted(distill.__all__)
+    assert losses_page.names() in losses_page.fill((ROOT / "docs/names.md").read_text())
+
+
+def test_a_name_is_a_link_where_it_is_first_mentioned_under_a_heading():
+    code, kl = "```python\n`LogitLoss`\n# `x`\n```", "{py:obj}`KLLoss <distill.KLLoss>`"
+    text = f"`KLLoss` and `KLLoss`, `unknown`\n# `KLLoss`\n[`KLLoss`](why.md), `KLLoss`.\n{code}\n`KLLoss`"
+    linked = f"{kl} and `KLLoss`, `unknown`\n# `KLLoss`\n[`KLLoss`](why.md), {kl}.\n{code}\n`KLLoss`"
+    assert losses_page.link(text) == linked
+
+
+def test_sphinx_gets_formulas_as_they_are_written():
+    lines = ["The loss.", "", "    a = |b|", "", "    c", "with |b| <= 1", ""]
+    section = ["Args:", "    a: It.", "", "        Of b."]
+    lines += section
+    conf.mark_formulas(None, "function", "loss", None, None, lines)
+    block = ["    a = |b|", "", "    c"]
+    assert lines[:7] == ["The loss.", "", ".. code-block:: text", "", *block]
+    assert lines[7:] == [r"with \|b| <= 1", "", *section]
+
+
+def test_inventories_are_used_where_they_can_be_fetched(tmp_path, monkeypatch):
+    (tmp_path / "objects.inv").write_bytes(b"torch's names")
+    there, away = f"{tmp_path.as_uri()}/", f"{(tmp_path / 'away').as_uri()}/"
+    monkeypatch.setattr(conf, "INVENTORIES", {"torch": there, "python": away})
+    (tmp_path / "trees").mkdir()
+    config = SimpleNamespace()
+    conf.find_inventories(SimpleNamespace(doctreedir=tmp_path / "trees"), config)
+    assert config.intersphinx_mapping == {"torch": (there, str(tmp_path / "trees/torch.inv"))}
+    assert (tmp_path / "trees/torch.inv").read_bytes() == b"torch's names"
 
 
 def test_the_page_for_choosing_names_only_losses():

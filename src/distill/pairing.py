@@ -49,7 +49,7 @@ class LayerPair(NamedTuple):
 
     @property
     def compared(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of both sides after their adapters: maps `(N, C, H, W)`, or tokens `(N, T, C)`."""
+        """The shapes of both sides after their adapters, as maps `(N, C, H, W)` or tokens `(N, T, C)`."""
         return _after(self.student_adapter, self.student_shape), _after(self.teacher_adapter, self.teacher_shape)
 
 

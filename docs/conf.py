@@ -1,0 +1,103 @@
+"""How Sphinx builds the pages: `make docs`. Every warning is an error there, an unknown reference too."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import losses_page
+
+project = "distill"
+copyright = "The distill developers"
+extensions = [
+    "myst_parser",  # the pages are Markdown
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",  # docstrings have Google's sections
+    "sphinx.ext.intersphinx",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["results/**"]
+
+html_theme = "pydata_sphinx_theme"
+html_title = "distill"
+html_static_path = ["_static"]
+html_css_files = ["extra.css"]
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {
+    "logo": {"text": "distill"},
+    "show_toc_level": 2,
+    "header_links_before_dropdown": 8,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+copybutton_prompt_text = ">>> "
+
+myst_heading_anchors = 3
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:obj", r"(?s)(?!distill\.).*"),  # code in docstrings that is no name of ours
+    ("py:obj", r"distill\.losses"),  # the group of entry points
+    ("py:class", r"Tensor|(torch|nn|collections|os)\..*"),  # without their inventories
+    ("py:.*", r"distill\.(\w+\.)*_.*"),  # private names, in signatures
+]
+default_role = "py:obj"  # `code` in a docstring is a link where it is a public name
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_inherit_docstrings = False
+napoleon_custom_sections = [("Reference", "notes")]
+napoleon_use_rtype = False
+napoleon_use_ivar = True  # attributes are described once, in the class
+maximum_signature_line_length = 110
+toc_object_entries_show_parents = "hide"
+
+INVENTORIES = {
+    "python": "https://docs.python.org/3/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+    "transformers": "https://huggingface.co/docs/transformers/main/en/",
+}
+FOR_THE_DISTILLER = {"check_models", "check_seen", "extra_repr", "per_sample", "values", "whole"}
+
+
+def setup(app: Any) -> None:
+    """Connect what changes pages and docstrings while Sphinx reads them."""
+    nn.Module.__module__ = "torch.nn"  # where torch's own pages have it
+    app.connect("config-inited", find_inventories)
+    app.connect("source-read", lambda _app, _page, source: source.__setitem__(0, losses_page.fill(source[0])))
+    app.connect("autodoc-process-docstring", mark_formulas, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", lambda *event: event[2] in FOR_THE_DISTILLER or None)
+
+
+def find_inventories(app: Any, config: Any) -> None:
+    """Fetch the lists of other projects' names, to link to their pages; without a network there are no such links."""
+    config.intersphinx_mapping = {}
+    for name, url in INVENTORIES.items():
+        file = Path(app.doctreedir) / f"{name}.inv"
+        try:
+            with urlopen(f"{url}objects.inv", timeout=3) as answer:
+                file.write_bytes(answer.read())
+        except OSError:
+            continue
+        config.intersphinx_mapping[name] = (url, str(file))
+
+
+def mark_formulas(_app: Any, _kind: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """Keep the lines of a formula as they are: an indented block under a paragraph, not under a section's name."""
+    under, before, inside, marked = "", "", False, list[str]()
+    for line in lines:
+        indented = line.startswith("    ")
+        if indented and not inside and not before and not re.match(r"\w+:$|[-\s]", under):
+            marked += [".. code-block:: text", ""]
+            inside = True
+        elif line and not indented:
+            inside = False
+        under, before = line or under, line
+        marked.append(line if inside or ">>>" in line else re.sub(r"(?<= )\|(?=\w)", r"\|", line))  # |x| is no markup
+    lines[:] = marked
