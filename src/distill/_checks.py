@@ -65,8 +65,9 @@ def check_tensor(name: str, value: Tensor) -> Tensor:
 
 def check_tensors(student: Tensor, teacher: Tensor) -> None:
     """Raise TypeError if one of two inputs is no tensor."""
-    check_tensor("student", student)
-    check_tensor("teacher", teacher)
+    if not (isinstance(student, Tensor) and isinstance(teacher, Tensor)):
+        check_tensor("student", student)
+        check_tensor("teacher", teacher)
 
 
 def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -78,6 +79,8 @@ def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
     if student.numel() == 0 or teacher.numel() == 0:
         empty = student if student.numel() == 0 else teacher
         raise ValueError(f"student and teacher must not be empty, got shape {tuple(empty.shape)}")
+    if student.dtype == teacher.dtype == torch.float32:
+        return torch.float32
     return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
 
 
@@ -202,9 +205,12 @@ def check_labels(target: Tensor | None, logits: Tensor, *, dim: int, mask: Tenso
         raise ValueError("target must be the class of every sample, got None")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    shape = tuple(size for d, size in enumerate(logits.shape) if d != dim % logits.ndim)
+    axis = dim % logits.ndim
+    shape = logits.shape[:axis] + logits.shape[axis + 1 :]
     if target.shape != shape:
-        raise ValueError(f"target must be one class per sample, of shape {shape}, got shape {tuple(target.shape)}")
+        raise ValueError(
+            f"target must be one class per sample, of shape {tuple(shape)}, got shape {tuple(target.shape)}"
+        )
     if not is_integer(target):
         raise ValueError(f"target must be integers, got {target.dtype}")
     if target.device != logits.device:
@@ -213,7 +219,7 @@ def check_labels(target: Tensor | None, logits: Tensor, *, dim: int, mask: Tenso
     if mask is not None:
         labels = labels.masked_fill(mask == 0, 0)
     if may_look(labels):
-        low, high = (int(value) for value in labels.aminmax())
+        low, high = map(int, labels.aminmax())
         if low < 0 or high >= logits.shape[dim]:
             raise ValueError(
                 f"target must be classes from 0 to {logits.shape[dim] - 1}, got {low if low < 0 else high}; a mask of "

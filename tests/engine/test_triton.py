@@ -14,7 +14,7 @@ from contract import gradient, make_pair
 from distill import KLLoss, LogitLoss, ReverseKLLoss
 from distill._engine import fused as engine
 from distill._engine.rows import Rows
-from distill.losses import kl, logit, reverse_kl
+from distill.losses import _from_teacher, logit, reverse_kl
 
 WORKER = Path(__file__).parents[1] / "support/triton_worker.py"
 
@@ -102,27 +102,27 @@ def test_kernels_may_decline_and_scale_where_they_are(fused, monkeypatch):
     student, teacher = make_pair(6, 10)
     expected = gradient(lambda s: 2 * KLLoss()(s, teacher), student)
     monkeypatch.setattr(engine, "_kernels", lambda x, dtype: Kernels)
-    monkeypatch.setattr(KLLoss, "rows", Rows(kl._formula, block=kl._block, kernel=lambda: KLLoss))
+    monkeypatch.setattr(KLLoss, "rows", Rows(_from_teacher._formula, block=_from_teacher._block, kernel=lambda: KLLoss))
     torch.testing.assert_close(gradient(lambda s: 2 * KLLoss()(s, teacher), student), expected)
     assert Kernels.scaled == 1
 
 
 @pytest.mark.parametrize(
-    ("loss", "rows"), [(kl, KLLoss.rows), (logit, LogitLoss.rows), (reverse_kl, ReverseKLLoss.rows)]
+    ("loss", "rows"), [(_from_teacher, KLLoss.rows), (logit, LogitLoss.rows), (reverse_kl, ReverseKLLoss.rows)]
 )
 def test_a_loss_holds_its_kernel(monkeypatch, loss, rows):
-    kernels = SimpleNamespace(kl=kl, logit=logit, reverse_kl=reverse_kl)
+    kernels = SimpleNamespace(kl=_from_teacher, logit=logit, reverse_kl=reverse_kl)
     monkeypatch.setitem(sys.modules, "distill._engine.triton", kernels)
     assert rows.kernel() is loss
 
 
-@pytest.mark.parametrize("loss", [kl, reverse_kl])
-def test_blocks_on_a_gpu_without_a_kernel_look_at_no_value(fused, monkeypatch, loss):
+@pytest.mark.parametrize(("loss", "rows"), [(_from_teacher, KLLoss.rows), (reverse_kl, ReverseKLLoss.rows)])
+def test_blocks_on_a_gpu_without_a_kernel_look_at_no_value(fused, monkeypatch, loss, rows):
     student, teacher = make_pair(6, 10)
     teacher[0, 3] = -torch.inf
 
     def call(s):
-        return loss._ROWS.reduced(s, teacher, dim=-1, reduction="mean", mask=torch.arange(6) % 5, temperature=2.0)
+        return rows.reduced(s, teacher, dim=-1, reduction="mean", mask=torch.arange(6) % 5, temperature=2.0)
 
     expected = call(student), gradient(call, student)
     monkeypatch.setattr(loss, "may_look", lambda x: False)
@@ -145,11 +145,11 @@ def test_a_loss_inside_another_takes_its_kernel(monkeypatch, takes):
             return takes
 
     monkeypatch.setattr(engine, "_kernels", lambda x, dtype: Kernels)
-    block = Rows(kl._formula, block=kl._block, kernel=lambda: KLLoss).in_blocks()
+    block = Rows(_from_teacher._formula, block=_from_teacher._block, kernel=lambda: KLLoss).in_blocks()
     student, teacher = (x.detach().float() for x in make_pair(3, 5))
     factors, gradient, spare = torch.tensor([[1.0], [2.0], [3.0]]), torch.empty(3, 5), torch.empty(3, 5)
     values = block(student, teacher, factors, gradient, spare, temperature=2.0)
     assert (values == 3.0).all() == takes
     assert torch.equal(gradient, factors.expand(3, 5)) == takes
-    expected = values if takes else kl._formula(student, teacher, dim=-1, temperature=2.0)
+    expected = values if takes else _from_teacher._formula(student, teacher, dim=-1, temperature=2.0)
     torch.testing.assert_close(block(student, teacher, None, gradient, spare, temperature=2.0), expected)

@@ -2,10 +2,10 @@
 
 from distill import LogitLoss
 from distill._engine.rows import Rows
-from distill.losses import kl, reverse_kl
+from distill.losses import _from_teacher, kl, reverse_kl
 
 # What a loss with nothing but a formula gets; the options say that they reach it.
-BY_AUTOGRAD = Rows(kl._formula)
+BY_AUTOGRAD = Rows(_from_teacher._formula)
 LOSSES = {
     "logit": (LogitLoss.rows, {}),
     "kl": (kl._ROWS, {"temperature": 2.5}),

@@ -232,9 +232,8 @@ def kernel_first(kernel: Callable[[], Any], block: Callable[..., Tensor]) -> Cal
 class _Fused(torch.autograd.Function):
     """The reduced loss of large inputs.
 
-    Where the reduction says what each row counts for, the gradient is formed together with the values, while the rows
-    are at hand, and kept; backward gives it away, times the factor from above. Otherwise, and if backward runs once
-    more, it is formed in backward from the inputs.
+    The gradient is formed together with the values, while the rows are at hand, and kept; backward gives it away, times
+    the factors from above. If backward runs once more, it is formed anew from the inputs.
     """
 
     @staticmethod
@@ -243,7 +242,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, call: Call
     ) -> Tensor:
         # In half a gradient divided by the number of samples can underflow before a gradient scaler gets to it.
-        early = call.reduction != "none" and student.dtype != torch.half
+        early = student.dtype != torch.half
         values, ctx.gradient = call.run(student, teacher, labels, call.weights(student, mask) if early else None)
         ctx.call = call
         # An inference tensor cannot be saved, and counts no changes that the saving would notice.
@@ -264,6 +263,9 @@ class _Fused(torch.autograd.Function):
             (gradient,) = torch.autograd.grad(value, student, upstream, create_graph=again)
         elif gradient is None:
             gradient = ctx.call.run(student, teacher, labels, ctx.call.weights(student, mask) * upstream[0])[1]
+        elif ctx.call.reduction == "none":
+            rows, counts = gradient.movedim(ctx.call.dim, -1), upstream[0].unsqueeze(-1)
+            _clear_hidden(rows.mul_(counts), counts)
         else:
             scale(gradient, upstream[0])
         return gradient, None, None, None, None
@@ -275,7 +277,7 @@ def _clear_hidden(gradient: Tensor, factors: Tensor) -> None:
     if gradient.is_cuda:  # to look would wait for the device
         gradient.masked_fill_(hidden, 0.0)  # pragma: no cover
     elif hidden.any():
-        gradient.index_fill_(0, hidden.squeeze(-1).nonzero().squeeze(-1), 0.0)
+        gradient[hidden.squeeze(-1)] = 0.0
 
 
 def _block_elements(device: torch.device) -> int:

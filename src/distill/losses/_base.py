@@ -211,12 +211,13 @@ class RowLoss(SampleLoss):
             TypeError: If what must be a tensor is none.
             ValueError: As the loss's function, and if the mask has another shape than the per-sample values.
         """
-        self.refuse_topk(teacher)
-        reduction = self.reduction_over(denominator)
+        if isinstance(teacher, TopK):
+            self.refuse_topk(teacher)
+        reduction = self.reduction if denominator is None else self.reduction_over(denominator)
         value = self.rows.reduced(
             student, teacher, target, dim=self.dim, reduction=reduction, mask=mask, **self.given()
         )
-        return divide(value, denominator)
+        return value if denominator is None else divide(value, denominator)
 
 
 class BatchLoss(Loss):

@@ -5,6 +5,7 @@ a mask costs no look at its values, and `torch.compile` and `vmap` take it as th
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distill._checks import check_samples
@@ -52,6 +53,13 @@ def count(kept: Tensor, least: int = 1) -> Tensor:
 def mean_of_pairs(values: Tensor, kept: Tensor | None) -> Tensor:
     """The mean over all pairs of samples that count, from values `(N, N)` that are 0 for the other pairs."""
     return values.mean() if kept is None else values.sum() / count(kept) ** 2
+
+
+def mean_square_of_pairs(ours: Tensor, theirs: Tensor, kept: Tensor | None) -> Tensor:
+    """The mean squared difference `mean_of_pairs` of values on both sides that agree for the other pairs."""
+    if kept is None:
+        return F.mse_loss(ours, theirs)
+    return mean_of_pairs(F.mse_loss(ours, theirs, reduction="none"), kept)
 
 
 def hide_pairs(values: Tensor, kept: Tensor | None) -> Tensor:

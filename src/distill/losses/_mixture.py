@@ -1,6 +1,7 @@
 """How far teacher and student are from a mixture of them: what the Jensen-Shannon and the skew divergences share."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from distill._checks import check_fraction
 from distill._engine.blocks import block_by_autograd
-from distill.losses._softened import divergence_of_logits, harden, not_negative, soften, softmax_rows
+from distill.losses._softened import divergence_of_logits, not_negative, soften, softmax_rows
 
 check_skew = functools.partial(check_fraction, zero=True)  # what both skew divergences ask of `alpha`
 _LITTLE = 1e-3  # a share below which 1 minus it loses digits that count where q is 0
@@ -57,17 +58,21 @@ def from_mixture(student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int
     p = torch.softmax(soften(teacher, temperature), dim)
     difference = q - p
     tiny = torch.finfo(p.dtype).tiny
-    to_p, to_q = mixture.factors(q.dtype)
     if not of_student and share > _LITTLE:  # log(m / p) as it stands: to divide by a constant is the cheaper way
-        values = -(p * torch.log1p(difference / (p + tiny) * (1 - share))).sum(dim)
+        scale, terms = of_teacher, torch.log1p(difference / ((p + tiny) / (1 - share))) * -p
     else:
-        w = difference / (share * p + tiny + (1 - share) * q)
-        parts = (of_teacher, p, to_p), (of_student, q, to_q)
-        terms = [weight * (x * torch.log1p(factor * w)).sum(dim) for weight, x, factor in parts if weight]
-        values = functools.reduce(torch.add, terms)
+        to_p, to_q = mixture.factors(q.dtype)
+        scale, x, factor = (of_student, q, to_q) if of_student else (of_teacher, p, to_p)
+        # What w is multiplied by goes into m.
+        of_p = p * (share / factor) + math.copysign(tiny, factor)
+        w = difference / of_p.add(q, alpha=(1 - share) / factor)
+        terms = x * torch.log1p(w)
+        if of_student and of_teacher:
+            terms = terms.addcmul(p, torch.log1p(w * (to_p / to_q)), value=of_teacher / of_student)
     if mixture.drift:  # each divergence changes with the sums of p and q, which are 1 only up to rounding
-        values = values + mixture.drift * difference.detach().sum(dim)
-    return not_negative(harden(values, temperature))
+        terms = terms.add(difference.detach(), alpha=mixture.drift / scale)
+    scale *= temperature**2
+    return not_negative(terms.sum(dim) if scale == 1 else terms.sum(dim) * scale)
 
 
 def block_from_mixture(

@@ -77,13 +77,12 @@ def divergence_of_logits(a: Tensor, b: Tensor, *, dim: int, temperature: float) 
 
     The gradient is right for both.
     """
-    log_a, log_b = (F.log_softmax(soften(x, temperature), dim) for x in (a, b))
+    log_a, log_b = F.log_softmax(soften(a, temperature), dim), F.log_softmax(soften(b, temperature), dim)
     if may_look(a):
         p = log_a.exp()
         values = (p * (log_a - log_b)).sum(dim)
         # Rounding leaves some 1e-7 log C in it, which counts where a and b are close.
-        low, high = (float(value) for value in values.detach().aminmax())
-        if _CLOSE * math.log(a.shape[dim]) < low and high < math.inf:
+        if float(values.detach().amin()) > _CLOSE * math.log(a.shape[dim]):
             return harden(values, temperature)
         d = soften(b - a, temperature)
         d = d - (p * d).sum(dim, keepdim=True)
@@ -111,9 +110,7 @@ def compare_rows(a: Tensor, b: Tensor, d: Tensor, p: Tensor, *, temperature: flo
     softmax_rows(a, temperature, out=p)
     torch.sub(b, a, out=d)
     u = torch.mul(p, d)
-    d.sub_(u.sum(-1, keepdim=True))
-    if temperature != 1:
-        d.mul_(1 / temperature)
+    torch.add(u.sum(-1, keepdim=True).mul_(-1 / temperature), d, alpha=1 / temperature, out=d)
     highest = d.amax(-1)
     return expm1_rows(d, highest, out=u), torch.logical_not(highest < LARGEST).nonzero().squeeze(-1)
 

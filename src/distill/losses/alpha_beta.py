@@ -36,12 +36,11 @@ def _formula(student: Tensor, teacher: Tensor, *, dim: int, alpha: float, beta: 
     log_p = F.log_softmax(soften(teacher, temperature), dim)
     total = alpha + beta
     if min(alpha, beta) >= _SMALL and may_look(student):  # the formula as it stands takes two thirds of the time
-        of_teacher = (total * log_p).exp().sum(dim) * (alpha / total)
-        of_student = (total * log_q).exp().sum(dim) * (beta / total)
-        both = of_teacher + of_student
-        left = both - (alpha * log_p + beta * log_q).exp().sum(dim)
-        if bool((left.detach() >= _CLOSE * both.detach()).all()):
-            return left / (alpha * beta)
+        of_teacher = (total * log_p).exp().sum(dim) / (beta * total)
+        both = of_teacher.add((total * log_q).exp().sum(dim), alpha=1 / (alpha * total))
+        left = both.sub(torch.add(alpha * log_p, log_q, alpha=beta).exp().sum(dim), alpha=1 / (alpha * beta))
+        if float(left.detach().sub(both.detach(), alpha=_CLOSE).amin()) >= 0:
+            return left
     return not_negative(_centred(log_p, log_q, alpha, beta).sum(dim) / total)
 
 

@@ -2,14 +2,13 @@
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from distill._checks import check_count, check_positive, without_autocast
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
-from distill.losses._batches import mean_of_pairs, select
+from distill.losses._batches import mean_square_of_pairs, select
 from distill.losses._vectors import normalize
 
 FAMILY = "relations"
@@ -69,7 +68,7 @@ def cc_loss(
     with without_autocast(student):
         ours, theirs = _correlations(student, gamma, order), _correlations(teacher, gamma, order)
     # Hidden samples are 0 on both sides: their correlations do not differ.
-    return mean_of_pairs(F.mse_loss(ours, theirs, reduction="none"), kept)
+    return mean_square_of_pairs(ours, theirs, kept)
 
 
 def _correlations(features: Tensor, gamma: float, order: int) -> Tensor:

@@ -1,6 +1,5 @@
 """Channel-wise distillation: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (2021)."""
 
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -8,8 +7,8 @@ from distill._checks import check_positive
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
+from distill.losses._from_teacher import ROWS
 from distill.losses._maps import ANY, check_maps, pool_to_smaller
-from distill.losses._softened import divergence
 
 FAMILY = "maps"
 
@@ -67,8 +66,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> T
     student, teacher = (maps.flatten(2) for maps in pool_to_smaller(student, teacher))
     if student.shape[2] < 2:
         raise ValueError(f"there must be at least 2 positions to compare, got {student.shape[2]} of each channel")
-    log_q, log_p = (F.log_softmax(maps / temperature, 2) for maps in (student, teacher))
-    return divergence(log_p, log_q, 2).mean(1) * temperature**2
+    return ROWS.values(student, teacher, dim=2, temperature=temperature).mean(1)
 
 
 @register_loss("cwd")

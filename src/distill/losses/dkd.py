@@ -21,22 +21,23 @@ FAMILY = "refined logits"
 def _quick(
     student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    s, mass_q, pair_q = _relative(student, labels, dim, temperature)
-    t, mass_p, pair_p = _relative(teacher, labels, dim, temperature)
-    d = (s - t).scatter(dim, labels, 0.0) - (mass_q - mass_p)
-    of_others = ((t - mass_p).exp() * (torch.expm1(d) - d)).sum(dim)
-    d = pair_q - pair_p
-    of_target = (pair_p.exp() * (torch.expm1(d) - d)).sum(dim)
-    return of_target.mul(alpha * temperature**2).add(of_others, alpha=beta * temperature**2)
+    s, _, mass_q, pair_q = _relative(student, labels, dim, temperature)
+    t, others, mass_p, pair_p = _relative(teacher, labels, dim, temperature)
+    # Both divergences in one sum, whose terms are what `divergence` has; at the target the others' weight is 0.
+    d = torch.cat([pair_q - pair_p, s - t - (mass_q - mass_p)], dim)
+    alpha, beta = alpha * temperature**2, beta * temperature**2
+    weights = torch.cat([alpha * pair_p.exp(), others * (beta / mass_p.exp())], dim)
+    return (weights * (torch.expm1(d) - d)).sum(dim)
 
 
-def _relative(logits: Tensor, labels: Tensor, dim: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    others = logits.scatter(dim, labels, -math.inf)
-    largest = others.detach().amax(dim, keepdim=True)
-    others = soften(others - largest, temperature)
-    mass = others.exp().sum(dim, keepdim=True).log()
-    target = soften(logits.gather(dim, labels) - largest, temperature)
-    return others, mass, F.log_softmax(torch.cat([target, mass], dim), dim)
+def _relative(logits: Tensor, labels: Tensor, dim: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The logits less the largest of the others; exponentials of the others, the logarithm of their sum; the pair."""
+    largest = logits.detach().scatter(dim, labels, -math.inf).amax(dim, keepdim=True)
+    logits = soften(logits - largest, temperature)
+    others = logits.scatter(dim, labels, -math.inf).exp()
+    mass = others.sum(dim, keepdim=True).log()
+    pair = F.log_softmax(torch.cat([logits.gather(dim, labels), mass], dim), dim)
+    return logits, others, mass, pair
 
 
 def _careful(

@@ -9,7 +9,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._maps import ANY, check_maps, pool_to_smaller
-from distill.losses._vectors import normalize, over_largest
+from distill.losses._vectors import similarities
 
 FAMILY = "maps"
 
@@ -60,14 +60,9 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True, positions=ANY))
     samples, channels = student.shape[:2]
-    differences = F.mse_loss(_correlation(student), _correlation(teacher), reduction="none")
-    return differences.sum((1, 2)) / (channels * samples)
-
-
-def _correlation(maps: Tensor) -> Tensor:
-    channels = over_largest(maps.flatten(1), dim=1).reshape(*maps.shape[:2], -1)
-    with without_autocast(maps):
-        return normalize(channels @ channels.mT, dim=2)
+    with without_autocast(student):
+        ours, theirs = similarities(student.flatten(2)), similarities(teacher.flatten(2))
+    return F.mse_loss(ours, theirs, reduction="none").sum((1, 2)) / (channels * samples)
 
 
 @register_loss("ickd")

@@ -1,53 +1,22 @@
 """Soft targets: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015)."""
 
+import dataclasses
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill._checks import check_positive, may_look
-from distill._engine.blocks import block_by_autograd, redo
+from distill._checks import check_positive
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import (
-    compare_rows,
-    divergence_of_logits,
-    expectation,
-    harden,
-    log_softmax_rows,
-    soften,
-)
+from distill.losses._from_teacher import ROWS
+from distill.losses._softened import expectation, harden, log_softmax_rows, soften
 from distill.topk import TopK
 
 FAMILY = "logits"
-
-
-def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
-    return divergence_of_logits(teacher, student, dim=dim, temperature=temperature)
-
-
-def _block(
-    student: Tensor, teacher: Tensor, factors: Tensor | None, gradient: Tensor, spare: Tensor, *, temperature: float
-) -> Tensor:
-    if not may_look(student):  # on a GPU: to see how far the rows are apart would wait for it
-        return block_by_autograd(_formula, student, teacher, factors, gradient, spare, temperature=temperature)
-    d, p = gradient, spare
-    u, far = compare_rows(teacher, student, d, p, temperature=temperature)
-    mean = torch.sub(u, d, out=d).mul_(p).sum(-1, keepdim=True)
-    if factors is not None:  # T (q - p), where q is p (1 + u) / (1 + mean)
-        torch.sub(u, mean, out=gradient).mul_(p).mul_(factors * temperature / (1 + mean))
-    values = mean.clamp_min_(0.0).log1p_().mul_(temperature**2).squeeze(-1)
-    return redo(far, values, _formula, student, teacher, factors, gradient, temperature=temperature)
-
-
-def _kernel() -> Any:
-    from distill._engine.triton import kl  # only where there is a GPU
-
-    return kl
 
 
 def _weigh(log_probs: Tensor, samples: int) -> tuple[Tensor, Tensor]:
@@ -85,13 +54,7 @@ def _sampled_block(
     return values
 
 
-_ROWS = Rows(
-    _formula,
-    block=_block,
-    kernel=_kernel,
-    topk=True,
-    sampled=Rows(_sampled_formula, block=_sampled_block, labels=True),
-)
+_ROWS = dataclasses.replace(ROWS, topk=True, sampled=Rows(_sampled_formula, block=_sampled_block, labels=True))
 
 
 def kl_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 4.0, dim: int | None = None) -> Tensor:
@@ -148,7 +111,7 @@ def kl_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 4.0
 class KLLoss(RowLoss):
     """Divergence of the softened distributions, T^2 KL(teacher || student); see `kl_loss` for the formula.
 
-    With large inputs a mean or sum forms the gradient already in the forward, which costs one tensor of the student's
+    With large inputs the gradient is formed already in the forward, which costs one tensor of the student's
     size: evaluate under `torch.no_grad()`.
 
     Leave student, teacher and mask as they are until backward: to change one in place is an error with large inputs and

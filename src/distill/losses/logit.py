@@ -58,7 +58,7 @@ class LogitLoss(RowLoss):
 
     It needs no argument, and `LogitLoss()` equals `torch.nn.MSELoss()` with the teacher detached.
 
-    With large inputs a mean or sum forms the gradient already in the forward, which costs one tensor of the student's
+    With large inputs the gradient is formed already in the forward, which costs one tensor of the student's
     size: evaluate under `torch.no_grad()`.
 
     Leave student, teacher and mask as they are until backward: to change one in place is an error with large inputs and

@@ -19,11 +19,12 @@ FAMILY = "refined logits"
 
 
 def _quick(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamma: float, temperature: float) -> Tensor:
-    of_target = F.softmax(teacher, dim).gather(dim, labels) * F.log_softmax(student, dim).gather(dim, labels)
+    log_q, p = F.log_softmax(student, dim).gather(dim, labels), F.softmax(teacher, dim).gather(dim, labels)
     student, teacher = (soften(x, temperature).scatter(dim, labels, -math.inf) for x in (student, teacher))
-    log_q = F.log_softmax(student, dim).scatter(dim, labels, 0.0)
-    of_others = (F.softmax(teacher, dim) * log_q).sum(dim)
-    return -of_target.squeeze(dim).add(of_others, alpha=gamma * temperature**2)
+    # Both parts in one sum: the target's stands where the others have none.
+    log_q = F.log_softmax(student, dim).scatter(dim, labels, log_q)
+    weights = (F.softmax(teacher, dim) * (gamma * temperature**2)).scatter(dim, labels, p)
+    return -(weights * log_q).sum(dim)
 
 
 def _careful(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamma: float, temperature: float) -> Tensor:

@@ -5,12 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from distill._checks import may_look
 from distill._reduction import hide
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
 from distill.losses._batches import check_selection, count
 from distill.losses._maps import ANY, check_maps, pool_to_smaller
-from distill.losses._vectors import magnitude
+from distill.losses._vectors import are_ordinary, magnitude
 
 FAMILY = "maps"
 
@@ -86,18 +87,23 @@ def _standardize(maps: Tensor, kept: Tensor | None) -> Tensor:
         free = (samples * flat.shape[2] - 1).clamp_min(1)
     # Positions first, then samples: on the CPU both at once, or std_mean(), take three times as long.
     mean = flat.mean(2, keepdim=True).sum(0, keepdim=True) / samples
-    # In units of the largest magnitude, so that no square overflows.
-    unit = magnitude(flat, 2).amax(0, keepdim=True)
-    unit = unit.masked_fill(unit == 0, 1.0)
-    centred = (flat - mean).div_(unit)
-    if kept is not None:
-        centred = hide(centred, kept)
-    squares = centred.square().sum(2, keepdim=True).sum(0, keepdim=True)
+    centred = flat - mean if kept is None else hide(flat - mean, kept)
+    squares = _sum_of_squares(centred)
+    unit: float | Tensor = 1.0
+    if not (may_look(maps) and are_ordinary(squares)):  # in units of the largest magnitude no square overflows
+        unit = magnitude(flat, 2).amax(0, keepdim=True)
+        unit = unit.masked_fill(unit == 0, 1.0)
+        centred = centred / unit
+        squares = _sum_of_squares(centred)
     # What is left of a constant is rounding, which may be larger than the 1e-6 and would be blown up.
     rounding = 4 * torch.finfo(maps.dtype).eps * mean.detach().abs() / unit
     constant = squares.detach() <= rounding.square() * (free + 1)
     deviation = (squares.masked_fill(constant, 1.0) / free).sqrt()
     return centred * (deviation + _EPS / unit).reciprocal().masked_fill(constant, 0.0)
+
+
+def _sum_of_squares(flat: Tensor) -> Tensor:
+    return flat.square().sum(2, keepdim=True).sum(0, keepdim=True)
 
 
 @register_loss("pearson")

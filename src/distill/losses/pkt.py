@@ -7,6 +7,7 @@ from distill._checks import without_autocast
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
 from distill.losses._batches import hide_pairs, mean_of_pairs, select
+from distill.losses._softened import not_negative
 from distill.losses._vectors import normalize
 
 FAMILY = "relations"
@@ -65,9 +66,8 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
 
 def _neighbours(features: Tensor, kept: Tensor | None = None) -> Tensor:
     features = normalize(features, dim=1)
-    kernel = 1 + features @ features.mT
     # Rounding takes the cosine of opposite samples below -1.
-    kernel = hide_pairs(kernel.masked_fill(kernel < 0, 0.0), kept)
+    kernel = hide_pairs(not_negative(1 + features @ features.mT), kept)
     total = kernel.sum(1, keepdim=True)
     # Only a hidden sample has no neighbour: each is its own.
     return kernel / (total if kept is None else total.masked_fill(~kept[:, None], 1.0))

@@ -99,7 +99,7 @@ def reverse_kl_loss(
 class ReverseKLLoss(RowLoss):
     """Reverse divergence of the softened distributions, T^2 KL(student || teacher); see `reverse_kl_loss`.
 
-    With large inputs a mean or sum forms the gradient already in the forward, which costs one tensor of the student's
+    With large inputs the gradient is formed already in the forward, which costs one tensor of the student's
     size: evaluate under `torch.no_grad()`.
 
     Leave student, teacher and mask as they are until backward: to change one in place is an error with large inputs and

@@ -1,14 +1,13 @@
 """Similarity preservation: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019)."""
 
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from distill._checks import without_autocast
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
-from distill.losses._batches import mean_of_pairs, select
-from distill.losses._vectors import normalize, over_largest
+from distill.losses._batches import mean_square_of_pairs, select
+from distill.losses._vectors import similarities
 
 FAMILY = "relations"
 
@@ -58,13 +57,7 @@ def sp_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> 
     """
     student, teacher, kept = select(student, teacher, mask)
     with without_autocast(student):
-        differences = F.mse_loss(_similarities(student), _similarities(teacher), reduction="none")
-    return mean_of_pairs(differences, kept)
-
-
-def _similarities(features: Tensor) -> Tensor:
-    features = over_largest(features.flatten(), dim=0).reshape(features.shape)
-    return normalize(features @ features.mT, dim=1)
+        return mean_square_of_pairs(similarities(student), similarities(teacher), kept)
 
 
 @register_loss("sp")

@@ -23,7 +23,7 @@ def _quick(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temper
     log_q = F.log_softmax(soften(student, temperature), dim)
     p = torch.softmax(soften(teacher, temperature), dim)
     ratio = _on_label(student.detach(), labels, dim) / (_on_label(teacher, labels, dim) + _EPS)
-    return torch.expm1(-ratio) * harden((p * log_q).sum(dim), temperature)
+    return harden(torch.expm1(-ratio), temperature) * (p * log_q).sum(dim)
 
 
 def _careful(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temperature: float) -> Tensor:
