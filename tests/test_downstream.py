@@ -65,12 +65,6 @@ def dummy_loss(student: Tensor, teacher: Tensor, *, power: float = 4.0) -> Tenso
 
         loss = 1/C * sum_c (s_c - t_c)^power
 
-    Published with weight 7.
-
-    Scale: ours.
-
-    Doubt: nobody has tried it.
-
     Args:
         student: What the student gives, `(..., C)`.
         teacher: What the teacher gives, same shape.
@@ -87,6 +81,13 @@ def dummy_loss(student: Tensor, teacher: Tensor, *, power: float = 4.0) -> Tenso
         >>> from distill import dummy_loss
         >>> dummy_loss(torch.zeros(1, 2), torch.ones(1, 2))
         tensor([1.])
+
+    Notes:
+        Published with weight 7.
+
+        Scale: ours.
+
+        Caveat: Nobody has tried it.
 
     Reference:
         Nobody, "Nothing", 2026.

@@ -34,7 +34,7 @@ class TopK:
     Args:
         indices: The classes, `(..., k)`, integers, different within a row, in any order.
         log_probs: Logarithms of their probabilities under softmax(logits / temperature), `(..., k)`. Any floating
-            dtype. A constant: it is detached.
+            dtype. It is detached.
         log_tail: Logarithm of the probability of all other classes, `(...)`. None: what the rows leave of one, computed
             from `log_probs` as they are, so that rows in half precision sum to one as well.
         temperature: What the logits were divided by, positive and finite. A loss with another one refuses it.

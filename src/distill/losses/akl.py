@@ -51,19 +51,10 @@ def akl_loss(
     `mu`, and at least one class; the tail are the others. So the class that crosses `mu` is in the tail, unless it is
     the first. Where student and teacher agree, h and l are 0: both weights are 1/2 there, and the value is 0.
 
-    Published with weight 1 at temperature 1, where the factor T^2 is 1, and `mu` 0.5.
-
-    Scale: `AKL.py` of the authors' code (`wutaiqiang/LLM_KD_AKL`): the sum over the vocabulary, averaged over the
-    tokens.
-
-    Doubt: which side the class that crosses `mu` belongs to is taken from that file. Others put it into the head, such
-    as `code/criterions/various_divergence.py` of `jungseongryong/ToDi`, which sorts the other way. Both give 0/0 where
-    student and teacher agree.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Gets no gradient.
         mu: How much of the teacher's probability the head holds at most, above 0 and below 1.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
@@ -86,6 +77,16 @@ def akl_loss(
         >>> teacher = torch.tensor([[0.7, 0.2, 0.1]]).log()  # the head is the first class: h = 0.3 and l = 0.2 + 0.1
         >>> akl_loss(student, teacher)  # half of 0.1838 and half of 0.1920
         tensor([0.1879])
+
+    Notes:
+        Published with weight 1 at temperature 1, where the factor T^2 is 1, and `mu` 0.5.
+
+        Scale: `AKL.py` of the authors' code (`wutaiqiang/LLM_KD_AKL`): the sum over the vocabulary, averaged over the
+        tokens.
+
+        Caveat: Which side the class that crosses `mu` belongs to is taken from that file. Others put it into the head,
+        such as `code/criterions/various_divergence.py` of `jungseongryong/ToDi`, which sorts the other way. Both give
+        0/0 where student and teacher agree.
 
     Reference:
         Taiqiang Wu, Chaofan Tao, Jiahao Wang, Runming Yang, Zhe Zhao and Ngai Wong, "Rethinking Kullback-Leibler

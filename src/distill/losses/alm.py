@@ -28,18 +28,10 @@ def alm_loss(student: Tensor, teacher: Tensor, *, temperature: float = 100.0) ->
     `LinearCrossEntropyLoss`, which forms no logits. The smallest value is where s equals t, and is not 0 but the
     entropy of P. At a temperature of 100 the likelihoods of unlikely chunks are not all near 0.
 
-    Published with weight 1 at temperature 100, as the only term.
-
-    Scale: `compute_alm_loss` of the authors' code (`tokenkit/training/losses.py` of `bminixhofer/tokenkit`) with the
-    distance `binary_ce`, the 1e-6 included: averaged over the chunks.
-
-    Doubt: by default that code joins chunks whose end is biased by a tokenizer, and adds the probability that a word
-    ends there. Here the chunks are the shortest ones, as in its notebook `docs/pytorch_alm_from_scratch.ipynb`.
-
     Args:
         student: The logarithms of the student's likelihoods, `(...)`, one per chunk, at most 0: what is above by
             rounding counts as 0. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The logarithms of the teacher's, same shape. A constant: no gradient reaches it.
+        teacher: The logarithms of the teacher's, same shape. Gets no gradient.
         temperature: What the logarithms are divided by, positive and finite.
 
     Returns:
@@ -57,6 +49,16 @@ def alm_loss(student: Tensor, teacher: Tensor, *, temperature: float = 100.0) ->
         >>> student, teacher = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
         >>> alm_loss(student, teacher, temperature=1.0)  # log 2, whatever the teacher says
         tensor([0.6931])
+
+    Notes:
+        Published with weight 1 at temperature 100, as the only term.
+
+        Scale: `compute_alm_loss` of the authors' code (`tokenkit/training/losses.py` of `bminixhofer/tokenkit`) with
+        the distance `binary_ce`, the 1e-6 included: averaged over the chunks.
+
+        Caveat: By default that code joins chunks whose end is biased by a tokenizer, and adds the probability that a
+        word ends there. Here the chunks are the shortest ones, as in its notebook
+        `docs/pytorch_alm_from_scratch.ipynb`.
 
     Reference:
         Benjamin Minixhofer, Ivan Vulic and Edoardo Maria Ponti, "Cross-Tokenizer Distillation via Approximate

@@ -173,20 +173,10 @@ def alpha_beta_loss(
 
     There is no factor T^2, as in the authors' code: `KLLoss(T)` is T^2 times `AlphaBetaLoss(1, 0, T)`.
 
-    Published with weight 32 for `alpha` 0.8 and `beta` 0.3 on CIFAR-100 (ResNet-56 to ResNet-20, the authors' README),
-    at the temperature 4 that is the default of the code it builds on.
-
-    Scale: `standard_classification/distiller_zoo/abkl.py` of the authors' code (`ghwang-s/abkd`), averaged over the
-    samples; its form for language models, `ab_div` in `distillation_llm/distillm/losses.py`, has no temperature.
-
-    Doubt: where one exponent is 0 and the other is not 1, that code has the other exponent times this value, which is
-    the limit of its own formula and that of Cichocki et al. The script with the temperature was not to be seen, only
-    the code it builds on (`zkxufo/TTM`), nor were the exponents for language models.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. Gets no gradient.
         alpha: Exponent of the teacher, zero or positive.
         beta: Exponent of the student, zero or positive, not zero together with `alpha`.
         temperature: What both logits are divided by, positive and finite.
@@ -208,6 +198,17 @@ def alpha_beta_loss(
         >>> teacher = torch.tensor([[0.0, 0.0]])
         >>> alpha_beta_loss(student, teacher, alpha=1.0, beta=1.0)  # (0.25^2 + 0.25^2) / 2
         tensor([0.0625])
+
+    Notes:
+        Published with weight 32 for `alpha` 0.8 and `beta` 0.3 on CIFAR-100 (ResNet-56 to ResNet-20, the authors'
+        README), at the temperature 4 that is the default of the code it builds on.
+
+        Scale: `standard_classification/distiller_zoo/abkl.py` of the authors' code (`ghwang-s/abkd`), averaged over the
+        samples; its form for language models, `ab_div` in `distillation_llm/distillm/losses.py`, has no temperature.
+
+        Caveat: Where one exponent is 0 and the other is not 1, that code has the other exponent times this value, which
+        is the limit of its own formula and that of Cichocki et al. The script with the temperature was not to be seen,
+        only the code it builds on (`zkxufo/TTM`), nor were the exponents for language models.
 
     Reference:
         Guanghui Wang, Zhiyong Yang, Zitai Wang, Shi Wang, Qianqian Xu and Qingming Huang, "ABKD: Pursuing a Proper

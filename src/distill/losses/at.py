@@ -30,19 +30,10 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
 
     With p = 1 the formula has a kink where a value of the student is 0: its slope there is 0.
 
-    Published with weight 1000, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan and
-    Isola, "Contrastive Representation Distillation", ICLR 2020).
-
-    Scale: `distiller_zoo/AT.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over the positions and samples.
-    The paper's equation has the norm of the difference, not squared, and the sum over the channels.
-
-    Doubt: none known for p = 2. For other p the benchmark takes the power of `f` and not of `|f|`, which differs where
-    p is odd and a map has negative values.
-
     Args:
         student: The student's map, `(N, C, H, W)`, also `(N, C, L)` or `(N, C, D, H, W)`. Any floating dtype; half and
             bfloat16 are computed in float32.
-        teacher: The teacher's map, `(N, C', H', W')`, or likewise. A constant: no gradient reaches it.
+        teacher: The teacher's map, `(N, C', H', W')`, or likewise. Gets no gradient.
         p: The power, finite and at least 1. The larger, the more the strongest activations count.
 
     Returns:
@@ -60,6 +51,16 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
         >>> teacher = torch.tensor([[[[0.0, 5.0]], [[0.0, 1.0]]]])  # two channels, attention (0, 1)
         >>> at_loss(student, teacher)
         tensor([1.])
+
+    Notes:
+        Published with weight 1000, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan
+        and Isola, "Contrastive Representation Distillation", ICLR 2020).
+
+        Scale: `distiller_zoo/AT.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over the positions and
+        samples. The paper's equation has the norm of the difference, not squared, and the sum over the channels.
+
+        Caveat: For p other than 2 the benchmark takes the power of `f` and not of `|f|`, which differs where p is odd
+        and a map has negative values.
 
     Reference:
         Sergey Zagoruyko and Nikos Komodakis, "Paying More Attention to Attention: Improving the Performance of

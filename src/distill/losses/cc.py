@@ -25,19 +25,9 @@ def cc_loss(
     K is the Taylor series of the Gaussian kernel exp(-gamma |s_i - s_j|^2) of unit vectors. The paper calls this the
     correlation congruence, and adds the soft targets of `kl_loss` to it.
 
-    Published with weight 100 (the CIFAR-10 script of Hu's Knowledge-Distillation-Zoo, at these defaults).
-
-    Scale: `example_train_script.sh` of `AberHu/Knowledge-Distillation-Zoo` for the weight and the options, and its
-    `kd_losses/cc.py` for the formula: the mean over the N^2 entries.
-
-    Doubt: `kd_losses/cc.py` was read in the copies of other repositories only, which agree. The benchmark of Tian,
-    Krishnan and Isola (ICLR 2020) has another formula under this name, without the kernel, as a mail of the author has
-    it; its weight 0.02 is not for this loss.
-
     Args:
         student: The student's features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. A constant: no gradient
-            reaches it.
+        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. Gets no gradient.
         gamma: Of the Gaussian kernel, positive and finite: how fast the correlation falls with the distance.
         order: The highest power of the Taylor series, at least 1.
         mask: Bool or integers, `(N,)`: which samples count. None: all.
@@ -58,6 +48,16 @@ def cc_loss(
         >>> teacher = torch.tensor([[3.0], [3.0]])
         >>> cc_loss(student, teacher, gamma=0.5, order=1)  # half the entries differ, by exp(-1)
         tensor(0.0677)
+
+    Notes:
+        Published with weight 100 (the CIFAR-10 script of Hu's Knowledge-Distillation-Zoo, at these defaults).
+
+        Scale: `example_train_script.sh` of `AberHu/Knowledge-Distillation-Zoo` for the weight and the options, and its
+        `kd_losses/cc.py` for the formula: the mean over the N^2 entries.
+
+        Caveat: `kd_losses/cc.py` was read in the copies of other repositories only, which agree. The benchmark of Tian,
+        Krishnan and Isola (ICLR 2020) has another formula under this name, without the kernel, as a mail of the author
+        has it; its weight 0.02 is not for this loss.
 
     Reference:
         Baoyun Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019 and arXiv 1904.01802.

@@ -29,19 +29,10 @@ def cosine_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
     Only the direction counts: the length of either vector does not. A vector that is 0 everywhere has no direction: the
     cosine is taken as 0, so that the value is 1, and the gradient there is 0.
 
-    Published with weight 1 on the last hidden states, beside 5 times the divergence of the softened logits
-    and 2 times the cross-entropy of the masked tokens.
-
-    Scale: `distiller.py` of the authors' code (`examples/research_projects/distillation` of
-    `huggingface/transformers`): `nn.CosineEmbeddingLoss`, averaged over the tokens that are not padding. Weights as in
-    the command of its README.
-
-    Doubt: the paper gives no formula and no weights.
-
     Args:
         student: The student's vectors, `(..., C)`: hidden states `(B, T, C)`, embeddings `(N, C)`, or with `dim=1` maps
             `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's vectors, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's vectors, same shape. Gets no gradient.
         dim: The dimension of the `C` values of a vector.
 
     Returns:
@@ -58,6 +49,16 @@ def cosine_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         >>> teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-5.0, 0.0]])
         >>> cosine_loss(student, teacher)  # the same direction, a right angle, the opposite one
         tensor([0., 1., 2.])
+
+    Notes:
+        Published with weight 1 on the last hidden states, beside 5 times the divergence of the softened logits and 2
+        times the cross-entropy of the masked tokens.
+
+        Scale: `distiller.py` of the authors' code (`examples/research_projects/distillation` of
+        `huggingface/transformers`): `nn.CosineEmbeddingLoss`, averaged over the tokens that are not padding. Weights as
+        in the command of its README.
+
+        Caveat: The paper gives no formula and no weights.
 
     Reference:
         Victor Sanh, Lysandre Debut, Julien Chaumond and Thomas Wolf, "DistilBERT, a distilled version of BERT: smaller,

@@ -38,12 +38,10 @@ def crd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07, mas
     It is the paper's objective, the student as anchor and the teacher as anchor, with the batch in place of a memory
     of negatives. `CRDLoss` learns the embeddings that are compared, and has the memory.
 
-    Published weights (see `CRDLoss`) are for the form with the memory; this one has fewer negatives and none published.
-
     Args:
         student: The student's embeddings, `(N, ...)`, N at least 2. Any floating dtype; half and bfloat16 are computed
             in float32.
-        teacher: The teacher's embeddings, `(N, ...)`, as many values per sample. A constant: no gradient reaches it.
+        teacher: The teacher's embeddings, `(N, ...)`, as many values per sample. Gets no gradient.
         temperature: What the cosines are divided by, positive and finite.
         mask: Bool or integers, `(N,)`: which samples count. None: all.
 
@@ -64,6 +62,10 @@ def crd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07, mas
         tensor(0.8109)
         >>> crd_loss(teacher.flip(0), teacher) > 10
         tensor(True)
+
+    Notes:
+        Published weights (see `CRDLoss`) are for the form with the memory; this one has fewer negatives and none
+        published.
 
     Reference:
         Yonglong Tian, Dilip Krishnan and Phillip Isola, "Contrastive Representation Distillation", ICLR 2020 and arXiv
@@ -142,16 +144,6 @@ class CRDLoss(BatchLoss):
     then takes column 0 of its target too.) The samples that a mask hides neither count nor move the memory, and their
     indices may be anything; the generator moves on as without a mask.
 
-    Published with weight 0.8 on pooled features at these defaults, and with `labels` (the CIFAR-100 benchmark of the
-    paper, whose negatives are samples of other classes).
-
-    Scale: `crd/criterion.py` and `crd/memory.py` of that benchmark (`HobbitLong/RepDistiller`): the sum over the pair
-    and the K negatives, averaged over the samples, for both sides together.
-
-    Doubt: that code draws the negatives of a sample without replacement, and adds 1e-7 beside the noise, which is left
-    out here: it changes the value in the seventh digit. The temperature 0.07 is the default of its options and no part
-    of its command; Hu's Knowledge-Distillation-Zoo has 0.1, with weight 0.8 on CIFAR-100 and 0.2 on CIFAR-10.
-
     The parameters `student_embedding` and `teacher_embedding` are to be trained with the student. Under
     DistributedDataParallel each process has a memory of its own: give it `broadcast_buffers=False`, or the memory of
     the first is sent to all in every forward. With `gather` each process moves the entries of all samples, so the
@@ -184,6 +176,18 @@ class CRDLoss(BatchLoss):
         >>> indices = torch.tensor([17, 4711, 31337, 0])  # where in the training set the samples of the batch stand
         >>> loss(torch.randn(4, 64), torch.randn(4, 256), indices).shape
         torch.Size([])
+
+    Notes:
+        Published with weight 0.8 on pooled features at these defaults, and with `labels` (the CIFAR-100 benchmark of
+        the paper, whose negatives are samples of other classes).
+
+        Scale: `crd/criterion.py` and `crd/memory.py` of that benchmark (`HobbitLong/RepDistiller`): the sum over the
+        pair and the K negatives, averaged over the samples, for both sides together.
+
+        Caveat: That code draws the negatives of a sample without replacement, and adds 1e-7 beside the noise, which is
+        left out here: it changes the value in the seventh digit. The temperature 0.07 is the default of its options and
+        no part of its command; Hu's Knowledge-Distillation-Zoo has 0.1, with weight 0.8 on CIFAR-100 and 0.2 on
+        CIFAR-10.
     """
 
     student_memory: Tensor

@@ -26,19 +26,10 @@ def ctkd_loss(student: Tensor, teacher: Tensor, *, temperature: Tensor, dim: int
     It is `kl` but for the temperature. `CTKDLoss` owns that: it learns to make the loss larger, while the student
     learns to make it smaller, at first a little and later in full.
 
-    Published with weight 0.9, beside 0.1 times the cross-entropy, with temperatures from 1 to 21 and a strength that
-    rises over 10 epochs on CIFAR-100, and over 5 on ImageNet.
-
-    Scale: `distiller_zoo/KD.py` of the authors' code (`zhengli97/CTKD`), with the options in its
-    `scripts/run_cifar_distill.sh`: T^2 times the sum over the classes, averaged over the samples.
-
-    Doubt: this is the temperature that all samples share. The paper also has one per sample, which that code leaves
-    out.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, same shape; -inf is a probability of 0. A constant: no gradient reaches it.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Gets no gradient.
         temperature: What both logits are divided by, one positive number in a tensor.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
@@ -59,6 +50,16 @@ def ctkd_loss(student: Tensor, teacher: Tensor, *, temperature: Tensor, dim: int
         >>> teacher = torch.tensor([[0.25, 0.75]]).log()
         >>> ctkd_loss(student, teacher, temperature=torch.tensor(1.0))
         tensor([0.1308])
+
+    Notes:
+        Published with weight 0.9, beside 0.1 times the cross-entropy, with temperatures from 1 to 21 and a strength
+        that rises over 10 epochs on CIFAR-100, and over 5 on ImageNet.
+
+        Scale: `distiller_zoo/KD.py` of the authors' code (`zhengli97/CTKD`), with the options in its
+        `scripts/run_cifar_distill.sh`: T^2 times the sum over the classes, averaged over the samples.
+
+        Caveat: This is the temperature that all samples share. The paper also has one per sample, which that code
+        leaves out.
 
     Reference:
         Zheng Li, Xiang Li, Lingfeng Yang, Borui Zhao, Renjie Song, Lei Luo, Jun Li and Jian Yang, "Curriculum

@@ -26,18 +26,10 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> T
     `distill.adapt.NHWC`); on both sides they cannot be, nor can tokens (B, T, C), which have the dimensions of a map
     (N, C, L): `distill.adapt.TokensToMap` makes maps of them.
 
-    Published with weight 3 on the logit maps of a segmentation network, at temperature 4, on Cityscapes.
-
-    Scale: `CriterionCWD` in `SemSeg-distill/utils/criterion.py` of the authors' code (`irfanICMLL/TorchDistiller`),
-    with the weight in the command of its README: T^2 times the sum over the positions, averaged over channels and
-    samples.
-
-    Doubt: none known. The MMRazor configuration for the same pair of networks has weight 5 at temperature 1.
-
     Args:
         student: The student's map, `(N, C, H, W)`, also `(N, C, L)` or `(N, C, D, H, W)`. Any floating dtype; half and
             bfloat16 are computed in float32.
-        teacher: The teacher's map, `(N, C, H', W')`, or likewise. A constant: no gradient reaches it.
+        teacher: The teacher's map, `(N, C, H', W')`, or likewise. Gets no gradient.
         temperature: What both maps are divided by, positive and finite.
 
     Returns:
@@ -56,6 +48,15 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> T
         >>> teacher = torch.tensor([[[[0.25, 0.75]]]]).log()
         >>> cwd_loss(student, teacher, temperature=1.0)  # 0.25 log(0.25 / 0.5) + 0.75 log(0.75 / 0.5)
         tensor([0.1308])
+
+    Notes:
+        Published with weight 3 on the logit maps of a segmentation network, at temperature 4, on Cityscapes.
+
+        Scale: `CriterionCWD` in `SemSeg-distill/utils/criterion.py` of the authors' code (`irfanICMLL/TorchDistiller`),
+        with the weight in the command of its README: T^2 times the sum over the positions, averaged over channels and
+        samples.
+
+        Caveat: The MMRazor configuration for the same pair of networks has weight 5 at temperature 1.
 
     Reference:
         Changyong Shu, Yifan Liu, Jianfei Gao, Zheng Yan and Chunhua Shen, "Channel-wise Knowledge Distillation for

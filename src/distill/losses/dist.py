@@ -39,20 +39,10 @@ def dist_loss(
     counts as samples. The 1e-8 makes a difference: a class that no sample of the batch is likely to be counts as
     uncorrelated, even if student and teacher agree.
 
-    Published with weight 1, `beta` and `gamma` 1 and temperature 1, beside the cross-entropy with weight 1, on the
-    pixels of Cityscapes (the authors' code for segmentation); with weight 2 and the same options on ImageNet (the
-    configuration of torchdistill).
-
-    Scale: `segmentation/losses/dist_kd.py` of the authors' code (`hunto/DIST_KD`), and the same file for classification
-    in `hunto/image_classification_sota`, which fix the 1e-8; both are without a temperature. The factor T^2 is that of
-    torchdistill's `DISTLoss`.
-
-    Doubt: the authors' settings for ImageNet and CIFAR-100 were not to be seen.
-
     Args:
         student: The student's logits, finite, `(..., C)`, with at least two dimensions. Any floating dtype; half and
             bfloat16 are computed in float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, finite, same shape. Gets no gradient.
         beta: Weight of the part over classes, zero or positive.
         gamma: Weight of the part over samples, zero or positive.
         temperature: What both logits are divided by, positive and finite.
@@ -78,6 +68,17 @@ def dist_loss(
         tensor(True)
         >>> dist_loss(student, teacher.flip(0))  # now the samples are the wrong way round
         tensor(2.0000)
+
+    Notes:
+        Published with weight 1, `beta` and `gamma` 1 and temperature 1, beside the cross-entropy with weight 1, on the
+        pixels of Cityscapes (the authors' code for segmentation); with weight 2 and the same options on ImageNet (the
+        configuration of torchdistill).
+
+        Scale: `segmentation/losses/dist_kd.py` of the authors' code (`hunto/DIST_KD`), and the same file for
+        classification in `hunto/image_classification_sota`, which fix the 1e-8; both are without a temperature. The
+        factor T^2 is that of torchdistill's `DISTLoss`.
+
+        Caveat: The authors' settings for ImageNet and CIFAR-100 were not to be seen.
 
     Reference:
         Tao Huang, Shan You, Fei Wang, Chen Qian and Chang Xu, "Knowledge Distillation from a Stronger Teacher",

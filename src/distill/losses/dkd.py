@@ -110,19 +110,10 @@ def dkd_loss(
     The plain divergence, `kl_loss`, is this with `alpha` 1 and `beta` 1 - p_y: where the teacher is sure, it hardly
     teaches how the other classes compare. With two classes there is nothing to compare, and their part is 0.
 
-    Published with weight 1 beside the cross-entropy with weight 1, with `alpha` 1 and temperature 4 on CIFAR-100, and
-    with `beta` 8 for five of eleven pairs of networks, 6 for four and 2 for two (ResNet-56 to ResNet-20, ResNet-110 to
-    ResNet-32); the weight rises from 0 during the first 20 epochs.
-
-    Scale: `mdistiller/distillers/DKD.py` of the authors' code (`megvii-research/mdistiller`), with the options in its
-    `configs/cifar100/dkd`: T^2 times the sums over the classes, averaged over the samples.
-
-    Doubt: none known.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, same shape. Gets no gradient.
         target: The class of every sample, integers from 0 to `C - 1`, `(...)`. The loss class takes any other label
             where its mask is 0.
         alpha: Weight of the target-class part, zero or positive.
@@ -149,6 +140,14 @@ def dkd_loss(
         >>> teacher = torch.tensor([[0.5, 0.25, 0.25]]).log()
         >>> dkd_loss(student, teacher, torch.tensor([0]), beta=2.0, temperature=1.0)  # 2 * log(4 / 3) / 2
         tensor([0.2877])
+
+    Notes:
+        Published with weight 1 beside the cross-entropy with weight 1, with `alpha` 1 and temperature 4 on CIFAR-100,
+        and with `beta` 8 for five of eleven pairs of networks, 6 for four and 2 for two (ResNet-56 to ResNet-20,
+        ResNet-110 to ResNet-32); the weight rises from 0 during the first 20 epochs.
+
+        Scale: `mdistiller/distillers/DKD.py` of the authors' code (`megvii-research/mdistiller`), with the options in
+        its `configs/cifar100/dkd`: T^2 times the sums over the classes, averaged over the samples.
 
     Reference:
         Borui Zhao, Quan Cui, Renjie Song, Yiyu Qiu and Jiajun Liang, "Decoupled Knowledge Distillation", CVPR 2022 and

@@ -42,19 +42,9 @@ def fgd_loss(
     adds to each position what a learned attention over all positions collects; `FGDLoss` owns it, and the 1x1
     convolution that brings the student to the teacher's channels.
 
-    Published with weight 1 at each level of the pyramid, since the options are the weights: these for RetinaNet; 5e-5,
-    2.5e-5, 5e-5 and 5e-7 for Faster R-CNN; 1.6e-3, 8e-4, 8e-4 and 8e-6 at temperature 0.8 for FCOS.
-
-    Scale: `mmdet/distillation/losses/fgd.py` of the authors' code (`yzd-v/FGD`), with the options in its
-    `configs/distillers/fgd`: sums over channels and positions, averaged over the samples.
-
-    Doubt: a box reaches from the position that holds its first corner to the one after the position of its last, and
-    its height and width are counted so; that is the code, and the paper has the box itself. The code's default for
-    gamma is 1e-3, which no configuration of RetinaNet has. Its attention has a bias, which a softmax does not see.
-
     Args:
         student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's map, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's map, same shape. Gets no gradient.
         target: The boxes of each sample, `(N, M, 4)`, floating-point, as fractions of the picture's width and height:
             x and y of the first corner, then of the last. One whose last corner is not beyond the first counts nowhere,
             so that rows of zeros fill up what is less than M. M may be 0.
@@ -81,6 +71,18 @@ def fgd_loss(
         >>> box = torch.tensor([[[0.0, 0.0, 0.25, 0.25]]])  # it reaches over 2 x 2 positions, each counts 1 / 4
         >>> fgd_loss(student, teacher, box, alpha=1.0, beta=0.0, gamma=0.0)  # 4 * 1/4 * 2 channels
         tensor([2.])
+
+    Notes:
+        Published with weight 1 at each level of the pyramid, since the options are the weights: these for RetinaNet;
+        5e-5, 2.5e-5, 5e-5 and 5e-7 for Faster R-CNN; 1.6e-3, 8e-4, 8e-4 and 8e-6 at temperature 0.8 for FCOS.
+
+        Scale: `mmdet/distillation/losses/fgd.py` of the authors' code (`yzd-v/FGD`), with the options in its
+        `configs/distillers/fgd`: sums over channels and positions, averaged over the samples.
+
+        Caveat: A box reaches from the position that holds its first corner to the one after the position of its last,
+        and its height and width are counted so; that is the code, and the paper has the box itself. The code's default
+        for gamma is 1e-3, which no configuration of RetinaNet has. Its attention has a bias, which a softmax does not
+        see.
 
     Reference:
         Zhendong Yang, Zhe Li, Xiaohu Jiang, Yuan Gong, Zehuan Yuan, Danpei Zhao and Chun Yuan, "Focal and Global

@@ -26,15 +26,6 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     matrices are C1 x C2 whatever the sizes, so student and teacher may differ in theirs. Maps may have one to three
     dimensions of positions; their channels come first (`distill.adapt.NHWC` brings them there).
 
-    Published with weight 50 (the CIFAR-100 script of Tian, Krishnan and Isola, "Contrastive Representation
-    Distillation", ICLR 2020).
-
-    Scale: `distiller_zoo/FSP.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over the entries and samples,
-    summed over three pairs of layers (the first convolution and the three stages). The paper sums over the entries.
-
-    Doubt: the weight is without effect there. The loss initialises the student in a stage of its own, where it is the
-    only one and has no weight (`helper/pretrain.py`), and is 0 afterwards (`helper/loops.py`).
-
     Args:
         student: The student's two layers, maps `(N, C1, H1, W1)` and `(N, C2, H2, W2)`. Any floating dtype; half and
             bfloat16 are computed in float32.
@@ -56,6 +47,17 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         >>> teacher = torch.ones(1, 1, 4, 4), 3 * torch.ones(1, 1, 2, 2)
         >>> fsp_loss(student, teacher)  # (1 * 1 - 1 * 3)^2
         tensor([4.])
+
+    Notes:
+        Published with weight 50 (the CIFAR-100 script of Tian, Krishnan and Isola, "Contrastive Representation
+        Distillation", ICLR 2020).
+
+        Scale: `distiller_zoo/FSP.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over the entries and
+        samples, summed over three pairs of layers (the first convolution and the three stages). The paper sums over the
+        entries.
+
+        Caveat: The weight is without effect there. The loss initialises the student in a stage of its own, where it is
+        the only one and has no weight (`helper/pretrain.py`), and is 0 afterwards (`helper/loops.py`).
 
     Reference:
         Junho Yim, Donggyu Joo, Jihoon Bae and Junmo Kim, "A Gift from Knowledge Distillation: Fast Optimization,

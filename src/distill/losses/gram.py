@@ -20,19 +20,10 @@ def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Tokens are compared within each network, so their widths are free, and a rotation of all tokens changes nothing.
     With a softmax over j and a divergence it is `token_similarity`.
 
-    Published with weight 2, the end of a schedule that starts at 0, beside the losses of pretraining.
-
-    Scale: `dinov3/loss/gram_loss.py` of the authors' code (`facebookresearch/dinov3`), with the weight in its
-    `configs/train/dinov3_vit7b16_gram_anchor.yaml`: the mean over all pairs and samples. The paper has the sum over the
-    pairs.
-
-    Doubt: that code can set negative cosines to 0, which the configuration does not do; where only the teacher's should
-    be, the line for the student's never finds any, since the teacher's are 0 by then. Neither is done here.
-
     Args:
         student: The student's tokens, `(N, L, D)`, without class and register tokens. Any floating dtype; half and
             bfloat16 are computed in float32.
-        teacher: The teacher's tokens, `(N, L, D')`, at the same positions. A constant: no gradient reaches it.
+        teacher: The teacher's tokens, `(N, L, D')`, at the same positions. Gets no gradient.
 
     Returns:
         One value per sample, `(N,)`, without a unit, from 0 to 4; float32, or float64 if an input is.
@@ -48,6 +39,16 @@ def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
         >>> teacher = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # two tokens that have nothing in common
         >>> gram_loss(torch.ones(1, 2, 5), teacher)  # two of the four pairs differ by 1
         tensor([0.5000])
+
+    Notes:
+        Published with weight 2, the end of a schedule that starts at 0, beside the losses of pretraining.
+
+        Scale: `dinov3/loss/gram_loss.py` of the authors' code (`facebookresearch/dinov3`), with the weight in its
+        `configs/train/dinov3_vit7b16_gram_anchor.yaml`: the mean over all pairs and samples. The paper has the sum over
+        the pairs.
+
+        Caveat: That code can set negative cosines to 0, which the configuration does not do; where only the teacher's
+        should be, the line for the student's never finds any, since the teacher's are 0 by then. Neither is done here.
 
     Reference:
         Oriane Siméoni, Huy V. Vo, Maximilian Seitzer and others, "DINOv3", arXiv 2508.10104 (2025), section 4.2.

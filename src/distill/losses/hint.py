@@ -26,21 +26,10 @@ def hint_loss(student: Tensor, teacher: Tensor, *, dim: int | None = None, posit
     Maps of unequal size are average-pooled to the smaller height and width, and likewise in one or three dimensions.
     Where the channels differ, `HintLoss` learns a map from the student's to the teacher's.
 
-    Published with weight 100 (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive Representation
-    Distillation", ICLR 2020).
-
-    Scale: `distiller_zoo/FitNet.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over all elements. The
-    paper has half the sum.
-
-    Doubt: the benchmark puts a convolution, a batch norm and a ReLU before the loss, also where the channels agree
-    (`ConvReg` in its `models/util.py`), and its weight goes with them; `HintLoss` has one linear layer, and none where
-    the channels agree.
-
     Args:
         student: The student's layer: a map `(N, C, H, W)`, or vectors `(..., C)`, as `dim` says. Any floating dtype;
             half and bfloat16 are computed in float32.
-        teacher: The teacher's layer: a map `(N, C, H', W')`, or vectors of the student's shape. A constant: no
-            gradient reaches it.
+        teacher: The teacher's layer: a map `(N, C, H', W')`, or vectors of the student's shape. Gets no gradient.
         dim: The dimension of the channels: 1 for maps, also `(N, C, L)` and `(N, C, D, H, W)`, -1 for vectors of any
             number of dimensions. None: 1 where there are four dimensions, else -1.
         positions: Whether each position of a map is a sample of its own, as each vector is.
@@ -61,6 +50,17 @@ def hint_loss(student: Tensor, teacher: Tensor, *, dim: int | None = None, posit
         >>> teacher = torch.tensor([[[[3.0]], [[1.0]]]])
         >>> hint_loss(student, teacher)  # ((1 - 3)^2 + (1 - 1)^2) / 2
         tensor([2.])
+
+    Notes:
+        Published with weight 100 (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive Representation
+        Distillation", ICLR 2020).
+
+        Scale: `distiller_zoo/FitNet.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over all elements. The
+        paper has half the sum.
+
+        Caveat: The benchmark puts a convolution, a batch norm and a ReLU before the loss, also where the channels agree
+        (`ConvReg` in its `models/util.py`), and its weight goes with them; `HintLoss` has one linear layer, and none
+        where the channels agree.
 
     Reference:
         Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta and Yoshua Bengio,

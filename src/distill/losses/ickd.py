@@ -25,19 +25,9 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     divided by `C N^2`: the value of a sample depends on how many there are in the batch, N, and those that a mask hides
     are among them.
 
-    Published with weight 500 at that scale, beside half the cross-entropy and half the `kl` at temperature 1
-    (torchdistill's ImageNet configuration, batches of 256). The authors' CIFAR-100 code divides by N only once, with
-    weight 2.5: that is 2.5 N here.
-
-    Scale: `ChSimLoss` in `ImageNet/torchdistill/losses/single.py` of the authors' code (`ADLab-AutoDrive/ICKD`), which
-    divides by `C N^2`, as torchdistill's own does.
-
-    Doubt: the ImageNet configuration in the authors' code has weight 1; that the results were reached with it is not
-    said. All of them pass the student through a 1x1 convolution and a batch norm first, which is left to the caller.
-
     Args:
         student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's map, `(N, C, H', W')`. A constant: no gradient reaches it.
+        teacher: The teacher's map, `(N, C, H', W')`. Gets no gradient.
 
     Returns:
         One value per sample, `(N,)`, without unit, between 0 and 4 / N; float32, or float64 if an input is.
@@ -53,6 +43,18 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         >>> teacher = torch.tensor([[[[1.0, 0.0]], [[2.0, 0.0]]]])  # rows (1, 2) and (2, 4), normalised
         >>> ickd_loss(student, teacher)  # (2 - 2 * 0.4472 + 2 - 2 * 0.8944) / 2
         tensor([0.6584])
+
+    Notes:
+        Published with weight 500, beside half the cross-entropy and half the `kl` at temperature 1
+        (torchdistill's ImageNet configuration, batches of 256). The authors' CIFAR-100 code divides by N only once,
+        with weight 2.5: that is 2.5 N here.
+
+        Scale: `ChSimLoss` in `ImageNet/torchdistill/losses/single.py` of the authors' code (`ADLab-AutoDrive/ICKD`),
+        which divides by `C N^2`, as torchdistill's own does.
+
+        Caveat: The ImageNet configuration in the authors' code has weight 1; that the results were reached with it is
+        not said. All of them pass the student through a 1x1 convolution and a batch norm first, which is left to the
+        caller.
 
     Reference:
         Li Liu, Qingle Huang, Sihao Lin, Hongwei Xie, Bing Wang, Xiaojun Chang and Xiaodan Liang, "Exploring

@@ -42,19 +42,10 @@ def js_loss(
     at both ends: divided by `beta` it tends to KL(p || q) as `beta` tends to 0, and divided by `1 - beta` to
     KL(q || p) as `beta` tends to 1. For these use `kl_loss` and `reverse_kl_loss`.
 
-    Published with weight 1 at temperature 1, where the factor T^2 is 1, and `beta` 0.1, 0.5 or 0.9.
-
-    Scale: `js_distance` of DistiLLM (Ko et al., 2024; `distillm/losses.py` of `jongwooko/distillm`), which gives the
-    student the share 0.9: that is `beta` 0.1 here. The sum over the vocabulary is averaged over the tokens.
-
-    Doubt: no code of the authors was found. The GKD trainer of Hugging Face TRL mixes and weighs as here, but its first
-    version mixed the logarithms and swapped the weights; it has no factor T^2, and at `beta` 0 and 1 it is `kl` and
-    `reverse_kl`.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. Gets no gradient.
         beta: The teacher's share of the mixture, above 0 and below 1.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
@@ -76,6 +67,16 @@ def js_loss(
         >>> teacher = torch.tensor([[0.0, 1e4]])
         >>> js_loss(student, teacher)  # log 2 where nothing is shared
         tensor([0.6931])
+
+    Notes:
+        Published with weight 1 at temperature 1, where the factor T^2 is 1, and `beta` 0.1, 0.5 or 0.9.
+
+        Scale: `js_distance` of DistiLLM (Ko et al., 2024; `distillm/losses.py` of `jongwooko/distillm`), which gives
+        the student the share 0.9: that is `beta` 0.1 here. The sum over the vocabulary is averaged over the tokens.
+
+        Caveat: No code of the authors was found. The GKD trainer of Hugging Face TRL mixes and weighs as here, but its
+        first version mixed the logarithms and swapped the weights; it has no factor T^2, and at `beta` 0 and 1 it is
+        `kl` and `reverse_kl`.
 
     Reference:
         Rishabh Agarwal, Nino Vieillard, Yongchao Zhou, Piotr Stanczyk, Sabela Ramos, Matthieu Geist and Olivier

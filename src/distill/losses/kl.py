@@ -66,19 +66,10 @@ def kl_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 4.0
     The factor T^2 keeps the size of the gradient when the temperature changes. As the temperature grows the loss
     tends to half the mean squared difference of the logits, each centred over the classes.
 
-    Published with weight 0.9 at temperature 4, beside 0.1 times the cross-entropy (the CIFAR-100 benchmark of Tian,
-    Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020).
-
-    Scale: `distiller_zoo/KD.py` of that benchmark (`HobbitLong/RepDistiller`): T^2 times the sum over the classes,
-    averaged over the samples.
-
-    Doubt: none known.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, same shape; -inf is a probability of 0. Or a `TopK`. A constant: no gradient
-            reaches it.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Or a `TopK`. Gets no gradient.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
@@ -98,6 +89,13 @@ def kl_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 4.0
         >>> teacher = torch.tensor([[0.25, 0.75]]).log()
         >>> kl_loss(student, teacher, temperature=1.0)  # 0.25 log(0.25 / 0.5) + 0.75 log(0.75 / 0.5)
         tensor([0.1308])
+
+    Notes:
+        Published with weight 0.9 at temperature 4, beside 0.1 times the cross-entropy (the CIFAR-100 benchmark of Tian,
+        Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020).
+
+        Scale: `distiller_zoo/KD.py` of that benchmark (`HobbitLong/RepDistiller`): T^2 times the sum over the classes,
+        averaged over the samples.
 
     Reference:
         Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network", NIPS deep

@@ -50,10 +50,6 @@ def linear_logit_loss(
     Exact, not an approximation: what `logit_loss(s, t)` gives, with gradients for the student's hidden states, weight
     and bias. The published weights are those of `logit_loss`.
 
-    Scale: that of `logit_loss`, the mean over the classes.
-
-    Doubt: none beside that of `logit_loss`.
-
     Four forms give the same value. `"gram"` computes the formula above: O((N + V) d^2) time and O(N d + d^2) memory
     beside the gradients, instead of O(N V d) and O(N V). `"factor"`, for heads that are not trained, takes R from a QR
     factorisation of `[W_s, -W_t]` in float64 and gives `1/V * |R [h_s, h_t]|^2`, where the vocabulary is gone; it pays
@@ -104,6 +100,9 @@ def linear_logit_loss(
         tensor([1.])
         >>> logit_loss(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T)
         tensor([1.])
+
+    Notes:
+        Scale: That of `logit_loss`, the mean over the classes.
 
     Reference:
         Pascal Vincent, Alexandre de Brebisson and Xavier Bouthillier, "Efficient Exact Gradient Update for training

@@ -18,19 +18,11 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
     The paper writes half the *sum* over the classes, averaged over samples: that is `C / 2` times this value. The
     mean is what `nn.MSELoss` gives and what benchmarks publish their weights for.
 
-    Published with weight 1 on pooled features and 0.1 on the logits of CIFAR (the latter in `example_train_script.sh`
-    of `AberHu/Knowledge-Distillation-Zoo`).
-
-    Scale: `kd_losses/logits.py` of that benchmark: `F.mse_loss`, averaged over samples and classes.
-
-    Doubt: the weight on features is that of the runs which the recipe `pooled` of `examples/cifar_resnet.py` repeats;
-    no public code was seen that has it.
-
     Args:
         student: What the student gives, `(..., C)`: logits, or features of equal width, all finite: the
             difference to -inf is infinite, and that of two -inf no number. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: What the teacher gives, same shape. A constant: no gradient reaches it.
+        teacher: What the teacher gives, same shape. Gets no gradient.
         dim: The dimension of the `C` values.
 
     Returns:
@@ -44,6 +36,15 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         >>> from distill import logit_loss
         >>> logit_loss(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 4.0], [3.0, 4.0]]))
         tensor([2., 0.])
+
+    Notes:
+        Published with weight 1 on pooled features and 0.1 on the logits of CIFAR (the latter in
+        `example_train_script.sh` of `AberHu/Knowledge-Distillation-Zoo`).
+
+        Scale: `kd_losses/logits.py` of that benchmark: `F.mse_loss`, averaged over samples and classes.
+
+        Caveat: The weight on features is that of the runs which the recipe `pooled` of `examples/cifar_resnet.py`
+        repeats; no public code was seen that has it.
 
     Reference:
         Jimmy Ba and Rich Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014 and arXiv

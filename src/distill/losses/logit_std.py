@@ -87,18 +87,10 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
     of the finite logits. (A large negative number is a logit like any other. It counts in both, and next to it all
     other logits are the same: mask classes with -inf.)
 
-    Published with weight 9 at temperature 2 on CIFAR-100, at temperature 3 for some pairs of networks.
-
-    Scale: `mdistiller/distillers/KD.py` of the authors' code (`sunshangquan/logit-standardization-KD`), which also
-    fixes the standard deviation, that divides by C - 1, and the 1e-7.
-
-    Doubt: the weight of the cross-entropy beside it. The authors' `mdistiller/engine/cfg.py` has 1 in an early version
-    and 0.1 in a later one (quoted in their issue 25).
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, same shape. Gets no gradient.
         temperature: What the standardised logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
@@ -119,6 +111,15 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
         >>> teacher = torch.tensor([[3.0, -3.0]])
         >>> logit_std_loss(student, teacher)  # z is -+ 0.7071 and +- 0.7071
         tensor([0.9603])
+
+    Notes:
+        Published with weight 9 at temperature 2 on CIFAR-100, at temperature 3 for some pairs of networks.
+
+        Scale: `mdistiller/distillers/KD.py` of the authors' code (`sunshangquan/logit-standardization-KD`), which also
+        fixes the standard deviation, that divides by C - 1, and the 1e-7.
+
+        Caveat: The weight of the cross-entropy beside it. The authors' `mdistiller/engine/cfg.py` has 1 in an early
+        version and 0.1 in a later one (quoted in their issue 25).
 
     Reference:
         Shangquan Sun, Wenqi Ren, Jingzhi Li, Rui Wang and Xiaochun Cao, "Logit Standardization in Knowledge

@@ -33,17 +33,10 @@ def margin_mse_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tenso
     The first of the K scores of a query is that of the positive document, the others are those of the negatives. What a
     network adds to all scores of a query does not count, so that student and teacher may score on different levels.
 
-    Published with weight 1, as the only term, with one negative a query.
-
-    Scale: `matchmaker/losses/msmargin.py` of the authors' code (`sebastian-hofstaetter/matchmaker`): the mean over the
-    queries of the squared difference. `MarginMSELoss` of sentence-transformers takes the mean over the negatives too.
-
-    Doubt: none known.
-
     Args:
         student: The student's scores, `(N, K)` or `(..., K)`: a query's positive first, then its negatives; all finite.
             Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's scores, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's scores, same shape. Gets no gradient.
         dim: The dimension of the `K` scores of a query.
 
     Returns:
@@ -61,6 +54,13 @@ def margin_mse_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tenso
         >>> teacher = torch.tensor([[12.0, 10.0]])  # a margin of 2
         >>> margin_mse_loss(student, teacher)
         tensor([2.2500])
+
+    Notes:
+        Published with weight 1, as the only term, with one negative a query.
+
+        Scale: `matchmaker/losses/msmargin.py` of the authors' code (`sebastian-hofstaetter/matchmaker`): the mean over
+        the queries of the squared difference. `MarginMSELoss` of sentence-transformers takes the mean over the
+        negatives too.
 
     Reference:
         Sebastian Hofstaetter, Sophia Althammer, Michael Schroeder, Mete Sertkan and Allan Hanbury, "Improving Efficient

@@ -33,14 +33,6 @@ def matryoshka_loss(
     A student trained so may be cut to any of these widths afterwards. Name the whole width too: what lies beyond the
     largest of `dims` is not trained.
 
-    Published with weight 1 for each width, the widths halved from the whole one to 8.
-
-    Scale: `MatryoshkaLoss` of sentence-transformers, a sum with weights of 1. It also divides each part by its length,
-    which changes nothing for a loss of directions such as `cosine`, `sp` or `pkt`; for another one give it normalised
-    parts in your own function.
-
-    Doubt: the paper sums the losses of classifiers and has no teacher.
-
     Args:
         student: The student's embeddings, `(..., D)`.
         teacher: The teacher's embeddings, `(..., D')`, as the loss takes them. A constant for the losses of this
@@ -68,6 +60,15 @@ def matryoshka_loss(
         >>> teacher = torch.tensor([[2.0, 0.0, 1.0, 0.0]])
         >>> matryoshka_loss(student, teacher, loss=lambda s, t, _: cosine_loss(s, t), dims=(2,))  # same first half
         tensor([0.])
+
+    Notes:
+        Published with weight 1 for each width, the widths halved from the whole one to 8.
+
+        Scale: `MatryoshkaLoss` of sentence-transformers, a sum with weights of 1. It also divides each part by its
+        length, which changes nothing for a loss of directions such as `cosine`, `sp` or `pkt`; for another one give it
+        normalised parts in your own function.
+
+        Caveat: The paper sums the losses of classifiers and has no teacher.
 
     Reference:
         Aditya Kusupati, Gantavya Bhatt, Aniket Rege, Matthew Wallingford, Aditya Sinha, Vivek Ramanujan, William

@@ -66,19 +66,10 @@ def mft_loss(
     Made for a network that is its own teacher, as it was before it was tuned to few samples of a new domain: the
     correction is as small as makes the label the likeliest class by a margin, and all else stays as it was.
 
-    Published with weight 1, threshold 0.2 and temperature 1, as the only term.
-
-    Scale: `MFTLoss` of the authors' company (`modelopt/torch/distill/losses.py` of `NVIDIA/TensorRT-Model-Optimizer`):
-    T^2 times the sum over the vocabulary, averaged over the tokens.
-
-    Doubt: the formula is that of the code, at its defaults and without the 1e-7 that it adds to denominators; the
-    paper's own text was not seen. Where label and likeliest class have the same probability the teacher counts as right
-    here; the code takes the class of the lower number as the likeliest.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Gets no gradient.
         target: The class of every sample, integers from 0 to `C - 1`, `(...)`. The loss class takes any other label
             where its mask is 0.
         threshold: How much likelier the label is made, above 0 and below 1.
@@ -106,6 +97,16 @@ def mft_loss(
         tensor([[0.3692, 0.5692, 0.0615]])
         >>> mft_loss(right.log(), teacher, target) < 1e-6
         tensor([True])
+
+    Notes:
+        Published with weight 1, threshold 0.2 and temperature 1, as the only term.
+
+        Scale: `MFTLoss` of the authors' company (`modelopt/torch/distill/losses.py` of
+        `NVIDIA/TensorRT-Model-Optimizer`): T^2 times the sum over the vocabulary, averaged over the tokens.
+
+        Caveat: The formula is that of the code, at its defaults and without the 1e-7 that it adds to denominators; the
+        paper's own text was not seen. Where label and likeliest class have the same probability the teacher counts as
+        right here; the code takes the class of the lower number as the likeliest.
 
     Reference:
         Peter Belcak, Greg Heinrich, Jan Kautz and Pavlo Molchanov, "Minifinetuning: Low-Data Generation Domain

@@ -26,20 +26,10 @@ def mgd_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Tensor
     f brings the student's map to the teacher's channels and the generation block G fills in what M left out; both are
     learned with the student (`MGDLoss` owns them), and this function takes what they give.
 
-    Published with weight 1, since `alpha` is the weight: the authors' code has 7e-5 for classification, 2e-5 for
-    RetinaNet (mask ratio 0.65) and segmentation (0.75), and 5e-7 for Faster R-CNN (0.45); their later code
-    (`yzd-v/cls_KD`) 1.2e-3 for CIFAR-100. A mean over the elements would need the weight `alpha * C * H * W`.
-
-    Scale: `get_dis_loss` in the `mgd.py` of the authors' code for classification, detection and segmentation
-    (`yzd-v/MGD`): the sum over channels and positions, averaged over the samples.
-
-    Doubt: the defaults of `MGDLoss`, mask ratio 0.5 over positions with `alpha` 7e-5, are no configuration of that
-    code. Its classification masks whole channels, with a ratio of 0.15.
-
     Args:
         student: The map generated from the student's masked map, `(N, C, ...)`. Any floating dtype; half and bfloat16
             are computed in float32.
-        teacher: The teacher's map, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's map, same shape. Gets no gradient.
         alpha: What the sum is multiplied by, positive and finite.
 
     Returns:
@@ -56,6 +46,17 @@ def mgd_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Tensor
         >>> from distill import mgd_loss
         >>> mgd_loss(torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), 10.0), alpha=1e-3)  # 18 elements, 100 each
         tensor([1.8000])
+
+    Notes:
+        Published with weight 1, since `alpha` is the weight: the authors' code has 7e-5 for classification, 2e-5 for
+        RetinaNet (mask ratio 0.65) and segmentation (0.75), and 5e-7 for Faster R-CNN (0.45); their later code
+        (`yzd-v/cls_KD`) 1.2e-3 for CIFAR-100. A mean over the elements would need the weight `alpha * C * H * W`.
+
+        Scale: `get_dis_loss` in the `mgd.py` of the authors' code for classification, detection and segmentation
+        (`yzd-v/MGD`): the sum over channels and positions, averaged over the samples.
+
+        Caveat: The defaults of `MGDLoss`, mask ratio 0.5 over positions with `alpha` 7e-5, are no configuration of that
+        code. Its classification masks whole channels, with a ratio of 0.15.
 
     Reference:
         Zhendong Yang, Zhe Li, Mingqi Shao, Dachuan Shi, Zehuan Yuan and Chun Yuan, "Masked Generative Distillation",

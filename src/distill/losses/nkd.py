@@ -101,19 +101,10 @@ def nkd_loss(
     The target's part is at temperature 1 whatever T is. Both parts are cross-entropies: the smallest value is not 0
     but what the teacher's own probabilities give.
 
-    Published with weight 1 beside the cross-entropy, with `gamma` 1.5 and temperature 1 on ImageNet, and with `gamma`
-    3.5 and temperature 3 on CIFAR-100.
-
-    Scale: `mmcls/distillation/losses/nkd.py` of the authors' code (`yzd-v/cls_KD`), with the options in its
-    `configs/distillers`: both parts are averaged over the samples, the second has T^2.
-
-    Doubt: a version of that file leaves the target among the other classes, against the paper, since its mask is true
-    everywhere; another takes it out, as is done here. Which of them the published results come from is not known.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, same shape. Gets no gradient.
         target: The class of every sample, integers from 0 to `C - 1`, `(...)`. The loss class takes any other label
             where its mask is 0.
         gamma: Weight of the part of the other classes, zero or positive.
@@ -138,6 +129,17 @@ def nkd_loss(
         >>> student = teacher = torch.tensor([[0.5, 0.25, 0.25]]).log()
         >>> nkd_loss(student, teacher, torch.tensor([0]), gamma=2.0)  # 0.5 log 2 + 2 log 2
         tensor([1.7329])
+
+    Notes:
+        Published with weight 1 beside the cross-entropy, with `gamma` 1.5 and temperature 1 on ImageNet, and with
+        `gamma` 3.5 and temperature 3 on CIFAR-100.
+
+        Scale: `mmcls/distillation/losses/nkd.py` of the authors' code (`yzd-v/cls_KD`), with the options in its
+        `configs/distillers`: both parts are averaged over the samples, the second has T^2.
+
+        Caveat: A version of that file leaves the target among the other classes, against the paper, since its mask is
+        true everywhere; another takes it out, as is done here. Which of them the published results come from is not
+        known.
 
     Reference:
         Zhendong Yang, Ailing Zeng, Zhe Li, Tianke Zhang, Chun Yuan and Yu Li, "From Knowledge Distillation to

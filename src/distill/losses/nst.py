@@ -28,18 +28,10 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     `distill.adapt.NHWC`); on both sides they cannot be, nor can tokens (B, T, C), which have the dimensions of a map
     (N, C, L): `distill.adapt.TokensToMap` makes maps of them.
 
-    Published with weight 50, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan and
-    Isola, "Contrastive Representation Distillation", ICLR 2020).
-
-    Scale: `distiller_zoo/NST.py` of that benchmark (`HobbitLong/RepDistiller`): means of the kernel over the pairs of
-    channels and the samples.
-
-    Doubt: none known.
-
     Args:
         student: The student's map, `(N, C, H, W)`, also `(N, C, L)` or `(N, C, D, H, W)`. Any floating dtype; half and
             bfloat16 are computed in float32.
-        teacher: The teacher's map, `(N, C', H', W')`, or likewise. A constant: no gradient reaches it.
+        teacher: The teacher's map, `(N, C', H', W')`, or likewise. Gets no gradient.
 
     Returns:
         One value per sample, `(N,)`, without unit, not negative but for rounding, at most 2; float32, or float64 if an
@@ -57,6 +49,13 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
         >>> teacher = torch.tensor([[[[2.0, 0.0]], [[0.0, 3.0]]]])
         >>> nst_loss(student, teacher)  # 1 + 1/2 - 2 * 1/2
         tensor([0.5000])
+
+    Notes:
+        Published with weight 50, on the sum over the stages of the network (the CIFAR-100 benchmark of Tian, Krishnan
+        and Isola, "Contrastive Representation Distillation", ICLR 2020).
+
+        Scale: `distiller_zoo/NST.py` of that benchmark (`HobbitLong/RepDistiller`): means of the kernel over the pairs
+        of channels and the samples.
 
     Reference:
         Zehao Huang and Naiyan Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer",

@@ -44,19 +44,10 @@ def ofa_loss(
     of a guide. It is also published for branches of the student, each stage of which goes through layers of its own to
     logits: one term for each, with those layers as the student's adapter.
 
-    Published with weight 1 beside the cross-entropy with weight 1, on the logits and on each of four branches, at
-    temperature 1, with `eps` 1 on CIFAR-100 and 1.5 from DeiT-T to ResNet-18 on ImageNet.
-
-    Scale: `distillers/ofa.py` of the authors' code (`Hao840/OFAKD`), with the options in its README and `train.py`: the
-    sum over the classes, averaged over the samples, without a factor T^2.
-
-    Doubt: that code takes the logarithm of a softmax, which is infinite for logits 0 and -200 in float32; here it is
-    200 times the weight. The values of `eps` for other pairs of networks were not to be seen.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Gets no gradient.
         target: The class of every sample, `(...)`, integers.
         eps: The exponent, positive and finite.
         temperature: What both logits are divided by, positive and finite.
@@ -79,6 +70,16 @@ def ofa_loss(
         >>> teacher = torch.tensor([[0.0, 0.0]])
         >>> ofa_loss(student, teacher, torch.tensor([1]), eps=2.0)  # (0.5^2 + 1.5^2 - 1) log 2
         tensor([1.0397])
+
+    Notes:
+        Published with weight 1 beside the cross-entropy with weight 1, on the logits and on each of four branches, at
+        temperature 1, with `eps` 1 on CIFAR-100 and 1.5 from DeiT-T to ResNet-18 on ImageNet.
+
+        Scale: `distillers/ofa.py` of the authors' code (`Hao840/OFAKD`), with the options in its README and `train.py`:
+        the sum over the classes, averaged over the samples, without a factor T^2.
+
+        Caveat: That code takes the logarithm of a softmax, which is infinite for logits 0 and -200 in float32; here it
+        is 200 times the weight. The values of `eps` for other pairs of networks were not to be seen.
 
     Reference:
         Zhiwei Hao, Jianyuan Guo, Kai Han, Yehui Tang, Han Hu, Yunhe Wang and Chang Xu, "One-for-All: Bridge the Gap

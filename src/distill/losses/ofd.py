@@ -69,21 +69,10 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
     Where the teacher is silent (r <= 0) the student only has to be silent too, not equally negative. The maximum is a
     constant, and where s = r the slope is 0 from both sides: no gradient hangs on a tie.
 
-    Published with weight 1e-3 for the last stage and half the weight of the next stage for each one before it, beside 1
-    times the cross-entropy: on CIFAR-100 in the authors' code and in the benchmark of Zhao et al., "Decoupled Knowledge
-    Distillation" (CVPR 2022). For ImageNet both have 1e-4.
-
-    Scale: `CIFAR-100/distiller.py` and `train_with_distillation.py` of the authors' code
-    (`clovaai/overhaul-distillation`), and `mdistiller/distillers/OFD.py` of `megvii-research/mdistiller`: the sum over
-    channels and positions, averaged over the samples.
-
-    Doubt: none known about the value. The authors' scripts run the teacher in training mode, on the statistics of the
-    batch; that benchmark and the `Distiller` run it in eval mode.
-
     Args:
         student: The student's map before its ReLU, brought to the teacher's channels, `(N, C, ...)`. Any floating
             dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's map before its ReLU, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's map before its ReLU, same shape. Gets no gradient.
         margin: The least value that counts in each channel, not positive, `(C,)`; see `ofd_margin`.
 
     Returns:
@@ -100,6 +89,18 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
         >>> student, teacher = torch.tensor([[[-5.0, 0.0, 1.0]]]), torch.tensor([[[-9.0, -9.0, 3.0]]])
         >>> ofd_loss(student, teacher, margin=torch.tensor([-1.0]))  # 0 + (0 + 1)^2 + (1 - 3)^2
         tensor([5.])
+
+    Notes:
+        Published with weight 1e-3 for the last stage and half the weight of the next stage for each one before it,
+        beside 1 times the cross-entropy: on CIFAR-100 in the authors' code and in the benchmark of Zhao et al.,
+        "Decoupled Knowledge Distillation" (CVPR 2022). For ImageNet both have 1e-4.
+
+        Scale: `CIFAR-100/distiller.py` and `train_with_distillation.py` of the authors' code
+        (`clovaai/overhaul-distillation`), and `mdistiller/distillers/OFD.py` of `megvii-research/mdistiller`: the sum
+        over channels and positions, averaged over the samples.
+
+        Caveat: The authors' scripts run the teacher in training mode, on the statistics of the batch; that benchmark
+        and the `Distiller` run it in eval mode.
 
     Reference:
         Byeongho Heo, Jeesoo Kim, Sangdoo Yun, Hyojin Park, Nojun Kwak and Jin Young Choi, "A Comprehensive Overhaul of

@@ -30,18 +30,9 @@ def pearson_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None
     0, and so does one whose deviation is no more than the rounding of its mean. Maps may have one to three dimensions
     of positions.
 
-    Published with weight 6 for Faster R-CNN and 10 for RetinaNet, for each of four levels of a feature pyramid (the
-    MMRazor configurations of PKD).
-
-    Scale: `mmrazor/models/losses/pkd_loss.py` of `open-mmlab/mmrazor`, which also fixes the unbiased deviation and the
-    1e-6.
-
-    Doubt: none known for maps of equal size. MMRazor resizes the student bilinearly where the sizes differ; here, as in
-    all losses on maps, the larger map is average-pooled to the smaller height and width.
-
     Args:
         student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's map, `(N, C, H', W')`. A constant: no gradient reaches it.
+        teacher: The teacher's map, `(N, C, H', W')`. Gets no gradient.
         mask: Bool or integers, `(N,)`: which samples count. None: all.
 
     Returns:
@@ -58,6 +49,16 @@ def pearson_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None
         >>> student = torch.tensor([[[[1.0, 2.0, 3.0]]]])
         >>> pearson_loss(student, -5 * student)  # correlation -1: (1 - 1/3) * 2
         tensor(1.3333)
+
+    Notes:
+        Published with weight 6 for Faster R-CNN and 10 for RetinaNet, for each of four levels of a feature pyramid (the
+        MMRazor configurations of PKD).
+
+        Scale: `mmrazor/models/losses/pkd_loss.py` of `open-mmlab/mmrazor`, which also fixes the unbiased deviation and
+        the 1e-6.
+
+        Caveat: MMRazor resizes the student bilinearly where the sizes differ; here, as in all losses on maps, the
+        larger map is average-pooled to the smaller height and width.
 
     Reference:
         Weihan Cao, Yifan Zhang, Jianfei Gao, Anda Cheng, Ke Cheng and Jian Cheng, "PKD: General Distillation Framework

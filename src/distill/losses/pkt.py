@@ -21,20 +21,9 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
         q_ij = k(s_i, s_j) / sum_j k(s_i, s_j),  k(a, b) = (1 + cosine(a, b)) / 2;  p_ij alike for the teacher
         loss = 1/N^2 * sum_ij p_ij log((p_ij + 1e-7) / (q_ij + 1e-7))
 
-    Published with weight 30000 on pooled features (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive
-    Representation Distillation", ICLR 2020).
-
-    Scale: `distiller_zoo/PKT.py` of that benchmark (`HobbitLong/RepDistiller`), which is the authors' code: the mean
-    over the N^2 pairs, each sample counted among its own neighbours, and the 1e-7. A sum over all pairs, as the
-    divergence is defined, would be N^2 times this value.
-
-    Doubt: that code adds 1e-7 to the norms of the features too, which is left out here: it changes the value in the
-    seventh digit.
-
     Args:
         student: The student's features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. A constant: no gradient
-            reaches it.
+        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. Gets no gradient.
         mask: Bool or integers, `(N,)`: which samples count. None: all.
 
     Returns:
@@ -52,6 +41,17 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
         >>> teacher = torch.tensor([[3.0], [3.0]])  # p = (1/2, 1/2) twice
         >>> pkt_loss(student, teacher)  # log(9/8) over N^2
         tensor(0.0294)
+
+    Notes:
+        Published with weight 30000 on pooled features (the CIFAR-100 benchmark of Tian, Krishnan and Isola,
+        "Contrastive Representation Distillation", ICLR 2020).
+
+        Scale: `distiller_zoo/PKT.py` of that benchmark (`HobbitLong/RepDistiller`), which is the authors' code: the
+        mean over the N^2 pairs, each sample counted among its own neighbours, and the 1e-7. A sum over all pairs, as
+        the divergence is defined, would be N^2 times this value.
+
+        Caveat: That code adds 1e-7 to the norms of the features too, which is left out here: it changes the value in
+        the seventh digit.
 
     Reference:
         Nikolaos Passalis and Anastasios Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer",

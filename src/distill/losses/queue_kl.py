@@ -29,21 +29,10 @@ def queue_kl_loss(student: Tensor, teacher: Tensor, *, queue: Tensor, temperatur
     The queue holds embeddings of the teacher, and takes the place of classes where there are no labels. `QueueKLLoss`
     has it, and the linear layer that brings the student to the teacher's width.
 
-    Published with weight 1 as the only term, at temperature 0.07, with a queue of the last 8,192 embeddings, or fewer
-    for small sets of images, for pretraining without labels.
-
-    Scale: `distillation_loss.py` of the authors' code (`lightly-ai/lightly-train`, versions 1 and 3): the sum over the
-    queue, averaged over the samples.
-
-    Doubt: there is no paper of this form. That code's queue starts as zeros, which count as embeddings until they are
-    overwritten; here what has not been filled counts nowhere. SEED has a cross-entropy in place of the divergence, a
-    temperature of 1e-4 for the teacher, 65,536 embeddings that first are random, and the sample's own pair beside
-    them; its code (`jacobswan1/SEED`) gathers the embeddings of all processes, which LightlyTrain's does not.
-
     Args:
         student: The student's embeddings, `(N, D)`, of any length. Any floating dtype; half and bfloat16 are computed
             in float32.
-        teacher: The teacher's embeddings, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's embeddings, same shape. Gets no gradient.
         queue: Embeddings of the teacher, `(K, D)`, of any length. A constant.
         temperature: What the cosines are divided by, positive and finite.
 
@@ -61,6 +50,19 @@ def queue_kl_loss(student: Tensor, teacher: Tensor, *, queue: Tensor, temperatur
         >>> queue = torch.eye(2)
         >>> queue_kl_loss(torch.ones(1, 2), torch.tensor([[1.0, 0.0]]), queue=queue, temperature=1.0)
         tensor([0.1109])
+
+    Notes:
+        Published with weight 1 as the only term, at temperature 0.07, with a queue of the last 8,192 embeddings, or
+        fewer for small sets of images, for pretraining without labels.
+
+        Scale: `distillation_loss.py` of the authors' code (`lightly-ai/lightly-train`, versions 1 and 3): the sum over
+        the queue, averaged over the samples.
+
+        Caveat: There is no paper of this form. That code's queue starts as zeros, which count as embeddings until they
+        are overwritten; here what has not been filled counts nowhere. SEED has a cross-entropy in place of the
+        divergence, a temperature of 1e-4 for the teacher, 65,536 embeddings that first are random, and the sample's own
+        pair beside them; its code (`jacobswan1/SEED`) gathers the embeddings of all processes, which LightlyTrain's
+        does not.
 
     Reference:
         LightlyTrain, "Distillation", https://docs.lightly.ai/train/stable/pretrain_distill/methods/distillation.html

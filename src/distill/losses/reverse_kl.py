@@ -53,20 +53,10 @@ def reverse_kl_loss(
     The expectation is under the student, so a class that the student gives no probability costs nothing: the student
     may leave out modes of the teacher, where `kl_loss` makes it cover them all.
 
-    Published with weight 1 at temperature 1, where the factor T^2 is 1.
-
-    Scale: the single-step term of the authors' code (`minillm/minillm/losses.py` of `microsoft/LMOps`), and
-    `reverse_kl` of DistiLLM (Ko et al., 2024; `distillm/losses.py` of `jongwooko/distillm`): the sum over the
-    vocabulary, averaged over the tokens.
-
-    Doubt: MiniLLM minimises the divergence of whole sequences that the student samples, by policy gradient; this value
-    is one term of its objective, no replacement for it. The factor T^2 is in neither code.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, same shape; -inf is a probability of 0. Or a `TopK`. A constant: no gradient
-            reaches it.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Or a `TopK`. Gets no gradient.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
@@ -86,6 +76,16 @@ def reverse_kl_loss(
         >>> teacher = torch.tensor([[0.0, 0.0]])
         >>> reverse_kl_loss(student, teacher)  # 0.25 log(0.25 / 0.5) + 0.75 log(0.75 / 0.5)
         tensor([0.1308])
+
+    Notes:
+        Published with weight 1 at temperature 1, where the factor T^2 is 1.
+
+        Scale: The single-step term of the authors' code (`minillm/minillm/losses.py` of `microsoft/LMOps`), and
+        `reverse_kl` of DistiLLM (Ko et al., 2024; `distillm/losses.py` of `jongwooko/distillm`): the sum over the
+        vocabulary, averaged over the tokens.
+
+        Caveat: MiniLLM minimises the divergence of whole sequences that the student samples, by policy gradient; this
+        value is one term of its objective, no replacement for it. The factor T^2 is in neither code.
 
     Reference:
         Yuxian Gu, Li Dong, Furu Wei and Minlie Huang, "MiniLLM: Knowledge Distillation of Large Language Models",

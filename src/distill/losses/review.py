@@ -29,15 +29,6 @@ def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     `[mean(d^2) + 1/2 mean(d_2^2) + 1/4 mean(d_1^2)] / (7/4)`. Only the height leaves one out, as in the authors' code;
     where the width is smaller than k the bins overlap. The student's maps are those that `ReviewLoss` fuses.
 
-    Published with weight 0.6 to 8 on CIFAR-100, reached in a linear warm-up over 20 epochs, beside 1 times the
-    cross-entropy: 0.6 for ResNet-56 to ResNet-20, 1 for ResNet-110 to ResNet-32, 8 for ResNet-32x4 to ShuffleNetV2,
-    else 5 (the authors' code).
-
-    Scale: `hcl` in `CIFAR-100/model/reviewkd.py` of the authors' code (`dvlab-research/ReviewKD`), with the weights in
-    its `script/reviewKD.sh`: means over all elements, summed over the levels.
-
-    Doubt: none known.
-
     Args:
         student: The student's fused maps, each `(N, C, H, W)`, or `(N, C)` for pooled features. Any floating dtype;
             half and bfloat16 are computed in float32.
@@ -58,6 +49,14 @@ def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         >>> teacher = torch.tensor([[[[1.0, -1.0], [1.0, 1.0]]]])
         >>> review_loss((torch.zeros(1, 1, 2, 2),), (teacher,))  # (1 + 1/2 * 0.5^2) / (1 + 1/2)
         tensor([0.7500])
+
+    Notes:
+        Published with weight 0.6 to 8 on CIFAR-100, reached in a linear warm-up over 20 epochs, beside 1 times the
+        cross-entropy: 0.6 for ResNet-56 to ResNet-20, 1 for ResNet-110 to ResNet-32, 8 for ResNet-32x4 to ShuffleNetV2,
+        else 5 (the authors' code).
+
+        Scale: `hcl` in `CIFAR-100/model/reviewkd.py` of the authors' code (`dvlab-research/ReviewKD`), with the weights
+        in its `script/reviewKD.sh`: means over all elements, summed over the levels.
 
     Reference:
         Pengguang Chen, Shu Liu, Hengshuang Zhao and Jiaya Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021,

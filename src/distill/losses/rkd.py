@@ -38,18 +38,9 @@ def rkd_loss(
     those of a sample with itself. The angles are taken in blocks: memory grows with N^2, not
     with N^3.
 
-    Published with weight 1 on pooled features (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive
-    Representation Distillation", ICLR 2020, at these defaults).
-
-    Scale: `distiller_zoo/RKD.py` of that benchmark (`HobbitLong/RepDistiller`): the means over all pairs and triples.
-
-    Doubt: none known for samples that differ. Where two are the same, that code takes their distance as 1e-6 and counts
-    it in the mean of the positive ones; here it is 0 and does not count.
-
     Args:
         student: The student's features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. A constant: no gradient
-            reaches it.
+        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. Gets no gradient.
         distance_weight: Of the pairs, finite and not negative.
         angle_weight: Of the triples, finite and not negative.
         mask: Bool or integers, `(N,)`: which samples count. None: all.
@@ -71,6 +62,16 @@ def rkd_loss(
         >>> teacher = torch.tensor([[0.0], [1.0], [2.0]])  # on a line: angles of 0, 180 and 0 degrees
         >>> rkd_loss(student, teacher, distance_weight=0.0, angle_weight=1.0)  # (1/2 + 1.2071 + 0.0429) * 2 / 27
         tensor(0.1296)
+
+    Notes:
+        Published with weight 1 on pooled features (the CIFAR-100 benchmark of Tian, Krishnan and Isola, "Contrastive
+        Representation Distillation", ICLR 2020, at these defaults).
+
+        Scale: `distiller_zoo/RKD.py` of that benchmark (`HobbitLong/RepDistiller`): the means over all pairs and
+        triples.
+
+        Caveat: Where two samples are the same, that code takes their distance as 1e-6 and counts it in the mean of the
+        positive ones; here it is 0 and does not count.
 
     Reference:
         Wonpyo Park, Dongju Kim, Yan Lu and Minsu Cho, "Relational Knowledge Distillation", CVPR 2019 and arXiv

@@ -52,18 +52,10 @@ def sampled_reverse_kl_loss(
     `reverse_kl` has no spread at all; this loss is for comparing with what is published, and for recipes that weigh
     single tokens.
 
-    Published with weight 1 at temperature 1, where the factor T^2 is 1, as the only term.
-
-    Scale: one value per token, averaged over the tokens.
-
-    Doubt: no code of the authors was seen. `compute_sampled_token_self_distillation_loss` of Hugging Face TRL
-    (`trl/experimental/sdft/loss_utils.py`) has the gradient without the baseline, and another value, which is no
-    estimate of the divergence.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits of the same tokens, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits of the same tokens, likewise, same shape. Gets no gradient.
         target: The token that the student sampled at each position, integers from 0 to `C - 1`, `(...)`. It must come
             from the student as it is, at this temperature and without top-k or top-p, or the loss is off on average.
             The loss class takes any other label where its mask is 0.
@@ -89,6 +81,15 @@ def sampled_reverse_kl_loss(
         >>> teacher = torch.tensor([[0.25, 0.75]]).log()
         >>> sampled_reverse_kl_loss(student, teacher, torch.tensor([0]))  # log 2
         tensor([0.6931])
+
+    Notes:
+        Published with weight 1 at temperature 1, where the factor T^2 is 1, as the only term.
+
+        Scale: One value per token, averaged over the tokens.
+
+        Caveat: No code of the authors was seen. `compute_sampled_token_self_distillation_loss` of Hugging Face TRL
+        (`trl/experimental/sdft/loss_utils.py`) has the gradient without the baseline, and another value, which is no
+        estimate of the divergence.
 
     Reference:
         Minjae Oh, Sangjun Song, Gyubin Choi, Yunho Choi and Yohan Jo, "KL for a KL: On-Policy Distillation with Control

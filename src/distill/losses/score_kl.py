@@ -39,17 +39,10 @@ def score_kl_loss(
     networks differ in size (a cosine is at most 1, a cross-encoder's score is not bounded), which is why each has a
     temperature. There is no factor: with one temperature T for both, T^2 times this value is `kl_loss`.
 
-    Published with weight 1, both temperatures 1, as the only term (`DistillKLDivLoss` of sentence-transformers).
-
-    Scale: that file: the sum over the candidates, averaged over the queries. At a temperature T of both it has a factor
-    T^2.
-
-    Doubt: no code of the authors was found. That file names their paper and has one temperature.
-
     Args:
         student: The student's scores, `(N, K)` or `(..., K)`; -inf is a probability of 0, as for a candidate that is
             padding. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's scores, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's scores, likewise, same shape. Gets no gradient.
         student_temperature: What the student's scores are divided by, positive and finite.
         teacher_temperature: What the teacher's scores are divided by, positive and finite.
         dim: The dimension of the `K` candidates; None: the last, of at most three.
@@ -71,6 +64,14 @@ def score_kl_loss(
         >>> teacher = torch.tensor([[8.0, 6.0]])  # scores of a cross-encoder
         >>> score_kl_loss(student, teacher, student_temperature=0.1)  # 0.2 / 0.1 = 2 / 1
         tensor([0.])
+
+    Notes:
+        Published with weight 1, both temperatures 1, as the only term (`DistillKLDivLoss` of sentence-transformers).
+
+        Scale: That file: the sum over the candidates, averaged over the queries. At a temperature T of both it has a
+        factor T^2.
+
+        Caveat: No code of the authors was found. That file names their paper and has one temperature.
 
     Reference:
         Sheng-Chieh Lin, Jheng-Hong Yang and Jimmy Lin, "Distilling Dense Representations for Ranking using

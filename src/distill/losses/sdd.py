@@ -35,21 +35,10 @@ def sdd_loss(
     Region 0 is the whole image. A region about which the teacher thinks otherwise than about the whole says what the
     average hides, such as a second object. `SDDLoss` pools the maps over the regions and knows the classifiers.
 
-    Published with weight 1 beside the cross-entropy with weight 1, around `dkd` with the options of that paper, a
-    warm-up of 20 epochs and 1, 4 and 16 regions, or 1 and 4, by the pair of networks, on CIFAR-100; and with weight 0.9
-    beside 0.1 around `kl` at temperature 4.
-
-    Scale: `mdistiller/distillers/SDD_DKD.py` and `KD.py` of the authors' code (`shicaiwei123/SDD-CVPR2024`): the mean
-    over regions and samples together.
-
-    Doubt: that code pools to 4 x 4 first and the other sizes from that, which is the same where 4 divides the map's
-    height and width; on the 7 x 7 maps of ImageNet its whole image is not the network's own mean. Here all sizes come
-    from the map.
-
     Args:
         student: The student's logits of the regions, `(N, R, C)`. Any floating dtype; half and bfloat16 are computed in
             float32.
-        teacher: The teacher's logits, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, same shape. Gets no gradient.
         target: The class of every sample, `(N,)`, integers.
         loss: A loss of rows of logits: `KLLoss`, `DKDLoss` and others, with its options; classes last. Its reduction is
             not used.
@@ -71,6 +60,18 @@ def sdd_loss(
         >>> values = sdd_loss(torch.zeros(1, 2, 2), teacher, torch.tensor([0]), loss=KLLoss(1.0))
         >>> values / KLLoss(1.0)(torch.zeros(1, 2), teacher[:, 0])
         tensor([1.5000])
+
+    Notes:
+        Published with weight 1 beside the cross-entropy with weight 1, around `dkd` with the options of that paper, a
+        warm-up of 20 epochs and 1, 4 and 16 regions, or 1 and 4, by the pair of networks, on CIFAR-100; and with weight
+        0.9 beside 0.1 around `kl` at temperature 4.
+
+        Scale: `mdistiller/distillers/SDD_DKD.py` and `KD.py` of the authors' code (`shicaiwei123/SDD-CVPR2024`): the
+        mean over regions and samples together.
+
+        Caveat: That code pools to 4 x 4 first and the other sizes from that, which is the same where 4 divides the
+        map's height and width; on the 7 x 7 maps of ImageNet its whole image is not the network's own mean. Here all
+        sizes come from the map.
 
     Reference:
         Shicai Wei, Chunbo Luo and Yang Luo, "Scaled Decoupled Distillation", CVPR 2024 and arXiv 2403.13512.

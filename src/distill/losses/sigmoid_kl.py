@@ -44,20 +44,10 @@ def sigmoid_kl_loss(
 
     It is for several labels a sample and for the heads of detectors, whose classes do not exclude each other.
 
-    Published with weight 10 at temperature 1 and the classes summed, beside the binary cross-entropy and two losses of
-    embeddings, on the labels of MS-COCO.
-
-    Scale: `criterion/distiller_zoo/logits_based/mld.py` of the authors' code (`penghui-yang/L2D`), with the weight in
-    its `configs/coco/resnet101_to_resnet34_l2d.py`: the sum over the classes, averaged over the samples.
-
-    Doubt: that code clamps the probabilities to 1e-8 from 0 and 1, which in float32 leaves 1 as it is; here nothing is
-    clamped. It has no temperature: the factor T^2 is that of `kl`. Detectors also weight each class by a power of the
-    difference p - q (`NovelKDLoss` of `TinyTigerPan/BCKD`), which is another loss.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0, inf one of 1. Any floating dtype; half
             and bfloat16 are computed in float32.
-        teacher: The teacher's logits, same shape, likewise. A constant: no gradient reaches it.
+        teacher: The teacher's logits, same shape, likewise. Gets no gradient.
         temperature: What both logits are divided by, positive and finite.
         classes: `"sum"` over the classes, their `"mean"`, or `"none"`: one value per class.
         dim: The dimension of the `C` classes; None: the last, of at most three. To be left out with `classes="none"`.
@@ -80,6 +70,17 @@ def sigmoid_kl_loss(
         >>> teacher = torch.tensor([[0.25, 0.5]]).logit()
         >>> sigmoid_kl_loss(student, teacher)  # 0.25 log(0.25 / 0.5) + 0.75 log(0.75 / 0.5), and 0
         tensor([0.1308])
+
+    Notes:
+        Published with weight 10 at temperature 1 and the classes summed, beside the binary cross-entropy and two losses
+        of embeddings, on the labels of MS-COCO.
+
+        Scale: `criterion/distiller_zoo/logits_based/mld.py` of the authors' code (`penghui-yang/L2D`), with the weight
+        in its `configs/coco/resnet101_to_resnet34_l2d.py`: the sum over the classes, averaged over the samples.
+
+        Caveat: That code clamps the probabilities to 1e-8 from 0 and 1, which in float32 leaves 1 as it is; here
+        nothing is clamped. It has no temperature: the factor T^2 is that of `kl`. Detectors also weight each class by a
+        power of the difference p - q (`NovelKDLoss` of `TinyTigerPan/BCKD`), which is another loss.
 
     Reference:
         Penghui Yang, Ming-Kun Xie, Chen-Chen Zong, Lei Feng, Gang Niu, Masashi Sugiyama and Sheng-Jun Huang,

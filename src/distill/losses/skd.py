@@ -38,20 +38,9 @@ def skd_loss(
     The second part looks at the angles between the samples of a batch, and counts least the differences in which the
     batch varies most.
 
-    Published with weight 0.9 beside the cross-entropy with weight 0.1, and with 0.5 and 0.5 from ResNet-32x4 to
-    ResNet-8x4, at temperature 4 and a ridge of 0.1, on CIFAR-100.
-
-    Scale: `Distiller/SKD.py` of the authors' code (`HyunJunSik/StreamLined`), with both parts at the published weight.
-
-    Doubt: that code also multiplies the parts by the share of samples and of classes of which the teacher is not surer
-    than of the median, which is about a half; that is left out, and the weight that goes with these values is about
-    half the published one. torchdistill (`SKDInstanceLoss` and `SKDDirectionLoss`) has neither the T^2 nor the division
-    by C, without which the ridge means something else. In both the gradient is no number where student and teacher
-    agree; here it is 0. The paper's text was not to be seen.
-
     Args:
         student: The student's logits, finite, `(N, C)`. Any floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's logits, finite, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, finite, same shape. Gets no gradient.
         alpha: Weight of the instances, zero or positive.
         beta: Weight of the directions, zero or positive.
         temperature: What both logits are divided by for the instances, positive and finite.
@@ -74,6 +63,19 @@ def skd_loss(
         tensor(0.)
         >>> skd_loss(torch.ones(2, 2), teacher, alpha=0.0)  # two samples alike, where the teacher sees a right angle
         tensor(1.2677)
+
+    Notes:
+        Published with weight 0.9 beside the cross-entropy with weight 0.1, and with 0.5 and 0.5 from ResNet-32x4 to
+        ResNet-8x4, at temperature 4 and a ridge of 0.1, on CIFAR-100.
+
+        Scale: `Distiller/SKD.py` of the authors' code (`HyunJunSik/StreamLined`), with both parts at the published
+        weight.
+
+        Caveat: That code also multiplies the parts by the share of samples and of classes of which the teacher is not
+        surer than of the median, which is about a half; that is left out, and the weight that goes with these values is
+        about half the published one. torchdistill (`SKDInstanceLoss` and `SKDDirectionLoss`) has neither the T^2 nor
+        the division by C, without which the ridge means something else. In both the gradient is no number where student
+        and teacher agree; here it is 0. The paper's text was not to be seen.
 
     Reference:
         Hyeon-Jin Jeong, Han-Jin Lee and Seok-Hwan Choi, "Streamlined Knowledge Distillation", CVPR 2026.

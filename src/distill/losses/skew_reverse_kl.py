@@ -41,19 +41,10 @@ def skew_reverse_kl_loss(
     With `alpha` 0 it is `reverse_kl_loss`. With more it is at most T^2 log(1 / alpha), since the mixture gives every
     class at least `alpha` times what the student gives it.
 
-    Published with weight 1 and `alpha` 0.1 at temperature 1, where the factor T^2 is 1, beside the language model's
-    loss on a corpus of plain text with weight 1, and without cross-entropy on the answers.
-
-    Scale: `skewed_reverse_kl` of the authors' code (`distillm/losses.py` of `jongwooko/distillm`): the sum over the
-    vocabulary, averaged over the tokens.
-
-    Doubt: the script read, for GPT-2 of 0.1 billion parameters, runs the other direction, `skew_kl`; the weight is that
-    of the same command with this one. The factor T^2 is the library's: that code divides no logits.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. Gets no gradient.
         alpha: The student's share of the mixture, at least 0 and below 1.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
@@ -74,6 +65,16 @@ def skew_reverse_kl_loss(
         >>> student, teacher = torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]])
         >>> skew_reverse_kl_loss(student, teacher, alpha=0.5)  # log 2, where reverse_kl_loss is 10000
         tensor([0.6931])
+
+    Notes:
+        Published with weight 1 and `alpha` 0.1 at temperature 1, where the factor T^2 is 1, beside the language model's
+        loss on a corpus of plain text with weight 1, and without cross-entropy on the answers.
+
+        Scale: `skewed_reverse_kl` of the authors' code (`distillm/losses.py` of `jongwooko/distillm`): the sum over the
+        vocabulary, averaged over the tokens.
+
+        Caveat: The script read, for GPT-2 of 0.1 billion parameters, runs the other direction, `skew_kl`; the weight is
+        that of the same command with this one. The factor T^2 is the library's: that code divides no logits.
 
     Reference:
         Jongwoo Ko, Sungnyun Kim, Tianyi Chen and Se-Young Yun, "DistiLLM: Towards Streamlined Distillation for Large

@@ -21,19 +21,10 @@ def sp_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> 
     It does not change when either side is rotated, reflected or scaled as a whole, so the widths of the two sides are
     free.
 
-    Published with weight 3000 on the last feature maps (the CIFAR-100 benchmark of Tian, Krishnan and Isola,
-    "Contrastive Representation Distillation", ICLR 2020).
-
-    Scale: `distiller_zoo/SP.py` of that benchmark (`HobbitLong/RepDistiller`), which says that the paper's author
-    verified it: the sum over N^2.
-
-    Doubt: none known.
-
     Args:
         student: The student's maps or features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in
             float32.
-        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. A constant: no gradient
-            reaches it.
+        teacher: The teacher's, `(N, ...)` of the same N; its other dimensions are its own. Gets no gradient.
         mask: Bool or integers, `(N,)`: which samples count. None: all.
 
     Returns:
@@ -51,6 +42,13 @@ def sp_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> 
         >>> teacher = torch.tensor([[3.0], [3.0]])  # the two samples are the same
         >>> sp_loss(student, teacher)  # rows (1, 0) and (0, 1) against (0.71, 0.71) twice
         tensor(0.2929)
+
+    Notes:
+        Published with weight 3000 on the last feature maps (the CIFAR-100 benchmark of Tian, Krishnan and Isola,
+        "Contrastive Representation Distillation", ICLR 2020).
+
+        Scale: `distiller_zoo/SP.py` of that benchmark (`HobbitLong/RepDistiller`), which says that the paper's author
+        verified it: the sum over N^2.
 
     Reference:
         Frederick Tung and Greg Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019 and arXiv 1907.09682.

@@ -26,20 +26,10 @@ def srd_loss(student: Tensor, teacher: Tensor, *, power: float = 4.0, mask: Tens
     The logarithm keeps the gradient from growing with the size of the batch and the number of channels. `SRDLoss`
     learns the linear layer W that the student's features go through; this function takes what it gives.
 
-    Published with weight 2 on pooled features, beside the divergence of the logits with weight 1 at temperature 1 and
-    the cross-entropy with weight 1, with `power` 4, from ResNet-34 to ResNet-18 on ImageNet.
-
-    Scale: `imagenet/torchdistill/losses/single.py` of the authors' code (`roymiles/Simple-Recipe-Distillation`): the
-    sum over samples and channels, whose batch norms have the eps of 1e-4.
-
-    Doubt: there the sum has nothing added to it, and the loss of what agrees is minus infinity; the 1e-5 is that of
-    their code for DeiT (`deit/models.py`). torchdistill's `SRDLoss` has a power of 1 by default. Their linear layer has
-    a bias, which the batch norm takes away again; here it has none.
-
     Args:
         student: The student's features, `(N, C)`, N at least 2; of maps `(N, C, H, W)` the mean over the positions. Any
             floating dtype; half and bfloat16 are computed in float32.
-        teacher: The teacher's features, of the same N and C, likewise. A constant: no gradient reaches it.
+        teacher: The teacher's features, of the same N and C, likewise. Gets no gradient.
         power: The exponent, at least 1.
         mask: Bool or integers, `(N,)`: which samples count. None: all.
 
@@ -58,6 +48,17 @@ def srd_loss(student: Tensor, teacher: Tensor, *, power: float = 4.0, mask: Tens
         >>> student = torch.tensor([[1.0], [-1.0]])
         >>> srd_loss(student, -student)  # log(2 * 2^4), but for the eps
         tensor(3.4655)
+
+    Notes:
+        Published with weight 2 on pooled features, beside the divergence of the logits with weight 1 at temperature 1
+        and the cross-entropy with weight 1, with `power` 4, from ResNet-34 to ResNet-18 on ImageNet.
+
+        Scale: `imagenet/torchdistill/losses/single.py` of the authors' code (`roymiles/Simple-Recipe-Distillation`):
+        the sum over samples and channels, whose batch norms have the eps of 1e-4.
+
+        Caveat: There the sum has nothing added to it, and the loss of what agrees is minus infinity; the 1e-5 is that
+        of their code for DeiT (`deit/models.py`). torchdistill's `SRDLoss` has a power of 1 by default. Their linear
+        layer has a bias, which the batch norm takes away again; here it has none.
 
     Reference:
         Roy Miles and Krystian Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation", AAAI

@@ -37,17 +37,10 @@ def todi_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0, dim
     too much, the reverse one, which pushes it down. The value is that of `KL(p || q) + KL(q || p)`, since a_c is
     p_c / (p_c + q_c); the gradient is another one, since a_c is a constant in it.
 
-    Published with weight 0.5 at temperature 2, beside 0.5 times the cross-entropy.
-
-    Scale: `code/criterions/various_divergence.py` of the authors' code (`jungseongryong/ToDi`), with the options of its
-    `scripts`: the sum over the vocabulary, averaged over the tokens. There is no factor T^2.
-
-    Doubt: those scripts name another divergence, to be replaced; it is taken that their options are those of all.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Gets no gradient.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
@@ -68,6 +61,14 @@ def todi_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0, dim
         >>> teacher = torch.tensor([[0.25, 0.75]]).log()
         >>> todi_loss(student, teacher, temperature=1.0)  # 0.1308 + 0.1438
         tensor([0.2747])
+
+    Notes:
+        Published with weight 0.5 at temperature 2, beside 0.5 times the cross-entropy.
+
+        Scale: `code/criterions/various_divergence.py` of the authors' code (`jungseongryong/ToDi`), with the options of
+        its `scripts`: the sum over the vocabulary, averaged over the tokens. There is no factor T^2.
+
+        Caveat: Those scripts name another divergence, to be replaced; it is taken that their options are those of all.
 
     Reference:
         Seongryong Jung, Suwan Yoon, DongGeon Kim and Hwanhee Lee, "ToDi: Token-wise Distillation via Fine-Grained

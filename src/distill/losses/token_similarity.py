@@ -22,19 +22,10 @@ def token_similarity_loss(student: Tensor, teacher: Tensor, *, temperature: floa
     Tokens are compared within each network, so their widths are free, and a rotation of all tokens changes nothing. The
     squared form, without a softmax, is `gram`.
 
-    Published with weight 1 at temperature 0.07, beside the divergence of similarities to a queue (`queue_kl`), for
-    pretraining without labels.
-
-    Scale: `distillationv3_loss.py` of the authors' code (`lightly-ai/lightly-train`): the sum over the tokens j,
-    averaged over the tokens i and the samples.
-
-    Doubt: there is no paper. Their student first goes through a linear layer and is resized to the teacher's positions;
-    the layer changes the similarities, and is left to an adapter.
-
     Args:
         student: The student's tokens, `(N, L, D)`, without class and register tokens. Any floating dtype; half and
             bfloat16 are computed in float32.
-        teacher: The teacher's tokens, `(N, L, D')`, at the same positions. A constant: no gradient reaches it.
+        teacher: The teacher's tokens, `(N, L, D')`, at the same positions. Gets no gradient.
         temperature: What the cosines are divided by, positive and finite.
 
     Returns:
@@ -53,6 +44,16 @@ def token_similarity_loss(student: Tensor, teacher: Tensor, *, temperature: floa
         tensor([0.])
         >>> token_similarity_loss(torch.ones(1, 2, 5), teacher, temperature=1.0)  # two tokens that are the same
         tensor([0.1109])
+
+    Notes:
+        Published with weight 1 at temperature 0.07, beside the divergence of similarities to a queue (`queue_kl`), for
+        pretraining without labels.
+
+        Scale: `distillationv3_loss.py` of the authors' code (`lightly-ai/lightly-train`): the sum over the tokens j,
+        averaged over the tokens i and the samples.
+
+        Caveat: There is no paper. Their student first goes through a linear layer and is resized to the teacher's
+        positions; the layer changes the similarities, and is left to an adapter.
 
     Reference:
         LightlyTrain, "Distillation", https://docs.lightly.ai/train/stable/pretrain_distill/methods/distillation.html

@@ -30,18 +30,10 @@ def ttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.1, dim: int |
     the temperature on the student's side and without the factor T^2, which adds a term that keeps the student's
     distribution from being too sure. Its smallest value, 0, is where the student gives r.
 
-    Published with weight 45 and gamma 0.1 beside the cross-entropy, for a VGG-13 that teaches a VGG-8 on CIFAR-100;
-    gamma and the weight were chosen for each pair of networks.
-
-    Scale: `distiller_zoo/ttm.py` of the authors' code (`zkxufo/TTM`), the weight as in the command of its README: the
-    sum over the classes, averaged over the samples.
-
-    Doubt: the weights of the other pairs are not in that repository.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Gets no gradient.
         gamma: The exponent, positive and finite; below 1 it makes the teacher less sure.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
@@ -62,6 +54,15 @@ def ttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.1, dim: int |
         >>> teacher = torch.tensor([[0.1, 0.9]]).log()  # the root: 0.25 and 0.75
         >>> ttm_loss(student, teacher, gamma=0.5)  # 0.25 log 0.5 + 0.75 log 1.5
         tensor([0.1308])
+
+    Notes:
+        Published with weight 45 and gamma 0.1 beside the cross-entropy, for a VGG-13 that teaches a VGG-8 on CIFAR-100;
+        gamma and the weight were chosen for each pair of networks.
+
+        Scale: `distiller_zoo/ttm.py` of the authors' code (`zkxufo/TTM`), the weight as in the command of its README:
+        the sum over the classes, averaged over the samples.
+
+        Caveat: The weights of the other pairs are not in that repository.
 
     Reference:
         Kaixiang Zheng and En-Hui Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024 and

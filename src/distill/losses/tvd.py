@@ -48,19 +48,10 @@ def tvd_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 1.
     It lies between 0 and 1, and has no factor T^2. Where both are sure of different classes it is 1 and its gradient
     vanishes.
 
-    Published with weight 1 at temperature 1, as the only term.
-
-    Scale: `calc_tvd_loss` of the authors' code (`summa/kd.py` of `MANGA-UOFA/fdistill`): half the sum over the
-    vocabulary, averaged over the tokens.
-
-    Doubt: the authors average the values on given sequences and on sequences that the student samples, which is left to
-    the caller. At other temperatures than 1 their code for summaries has a factor T^2, that for translation
-    (`t5mt/kd.py`) has neither factor nor temperature.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. Gets no gradient.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
@@ -81,6 +72,16 @@ def tvd_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 1.
         >>> teacher = torch.tensor([[0.0, 0.0]])
         >>> tvd_loss(student, teacher)
         tensor([0.2500])
+
+    Notes:
+        Published with weight 1 at temperature 1, as the only term.
+
+        Scale: `calc_tvd_loss` of the authors' code (`summa/kd.py` of `MANGA-UOFA/fdistill`): half the sum over the
+        vocabulary, averaged over the tokens.
+
+        Caveat: The authors average the values on given sequences and on sequences that the student samples, which is
+        left to the caller. At other temperatures than 1 their code for summaries has a factor T^2, that for translation
+        (`t5mt/kd.py`) has neither factor nor temperature.
 
     Reference:
         Yuqiao Wen, Zichao Li, Wenyu Du and Lili Mou, "f-Divergence Minimization for Sequence-Level Knowledge

@@ -40,18 +40,10 @@ def uld_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim:
     the teacher's, and cut the longer one. Give logits that are cut so, or better those of positions where tokens of
     both end at the same place (`align_tokens`).
 
-    Published with weight 1.5 at temperature 1, beside the cross-entropy.
-
-    Scale: `models/distillation_model.py` of the authors' code (`Nicolas-BZRD/llm-recipes`), with the option of its
-    README: the sum over the vocabulary, averaged over the tokens of a sample and then over the samples.
-
-    Doubt: here the mean is over all tokens at once, so that long answers count for more.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, of the same shape but for its own number of classes. A constant: no
-            gradient reaches it.
+        teacher: The teacher's logits, likewise, of the same shape but for its own number of classes. Gets no gradient.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the classes; None: the last, of at most three.
 
@@ -72,6 +64,14 @@ def uld_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim:
         >>> teacher = torch.tensor([[0.1, 0.3, 0.6]]).log()
         >>> uld_loss(student, teacher)  # |0.8 - 0.6| + |0.2 - 0.3| + |0 - 0.1|
         tensor([0.4000])
+
+    Notes:
+        Published with weight 1.5 at temperature 1, beside the cross-entropy.
+
+        Scale: `models/distillation_model.py` of the authors' code (`Nicolas-BZRD/llm-recipes`), with the option of its
+        README: the sum over the vocabulary, averaged over the tokens of a sample and then over the samples.
+
+        Caveat: Here the mean is over all tokens at once, so that long answers count for more.
 
     Reference:
         Nicolas Boizard, Kevin El Haddad, Celine Hudelot and Pierre Colombo, "Towards Cross-Tokenizer Distillation: the

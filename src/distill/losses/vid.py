@@ -27,18 +27,10 @@ def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
     the student (`VIDLoss` owns them). Up to a constant, minus this value is a lower bound of the mutual information of
     the two maps. The loss may be negative.
 
-    Published with weight 1 for each of several pairs of layers (the CIFAR-100 benchmark of Tian, Krishnan and Isola,
-    "Contrastive Representation Distillation", ICLR 2020).
-
-    Scale: `distiller_zoo/VID.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over all elements, without the
-    constant `1/2 log(2 pi)`. The paper *sums* over channels and positions.
-
-    Doubt: none known.
-
     Args:
         student: The predicted mean of the teacher's map, `(N, C, ...)`. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's map, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's map, same shape. Gets no gradient.
         variance: The variance of each channel, positive, `(C,)`.
 
     Returns:
@@ -55,6 +47,13 @@ def vid_loss(student: Tensor, teacher: Tensor, *, variance: Tensor) -> Tensor:
         >>> mean, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 2.0]])
         >>> vid_loss(mean, teacher, variance=torch.tensor([4.0, 1.0]))  # (4/4 + log 4 + 0/1 + log 1) / 4
         tensor([0.5966])
+
+    Notes:
+        Published with weight 1 for each of several pairs of layers (the CIFAR-100 benchmark of Tian, Krishnan and
+        Isola, "Contrastive Representation Distillation", ICLR 2020).
+
+        Scale: `distiller_zoo/VID.py` of that benchmark (`HobbitLong/RepDistiller`): the mean over all elements, without
+        the constant `1/2 log(2 pi)`. The paper *sums* over channels and positions.
 
     Reference:
         Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, "Variational Information

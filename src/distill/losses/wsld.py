@@ -95,19 +95,10 @@ def wsld_loss(
     Where the teacher gives the label no probability it is 0, and where the student does not either, 1 - 1/e: both
     cross-entropies are infinite then, and their ratio tends to 1.
 
-    Published with weight 2.5 at temperature 2 on ImageNet (the authors' code), and with weight 2.25 at temperature 4 on
-    CIFAR-100 (their answer in issue 2 of their repository), beside the cross-entropy with weight 1.
-
-    Scale: `knowledge_distiller.py` of the authors' code (`bellymonster/Weighted-Soft-Label-Distillation`): T^2 times
-    the sum over the classes, averaged over the samples. It also fixes the 1e-7, which keeps the ratio finite for a
-    teacher that is sure.
-
-    Doubt: none known about the value. In that code the teacher runs in training mode, on the statistics of the batch.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, same shape. Gets no gradient.
         target: The class of every sample, integers from 0 to `C - 1`, `(...)`. The loss class takes any other label
             where its mask is 0.
         temperature: What both logits are divided by, positive and finite.
@@ -130,6 +121,16 @@ def wsld_loss(
         >>> student = teacher = torch.tensor([[0.0, 0.0]])
         >>> wsld_loss(student, teacher, torch.tensor([0]), temperature=1.0)  # (1 - 1/e) log 2
         tensor([0.4382])
+
+    Notes:
+        Published with weight 2.5 at temperature 2 on ImageNet (the authors' code), and with weight 2.25 at temperature
+        4 on CIFAR-100 (their answer in issue 2 of their repository), beside the cross-entropy with weight 1.
+
+        Scale: `knowledge_distiller.py` of the authors' code (`bellymonster/Weighted-Soft-Label-Distillation`): T^2
+        times the sum over the classes, averaged over the samples. It also fixes the 1e-7, which keeps the ratio finite
+        for a teacher that is sure.
+
+        Caveat: In that code the teacher runs in training mode, on the statistics of the batch.
 
     Reference:
         Helong Zhou, Liangchen Song, Jiajie Chen, Ye Zhou, Guoli Wang, Junsong Yuan and Qian Zhang, "Rethinking Soft

@@ -30,18 +30,10 @@ def wttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.2, dim: int 
     The weight is a measure of the teacher's uncertainty: for gamma below 1 it is 1 where the teacher is sure of one
     class and `C^(1 - gamma)` where all are alike.
 
-    Published with weight 4 and gamma 0.2 beside the cross-entropy and 0.8 times the loss of `crd`, for a VGG-13 that
-    teaches a VGG-8 on CIFAR-100; gamma and the weight were chosen for each pair of networks.
-
-    Scale: `distiller_zoo/wttm.py` of the authors' code (`zkxufo/TTM`), the weight as in the command of its README: the
-    sum over the classes, averaged over the samples, whose weights are not divided by their sum.
-
-    Doubt: the weights of the other pairs, and of this loss without `crd`, are not in that repository.
-
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. A constant: no gradient reaches it.
+        teacher: The teacher's logits, likewise, same shape. Gets no gradient.
         gamma: The exponent, positive and finite; below 1 it makes the teacher less sure.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
@@ -62,6 +54,15 @@ def wttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.2, dim: int 
         >>> teacher = torch.tensor([[0.1, 0.9]]).log()  # roots 0.3162 and 0.9487, which is 0.25 and 0.75 of their sum
         >>> wttm_loss(student, teacher, gamma=0.5)  # 1.2649 * (0.25 log 0.5 + 0.75 log 1.5)
         tensor([0.1655])
+
+    Notes:
+        Published with weight 4 and gamma 0.2 beside the cross-entropy and 0.8 times the loss of `crd`, for a VGG-13
+        that teaches a VGG-8 on CIFAR-100; gamma and the weight were chosen for each pair of networks.
+
+        Scale: `distiller_zoo/wttm.py` of the authors' code (`zkxufo/TTM`), the weight as in the command of its README:
+        the sum over the classes, averaged over the samples, whose weights are not divided by their sum.
+
+        Caveat: The weights of the other pairs, and of this loss without `crd`, are not in that repository.
 
     Reference:
         Kaixiang Zheng and En-Hui Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024 and
