@@ -80,7 +80,8 @@ class Case:
 
 # --- one loss against its plain form --------------------------------------------------------------------------------
 
-SMALL_LOGITS, FEATURES, MAPS = (128, 100), (128, 64), (128, 64, 8, 8)
+SMALL_LOGITS, FEATURES, MAPS, TOKENS = (128, 100), (128, 64), (128, 64, 8, 8), (128, 49, 64)
+SCORES, CHUNKS = (128, 32), (128, 16)  # candidates of a query, pieces of a text
 
 
 def normal(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -99,10 +100,29 @@ def pair_and_labels(shape: Shape, dtype: torch.dtype, generator: torch.Generator
     return (*pair(shape, dtype, generator), labels)
 
 
+def log_likelihoods(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Make the logarithms of what both give to pieces of text."""
+    student, teacher = pair(shape, dtype, generator)
+    return -10 * student.abs(), -10 * teacher.abs()
+
+
 def twice_as_wide(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     """Make a teacher with twice the student's channels."""
     teacher = (shape[0], 2 * shape[1], *shape[2:])
     return normal(shape, dtype, generator), normal(teacher, dtype, generator)
+
+
+def wide_and_labels(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Make a teacher with twice the student's channels, and one of 100 classes."""
+    labels = torch.randint(100, shape[:1], generator=generator, device=generator.device)
+    return (*twice_as_wide(shape, dtype, generator), labels)
+
+
+def wide_and_boxes(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Make a teacher with twice the student's channels, and eight boxes a picture."""
+    corners = torch.rand(shape[0], 8, 2, 2, generator=generator, device=generator.device, dtype=dtype)
+    first, size = 0.6 * corners[..., 0], 0.1 + 0.3 * corners[..., 1]
+    return (*twice_as_wide(shape, dtype, generator), torch.cat([first, first + size], 2))
 
 
 def wide_and_indices(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -169,16 +189,39 @@ def _linear_module(shape: Shape) -> nn.Module:
     return distill.LinearLogitLoss(nn.Linear(shape[1], 100), nn.Linear(2 * shape[1], 100).requires_grad_(False))
 
 
+def _sdd_module(shape: Shape) -> nn.Module:
+    heads = nn.Linear(shape[1], 100), nn.Linear(2 * shape[1], 100).requires_grad_(False)
+    return distill.SDDLoss(distill.KLLoss(), *heads)
+
+
+def _queue_module(shape: Shape) -> nn.Module:
+    """Give a queue of the published 8192 at 128 samples, else in proportion; it is full."""
+    module = distill.QueueKLLoss(shape[1], 2 * shape[1], queue_size=64 * shape[0])
+    module.queue.copy_(F.normalize(torch.randn_like(module.queue), dim=1))
+    module.entered.fill_(len(module.queue))
+    return module
+
+
+def _matryoshka_module(shape: Shape) -> nn.Module:
+    return distill.MatryoshkaLoss(distill.CosineLoss(), plain_forms.halved(shape[1]))
+
+
 PLAIN: dict[str, Plain] = {
+    "akl": Plain(plain_forms.akl),
+    "alm": Plain(plain_forms.alm, CHUNKS, log_likelihoods),
     "alpha_beta": Plain(plain_forms.alpha_beta, make=lambda _: distill.AlphaBetaLoss(*plain_forms.AB)),
     "at": Plain(plain_forms.at, MAPS),
     "cc": Plain(plain_forms.cc, FEATURES),
+    "cosine": Plain(plain_forms.cosine, FEATURES),
     "crd": Plain(plain_forms.crd, FEATURES, wide_and_indices, _crd_module,
                  learned=True, published=plain_forms.crd_published, random=True),
+    "ctkd": Plain(plain_forms.ctkd, learned=True),
     "cwd": Plain(plain_forms.cwd, MAPS),
     "dist": Plain(plain_forms.dist),
     "dkd": Plain(plain_forms.dkd, inputs=pair_and_labels),
+    "fgd": Plain(plain_forms.fgd, MAPS, wide_and_boxes, _widths(distill.FGDLoss), learned=True),
     "fsp": Plain(plain_forms.fsp, (128, 32, 16, 16), two_stages),
+    "gram": Plain(plain_forms.gram, TOKENS),
     "hint": Plain(plain_forms.hint, MAPS, twice_as_wide, _widths(distill.HintLoss), learned=True),
     "ickd": Plain(plain_forms.ickd, MAPS),
     "js": Plain(plain_forms.js),
@@ -186,21 +229,37 @@ PLAIN: dict[str, Plain] = {
     "linear_logit": Plain(plain_forms.linear_logit, FEATURES, twice_as_wide, _linear_module, learned=True),
     "logit": Plain(F.mse_loss),
     "logit_std": Plain(plain_forms.logit_std),
+    "margin_mse": Plain(plain_forms.margin_mse, SCORES),
+    "matryoshka": Plain(plain_forms.matryoshka, FEATURES, make=_matryoshka_module),
+    "mft": Plain(plain_forms.mft, inputs=pair_and_labels),
     "mgd": Plain(plain_forms.mgd, MAPS, twice_as_wide, _widths(distill.MGDLoss), learned=True, random=True),
     "nkd": Plain(plain_forms.nkd, inputs=pair_and_labels),
     "nst": Plain(plain_forms.nst, MAPS, published=plain_forms.nst_published),
+    "ofa": Plain(plain_forms.ofa, inputs=pair_and_labels),
     "ofd": Plain(plain_forms.ofd, MAPS, twice_as_wide, _ofd_module, learned=True),
     "pearson": Plain(plain_forms.pearson, MAPS),
     "pkt": Plain(plain_forms.pkt, FEATURES),
+    "queue_kl": Plain(plain_forms.queue_kl, FEATURES, twice_as_wide, _queue_module, learned=True),
     "review": Plain(plain_forms.review, (128, 16, 32, 32), three_stages, _review_module, learned=True),
     "reverse_kl": Plain(plain_forms.reverse_kl),
     "rkd": Plain(plain_forms.rkd, FEATURES, published=plain_forms.rkd_published),
+    "sampled_reverse_kl": Plain(plain_forms.sampled_reverse_kl, inputs=pair_and_labels),
+    "score_kl": Plain(plain_forms.score_kl, SCORES),
+    "sdd": Plain(plain_forms.sdd, MAPS, wide_and_labels, _sdd_module, learned=True),
+    "sigmoid_kl": Plain(plain_forms.sigmoid_kl),
+    "skd": Plain(plain_forms.skd),
     "skew_kl": Plain(plain_forms.skew_kl),
     "skew_reverse_kl": Plain(plain_forms.skew_reverse_kl),
     "sp": Plain(plain_forms.sp, MAPS),
+    "srd": Plain(plain_forms.srd, FEATURES, twice_as_wide, _widths(distill.SRDLoss), learned=True),
+    "todi": Plain(plain_forms.todi),
+    "token_similarity": Plain(plain_forms.token_similarity, TOKENS),
+    "ttm": Plain(plain_forms.ttm),
     "tvd": Plain(plain_forms.tvd),
+    "uld": Plain(plain_forms.uld),
     "vid": Plain(plain_forms.vid, MAPS, twice_as_wide, _widths(distill.VIDLoss), learned=True),
     "wsld": Plain(plain_forms.wsld, inputs=pair_and_labels),
+    "wttm": Plain(plain_forms.wttm),
 }  # fmt: skip
 
 
@@ -254,7 +313,10 @@ def build_loss(case: Case, device: torch.device) -> Problem:
 def _parameters(loss: nn.Module) -> list[nn.Parameter]:
     """Give what trains: the loss's own parameters, and those of a head that it reads but leaves to the model."""
     modules = (loss, loss.student_head) if isinstance(loss, distill.LinearLogitLoss) else (loss,)
-    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    found = [parameter for module in modules for parameter in module.parameters()]
+    if isinstance(loss, distill.SDDLoss):
+        found += [tensor for tensor in loss._heads.tensors()[:2] if isinstance(tensor, nn.Parameter)]
+    return [parameter for parameter in found if parameter.requires_grad]
 
 
 def _move(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
@@ -348,8 +410,9 @@ def list_cases(device: torch.device) -> list[Case]:
         for shape in logit_shapes
         if dtype == torch.float32 or shape not in PICTURE_ONLY
     ]
-    # `dist` compares columns, too, which are not taken some rows at a time.
-    rows = [x for x, plain in PLAIN.items() if plain.shape == SMALL_LOGITS and x not in ("logit", "kl", "dist")]
+    # `dist` and `skd` compare samples, too, and `ctkd` has a temperature that learns: no rows, some at a time.
+    others = ("logit", "kl", "dist", "skd", "ctkd")
+    rows = [x for x, plain in PLAIN.items() if plain.shape == SMALL_LOGITS and x not in others]
     cases += [Case("logits", loss, MEMORY, torch.float32, False, build_loss) for loss in rows]
     cases += [
         Case("linear", heads, shape, dtype, shape in FULL, partial(build_linear, train_heads=heads == "trained"))

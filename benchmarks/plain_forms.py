@@ -106,9 +106,135 @@ def wsld(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 
     return -(weight * (p * log_q).sum(-1)).mean() * temperature**2
 
 
+def akl(student: Tensor, teacher: Tensor, mu: float = 0.5) -> Tensor:
+    log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    q, (p, order) = log_q.exp(), log_p.exp().sort(-1, descending=True)
+    gaps = (p - q.detach().gather(-1, order)).abs()
+    head = p.cumsum(-1) <= mu
+    head[:, 0] = True
+    share = (gaps * head).sum(-1) / gaps.sum(-1)
+    ratio = log_p - log_q
+    return (share * (log_p.exp() * ratio).sum(-1) - (1 - share) * (q * ratio).sum(-1)).mean()
+
+
+def todi(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
+    log_q, log_p = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
+    ratio = log_p - log_q
+    weight = ratio.detach().sigmoid()
+    return ((weight * log_p.exp() - (1 - weight) * log_q.exp()) * ratio).sum() / len(student)
+
+
+def ttm(student: Tensor, teacher: Tensor, gamma: float = 0.1) -> Tensor:
+    return F.kl_div(F.log_softmax(student, -1), F.softmax(gamma * teacher, -1), reduction="batchmean")
+
+
+def wttm(student: Tensor, teacher: Tensor, gamma: float = 0.2) -> Tensor:
+    power = F.softmax(teacher, -1) ** gamma
+    total = power.sum(-1, keepdim=True)
+    return (total * F.kl_div(F.log_softmax(student, -1), power / total, reduction="none")).sum() / len(student)
+
+
+def ctkd(module: Any) -> Form:
+    def form(student: Tensor, teacher: Tensor) -> Tensor:
+        turned = 2 * module.raw.detach() - module.raw
+        temperature = module.low + module.span * turned.sigmoid()
+        log_q, p = F.log_softmax(student / temperature, -1), F.softmax(teacher / temperature, -1)
+        value: Tensor = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
+        return value
+
+    return form
+
+
+def sigmoid_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    p = teacher.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(teacher, p, reduction="sum")
+    return (F.binary_cross_entropy_with_logits(student, p, reduction="sum") - entropy) / len(student)
+
+
+def ofa(student: Tensor, teacher: Tensor, target: Tensor, eps: float = 1.0) -> Tensor:
+    label = F.one_hot(target, student.shape[-1])
+    weights = (F.softmax(teacher, -1) + label) ** eps - label
+    return -(weights * F.log_softmax(student, -1)).sum() / len(student)
+
+
+def mft(student: Tensor, teacher: Tensor, target: Tensor, threshold: float = 0.2) -> Tensor:
+    p, index = F.softmax(teacher, -1), target[:, None]
+    of_label, largest = p.gather(-1, index), p.amax(-1, keepdim=True)
+    of_right = (1 - of_label).clamp(max=threshold) / (1 - of_label)
+    of_wrong = (largest - of_label + threshold) / (1 + largest - of_label)
+    share = torch.where(of_label == largest, of_right, of_wrong)
+    wanted = ((1 - share) * p).scatter_add(-1, index, share)
+    return F.kl_div(F.log_softmax(student, -1), wanted, reduction="batchmean")
+
+
+def skd(student: Tensor, teacher: Tensor, ridge: float = 0.1) -> Tensor:
+    ours, theirs = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    difference = (ours @ ours.mT - theirs @ theirs.mT) / student.shape[1]
+    covariance = torch.cov(difference.mT) + ridge * torch.eye(len(student), device=student.device)
+    squares = (difference * torch.linalg.solve(covariance, difference.mT).mT).sum(1)
+    return kl(student, teacher) + squares.sqrt().mean()
+
+
+def uld(student: Tensor, teacher: Tensor) -> Tensor:
+    q, p = (F.softmax(logits, -1).sort(-1, descending=True).values for logits in (student, teacher))
+    return (q - p).abs().sum() / len(student)
+
+
+def sampled_reverse_kl(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    of_token = log_q.gather(-1, target[:, None]).squeeze(-1)
+    ratio = of_token.detach() - log_p.gather(-1, target[:, None]).squeeze(-1)
+    of_all = (log_q.detach().exp() * (log_q.detach() - log_p)).sum(-1)
+    return (ratio + (ratio - of_all) * (of_token - of_token.detach())).mean()
+
+
+def alm(student: Tensor, teacher: Tensor, temperature: float = 100.0) -> Tensor:
+    q, p = ((log_probs / temperature - 1e-6).exp() for log_probs in (student, teacher))
+    return F.binary_cross_entropy(q, p)
+
+
 def linear_logit(module: Any) -> Form:
     ours, theirs = module.student_head, module.teacher_head
     return lambda student, teacher: F.mse_loss(ours(student), theirs(teacher).detach())
+
+
+# --- embeddings and scores ------------------------------------------------------------------------------------------
+
+
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(student, teacher, -1).mean()
+
+
+def matryoshka(student: Tensor, teacher: Tensor) -> Tensor:
+    parts = [cosine(student[:, :d], teacher[:, :d]) for d in halved(student.shape[1])]
+    return torch.stack(parts).sum()
+
+
+def halved(width: int) -> tuple[int, ...]:
+    """Give the widths at which `matryoshka` is measured."""
+    return width, width // 2, width // 4, width // 8
+
+
+def margin_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(student[:, :1] - student[:, 1:], teacher[:, :1] - teacher[:, 1:])
+
+
+def score_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction="batchmean")
+
+
+def queue_kl(module: Any) -> Form:
+    queue, entered = module.queue.clone(), module.entered.clone()
+
+    def form(student: Tensor, teacher: Tensor) -> Tensor:
+        ours, theirs = F.normalize(module.projector(student), dim=1), F.normalize(teacher, dim=1)
+        place = (entered + torch.arange(len(theirs), device=theirs.device)) % len(queue)
+        queue.index_copy_(0, place, theirs)
+        entered.add_(len(theirs))
+        log_q = F.log_softmax(ours @ queue.mT / module.temperature, 1)
+        return F.kl_div(log_q, F.softmax(theirs @ queue.mT / module.temperature, 1), reduction="batchmean")
+
+    return form
 
 
 # --- maps -----------------------------------------------------------------------------------------------------------
@@ -230,7 +356,85 @@ def ickd(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(correlation(student), correlation(teacher), reduction="sum") / (channels * n**2)
 
 
+def token_similarity(student: Tensor, teacher: Tensor, temperature: float = 0.07) -> Tensor:
+    ours, theirs = (
+        torch.bmm(x, x.mT) / temperature for x in (F.normalize(student, dim=2), F.normalize(teacher, dim=2))
+    )
+    divergence = F.kl_div(F.log_softmax(ours, 2), F.softmax(theirs, 2), reduction="sum")
+    return divergence / student.shape[:2].numel()
+
+
+def gram(student: Tensor, teacher: Tensor) -> Tensor:
+    ours, theirs = F.normalize(student, dim=2), F.normalize(teacher, dim=2)
+    return F.mse_loss(torch.bmm(ours, ours.mT), torch.bmm(theirs, theirs.mT))
+
+
+def sdd(module: Any) -> Form:
+    def form(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
+        weight, bias, their_weight, their_bias = module._heads.tensors()
+
+        def regions(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            pooled = [F.adaptive_avg_pool2d(maps, scale).flatten(2) for scale in module.scales]
+            return F.linear(torch.cat(pooled, 2).mT, weight, bias)
+
+        ours, theirs = regions(student, weight, bias), regions(teacher, their_weight, their_bias).detach()
+        log_q, p = F.log_softmax(ours / temperature, 2), F.softmax(theirs / temperature, 2)
+        right = theirs.argmax(2) == target[:, None]
+        counts = torch.where(right == right[:, :1], 1.0, module.complementary)
+        return (F.kl_div(log_q, p, reduction="none").sum(2) * counts).mean() * temperature**2
+
+    return form
+
+
+def fgd(module: Any) -> Form:
+    def attention(maps: Tensor) -> tuple[Tensor, Tensor]:
+        size = maps.abs()
+        where = F.softmax(size.mean(1).flatten(1) / module.temperature, 1) * maps[0, 0].numel()
+        which = F.softmax(size.mean((2, 3)) / module.temperature, 1) * maps.shape[1]
+        return where.view_as(maps[:, 0]), which
+
+    def inside(boxes: Tensor, maps: Tensor) -> Tensor:
+        height, width = maps.shape[2:]
+        first = (boxes[..., :2] * boxes.new_tensor([width, height])).floor()
+        last = (boxes[..., 2:] * boxes.new_tensor([width, height])).ceil()
+        columns, rows = (torch.arange(size, device=maps.device) for size in (width, height))
+        along = (columns >= first[..., :1]) & (columns <= last[..., :1])
+        down = (rows >= first[..., 1:]) & (rows <= last[..., 1:])
+        share = 1 / (last + 1 - first).prod(2)
+        return (down[..., :, None] & along[..., None, :]).mul(share[..., None, None]).amax(1)
+
+    def relate(side: int, maps: Tensor) -> Tensor:
+        attended = F.softmax(module.attention[side](maps).flatten(2), 2)
+        value: Tensor = maps + module.context[side]((maps.flatten(2) * attended).sum(2)[..., None, None])
+        return value
+
+    def form(student: Tensor, teacher: Tensor, boxes: Tensor) -> Tensor:
+        student = module.align(student)
+        (where, which), (their_where, their_which) = attention(student), attention(teacher)
+        objects = inside(boxes, student)
+        others = (objects == 0).float()
+        others = others / others.sum((1, 2), keepdim=True).clamp(min=1)
+        squares = ((student - teacher).square() * their_which[:, :, None, None]).sum(1) * their_where
+        value = (squares * (module.alpha * objects + module.beta * others)).sum()
+        value = value + module.gamma * ((where - their_where).abs().sum() + (which - their_which).abs().sum())
+        relations = F.mse_loss(relate(0, student), relate(1, teacher), reduction="sum")
+        total: Tensor = (value + module.delta * relations) / len(student)
+        return total
+
+    return form
+
+
 # --- relations between samples --------------------------------------------------------------------------------------
+
+
+def srd(module: Any) -> Form:
+    def form(student: Tensor, teacher: Tensor) -> Tensor:
+        ours, theirs = (
+            F.batch_norm(x, None, None, training=True, eps=1e-4) for x in (module.projector(student), teacher)
+        )
+        return (1e-5 + (ours - theirs).square().square().sum()).log()
+
+    return form
 
 
 def rkd(student: Tensor, teacher: Tensor) -> Tensor:
