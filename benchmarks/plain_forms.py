@@ -172,7 +172,8 @@ def skd(student: Tensor, teacher: Tensor, ridge: float = 0.1) -> Tensor:
     difference = (ours @ ours.mT - theirs @ theirs.mT) / student.shape[1]
     covariance = torch.cov(difference.mT) + ridge * torch.eye(len(student), device=student.device)
     squares = (difference * torch.linalg.solve(covariance, difference.mT).mT).sum(1)
-    return kl(student, teacher) + squares.sqrt().mean()
+    value: Tensor = kl(student, teacher) + squares.sqrt().mean()
+    return value
 
 
 def uld(student: Tensor, teacher: Tensor) -> Tensor:

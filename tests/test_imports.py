@@ -19,11 +19,13 @@ MAY_IMPORT = {
     **dict.fromkeys(OVER_LOSSES, LIBRARY),
     "_distiller": {*BASE, *OVER_LOSSES},
     "diagnostics": {*BASE, "_distiller"},
+    "gradients": {*BASE, "_distiller"},
+    "balance": {*BASE, "_distiller", "diagnostics", "gradients"},
     "pairing": {*LIBRARY, *OVER_LOSSES, "_distiller", "diagnostics"},
     "_store": {*BASE, "_distiller"},
     "store": {"_store"},
     "integrations": {*LIBRARY, *OVER_LOSSES, "", "_distiller", "_store", "diagnostics"},
-    "__init__": {*LIBRARY, *OVER_LOSSES, "_distiller", "_store", "diagnostics", "pairing"},
+    "__init__": {*LIBRARY, *OVER_LOSSES, "_distiller", "_store", "diagnostics", "pairing", "gradients", "balance"},
 }
 
 

@@ -72,7 +72,9 @@ if typing.TYPE_CHECKING:  # what few programs need is imported when it is first 
     from distill._store.reader import StoredTeacher
     from distill._store.record import record
     from distill._store.writer import TeacherWriter
+    from distill.balance import calibrate
     from distill.diagnostics import agreement, tap_shapes
+    from distill.gradients import gradient_report
     from distill.pairing import pair_layers
 
 __version__ = "0.1.0"
@@ -150,6 +152,7 @@ __all__ = [
     "alm_loss",
     "alpha_beta_loss",
     "at_loss",
+    "calibrate",
     "cc_loss",
     "chunk_log_probs",
     "cosine_loss",
@@ -164,6 +167,7 @@ __all__ = [
     "fingerprint",
     "fsp_loss",
     "get_loss",
+    "gradient_report",
     "gram_loss",
     "hint_loss",
     "ickd_loss",
@@ -222,7 +226,9 @@ _LATER = {
     "StoredTeacher": "distill._store.reader",
     "TeacherWriter": "distill._store.writer",
     "agreement": "distill.diagnostics",
+    "calibrate": "distill.balance",
     "fingerprint": "distill._store.fingerprint",
+    "gradient_report": "distill.gradients",
     "pair_layers": "distill.pairing",
     "record": "distill._store.record",
     "tap_shapes": "distill.diagnostics",

@@ -126,7 +126,7 @@ def tap_shapes(model: nn.Module, inputs: Any) -> TapShapes:
         id(module): (_Look(module, clock, takes_input=True), _Look(module, clock, takes_input=False))
         for module in paths.values()
     }
-    with _as_it_was(model), torch.no_grad():
+    with as_it_was(model), torch.no_grad():
         model.eval()
         listen([look for pair in looks.values() for look in pair], lambda: call(model, inputs))
     entries = {path: _entry(*looks[id(module)]) for path, module in paths.items()}
@@ -192,7 +192,7 @@ def _entry(given: _Look, gave: _Look) -> TapShape:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Put modes and buffers back."""
     modes = {module: module.training for module in model.modules()}
     tables = {module: dict(module._buffers) for module in model.modules()}
@@ -205,8 +205,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         for module, table in tables.items():
             module._buffers.update(table)
         with torch.no_grad():
-            for buffer, version, clone in kept:
-                if buffer._version != version:
+            for buffer, version, clone in kept:  # a batch norm changes its statistics without a new version
+                if buffer._version != version or not torch.equal(buffer, clone):
                     buffer.copy_(clone)
 
 

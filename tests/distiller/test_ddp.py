@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from workers import needs_gloo, run_workers
@@ -24,9 +25,13 @@ def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
         torch.testing.assert_close(process["student"], {**student, "scale": scale})
         for refused in ("refused", "refused sharded"):
             assert "the learned part of term 'hint' must get the gradients of all processes" in process[refused]
+        assert "calibrate before they are" in process["refused calibration"]
+        for ours, whole in zip(process["calibrated"], single["calibrated"], strict=True):
+            assert ours == pytest.approx(whole, rel=1e-5)
         torch.testing.assert_close(process["sharded"], single["distiller"])
         torch.testing.assert_close(process["as one"], single["distiller"])
         assert process["size"] == sum(gradient.numel() for gradient in single["distiller"].values())
+    assert first["calibrated"] == second["calibrated"]
     assert "losses.hint.scale" in first["distiller"]
     # Each process logs its own terms: their mean is that of the batch, with a denominator their sum.
     for name, whole in single["terms"].items():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from distill import Distiller, KLLoss, LogitLoss, Term
+from distill import Distiller, KLLoss, LogitLoss, Term, calibrate
 from models import batch
 
 try:
@@ -38,6 +38,7 @@ def model(seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
 
 
+SHARES = {"task": 0.5, "hint": 0.2, "kl": 0.2, "pool": 0.1}
 REST = {"kl": Term(KLLoss(), weight=0.5), "pool": Term(LogitLoss(), at="2:input")}
 
 
@@ -55,7 +56,9 @@ def main(rank: int, world: int, folder: Path) -> None:
         distiller = build()
         out = distiller(inputs, target)
         out.loss.backward()
-        torch.save({"distiller": gradients(distiller), "terms": out.terms}, folder / "single.pt")
+        calibrated = [calibrate(build(), [(inputs, target)], SHARES, by=by) for by in ("gradient", "value")]
+        state = {"distiller": gradients(distiller), "terms": out.terms, "calibrated": calibrated}
+        torch.save(state, folder / "single.pt")
         return
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
@@ -67,6 +70,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     out.loss.backward()
     buckets = sum(p.numel() for p in wrapped.parameters())
     whole = gradients(distiller)
+    batches = [(inputs[mine], target[mine])] * (1 + rank)  # of the second batch there is none on the other process
+    calibrated = [calibrate(DistributedDataParallel(build()), batches, SHARES, by=by) for by in ("gradient", "value")]
     with torch.no_grad():
         shares = distiller(inputs[mine], target[mine], denominator=8).terms
 
@@ -92,6 +97,10 @@ def main(rank: int, world: int, folder: Path) -> None:
         distiller(inputs[mine], target[mine])
     except ValueError as error:
         refused_sharded = str(error)
+    try:
+        calibrate(distiller, batches, SHARES)
+    except ValueError as error:
+        refused_calibration = str(error)
     fully_shard(distiller.losses["hint"], mesh=mesh)
     distiller(inputs[mine], target[mine]).loss.backward()
     sharded = {name: gradient.full_tensor() for name, gradient in gradients(distiller).items()}
@@ -104,6 +113,7 @@ def main(rank: int, world: int, folder: Path) -> None:
 
     state = {"distiller": whole, "student": replicated, "sharded": sharded, "as one": as_one, "size": buckets}
     state |= {"terms": out.terms, "shares": shares, "refused": refused, "refused sharded": refused_sharded}
+    state |= {"calibrated": calibrated, "refused calibration": refused_calibration}
     torch.save(state, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
