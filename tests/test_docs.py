@@ -23,6 +23,7 @@ PLAIN_COMMANDS = (  # shown with their defaults
     "examples/fetch.py",
     "examples/sentence_encoder.py",
     "examples/causal_lm.py",
+    "examples/balance.py",
     "benchmarks/linear_losses.py",
 )
 COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)

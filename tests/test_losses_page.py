@@ -136,10 +136,3 @@ def test_inventories_are_used_where_they_can_be_fetched(tmp_path, monkeypatch):
     conf.find_inventories(SimpleNamespace(doctreedir=tmp_path / "trees"), config)
     assert config.intersphinx_mapping == {"torch": (there, str(tmp_path / "trees/torch.inv"))}
     assert (tmp_path / "trees/torch.inv").read_bytes() == b"torch's names"
-
-
-def test_the_page_for_choosing_names_only_losses():
-    text = (ROOT / "docs/choosing.md").read_text()
-    named = set(re.findall(r"`([a-z_]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
-    assert named
-    assert named <= set(distill.list_losses())
