@@ -11,12 +11,11 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # it ships no types
 from torch import Tensor, nn
 
 from distill import ATLoss, Distiller, PKTLoss, SPLoss, Term, VIDLoss, calibrate, gradient_report
 
-Digits = tuple[Tensor, Tensor]
 TERMS: dict[str, Callable[[], Term]] = {  # with the weights of the CIFAR-100 benchmark, for ResNets
     "at": lambda: Term(ATLoss(), at="0", weight=1000.0),
     "sp": lambda: Term(SPLoss(), at="0", weight=3000.0),
@@ -33,18 +32,19 @@ def build(width: int) -> nn.Sequential:
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
 
 
-def batches(digits: Digits) -> list[Digits]:
+def batches(digits: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Cut the digits into random batches."""
-    return [(digits[0][index], digits[1][index]) for index in torch.randperm(len(digits[0])).split(64)][:-1]
+    order = torch.randperm(len(digits[0]))[: len(digits[0]) // 64 * 64].view(-1, 64)
+    return [(digits[0][index], digits[1][index]) for index in order]
 
 
-def train(distiller: Distiller, digits: Digits, epochs: int) -> None:
+def train(distiller: Distiller, digits: tuple[Tensor, Tensor], epochs: int) -> None:
     """Train with a learning rate that rises and falls."""
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * len(batches(digits)))
     for images, labels in (batch for _ in range(epochs) for batch in batches(digits)):
         optimizer.zero_grad()
-        distiller(images, labels).loss.backward()
+        distiller(images, labels).loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer.step()
         schedule.step()
     distiller.eval()

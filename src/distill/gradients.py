@@ -187,7 +187,7 @@ def norms_of(gradients: Sequence[Tensor]) -> list[float]:
     if not gradients:
         return []
     device = gradients[0].device
-    return torch.stack([torch.linalg.vector_norm(g).double().to(device) for g in gradients]).tolist()  # type: ignore[no-any-return]
+    return torch.stack([torch.linalg.vector_norm(g).double().to(device) for g in gradients]).tolist()
 
 
 def shared_by_all(reached: Mapping[str, Sequence[bool]]) -> list[int]:
