@@ -1,7 +1,8 @@
 """Fills in what the pages say of every loss and every name, from the registry and the docstrings.
 
 A page has marks: `<!-- losses: FAMILY -->` becomes the entries of a family's losses, `<!-- losses -->` a short table of
-all losses, `<!-- names -->` the list of all public names. `conf.py` calls `fill` for each page.
+all losses, `<!-- family tree -->` a picture of them, `<!-- names -->` the list of all public names. `conf.py` calls
+`fill` for each page.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 from torch import nn
 
 import distill
+import family_tree
 from distill import _registry
 
 PAGES = Path(__file__).parent
 MARK = re.compile(r"^<!-- losses: ([a-z ]+) -->$", re.MULTILINE)
 TABLE = "<!-- losses -->"
+TREE = "<!-- family tree -->"
 NAMES = "<!-- names -->"
 KINDS: dict[str, Callable[[object], bool]] = {
     "automodule": inspect.ismodule,
@@ -38,6 +41,8 @@ def fill(text: str) -> str:
         ValueError: If a loss has no family, or one that no page shows.
     """
     text = link(text)
+    if TREE in text:
+        text = text.replace(TREE, family_tree.render(members(), families()))
     if TABLE in text:
         text = text.replace(TABLE, table())
     if MARK.search(text):

@@ -11,6 +11,7 @@ from torch import nn
 
 import conf
 import distill
+import family_tree
 import losses_page
 from distill import _registry
 
@@ -108,6 +109,22 @@ def test_the_list_of_names_has_every_name_once():
     listed = re.findall(r"^\| \{py:obj\}`(\w+) <distill\.\1>` \| \S.* \|$", losses_page.names(), re.MULTILINE)
     assert sorted(listed) == sorted(distill.__all__)
     assert losses_page.names() in losses_page.fill((ROOT / "docs/names.md").read_text())
+
+
+def test_the_family_tree_has_every_loss_once_and_every_family():
+    picture = family_tree.render(losses_page.members(), losses_page.families())
+    assert "\n" not in picture  # one block of HTML in the Markdown
+    names = re.findall(r'<a href="(losses/[\w-]+)\.html#([\w-]+)">(\w+)</a>', picture)
+    assert sorted(name for *_, name in names) == sorted(OURS)
+    for page, anchor, name in names:
+        assert page == losses_page.families()[sys.modules[OURS[name].__module__].FAMILY][0]
+        assert anchor == name.replace("_", "-")  # the heading's
+    assert picture in losses_page.fill((ROOT / "docs/losses.md").read_text())
+    members, families = (
+        {**losses_page.members(), "new": ["kl"]},
+        {**losses_page.families(), "new": ("losses/new", "new")},
+    )
+    assert ">new</tspan>" in family_tree.render(members, families)  # a branch of its own
 
 
 def test_a_name_is_a_link_where_it_is_first_mentioned_under_a_heading():
