@@ -9,7 +9,7 @@ GROUPS = {  # what is compared, and the families that do
     "inside of the networks": ("maps", "learned maps"),
     "samples with each other": ("relations",),
 }
-WIDTH, LEFT, GAP, LINE, LETTER = 860, 150, 12, 22, 8.2
+WIDTH, LEFT, GAP, LINE, LETTER = 700, 150, 12, 22, 8.5
 STYLE = 'class="family-tree" role="img" aria-label="The losses by family" font-family="inherit" font-size="14"'
 
 
