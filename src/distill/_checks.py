@@ -56,6 +56,11 @@ def check_flag(name: str, value: bool) -> bool:
     return value
 
 
+def is_function(value: object) -> bool:
+    """Whether a value can be called for what it gives: a module or function, and no class."""
+    return callable(value) and not isinstance(value, type)
+
+
 def check_tensor(name: str, value: Tensor) -> Tensor:
     """Return `value` if it is a tensor, else raise TypeError that names it."""
     if not isinstance(value, Tensor):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count_or_none, check_not_negative, is_integer
+from distill._checks import check_count_or_none, check_not_negative, is_function, is_integer
 
 
 class Teachers(nn.Module):
@@ -66,12 +66,12 @@ class Teachers(nn.Module):
         super().__init__()
         if not teachers:
             raise ValueError("Teachers must have at least one teacher, got none")
-        if not (combine in (None, "logits", "probabilities") or (callable(combine) and not isinstance(combine, type))):
+        if not (combine in (None, "logits", "probabilities") or is_function(combine)):
             raise ValueError(f"combine must be 'logits', 'probabilities', a function or None, got {combine!r}")
         for name, teacher in teachers.items():
             if hasattr(self, name) or "." in name:
                 raise ValueError(f"a teacher's name must be no attribute of a module and have no dots, got {name!r}")
-            if not callable(teacher) or isinstance(teacher, type):
+            if not is_function(teacher):
                 raise TypeError(f"a teacher must be a module or a function, got {teacher!r} as {name!r}")
         if by_id is not None:
             _check_by_id(by_id, list(teachers), combine)

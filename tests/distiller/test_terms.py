@@ -140,7 +140,7 @@ class Two(nn.Module):
         ({"weight": True}, TypeError, "weight must be a number, got bool"),
         ({"teacher": nn.Linear(2, 2)}, ValueError, r"teacher's adapter must have nothing to learn, got Linear"),
         ({"student": 3}, TypeError, "student= must be a module or function of what was tapped, got 3"),
-        ({"at": "body", "student": (abs,)}, ValueError, "a tuple only for a tuple of as many paths, got 1 for 'body'"),
+        ({"at": "body", "student": (abs,)}, ValueError, "one for each of a tuple of paths, got 1 for 'body'"),
         ({"at": ("body", None), "teacher": abs}, ValueError, "teacher= must have something to adapt"),
         ({"copy": True}, ValueError, "copy=True must have a path to copy from, got at=None"),
         ({"at": (None, "body")}, ValueError, "at must be a path, a function .* got \\(None, 'body'\\)"),

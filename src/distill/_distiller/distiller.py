@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distill._checks import is_function
 from distill._distiller.evaluate import (
     ask_seen,
     call,
@@ -22,6 +23,8 @@ from distill._distiller.guards import (
     check_disjoint,
     check_losses_in_step,
     check_masks,
+    check_model,
+    check_output,
     check_reached,
     check_trains,
     freeze,
@@ -29,22 +32,22 @@ from distill._distiller.guards import (
     update_average,
     with_idle,
 )
-from distill._distiller.taps import Tap, check_path, run_with_taps
+from distill._distiller.taps import Tap, run_with_taps
 from distill._distiller.terms import (
     TASK,
     Compared,
     DistillerOutput,
     Term,
-    Weights,
     adapter_modules,
     by_name,
+    check_paths,
     check_task_loss,
     named_terms,
-    paths_of,
     takes,
     taps_of,
     tensors_in,
 )
+from distill._distiller.weights import Weights
 from distill._reduction import check_denominator
 from distill.task import CrossEntropyLoss
 
@@ -116,11 +119,10 @@ class Distiller(nn.Module):
             what = f"task_weight={task_weight!r}" if task_output is None else "task_output"
             raise ValueError(f"{what.split('=')[0]} needs a task_loss, got {what} and task_loss=None")
         for name, function in (("output", output), ("task_output", task_output)):
-            if function is not None and not callable(function):
-                raise ValueError(f"{name} must be a function of what a model returns, got {function!r}")
+            check_output(name, function)
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be a module, got {type(student).__name__}")
-        if not (teacher is None or callable(teacher)) or isinstance(teacher, type):
+        if teacher is not None and not is_function(teacher):
             raise TypeError(f"teacher must be a module, a function or None, got {teacher!r}")
         self._task_takes_target = check_task_loss(task_loss)
         self.student = student
@@ -135,11 +137,9 @@ class Distiller(nn.Module):
         self._compared = {name: Compared.of(term) for name, term in terms.items()}
         self._takes_mask = {name: takes(term.loss, "mask") for name, term in terms.items()}
         self._takes_mask[TASK] = task_loss is not None and takes(task_loss, "mask")
-        for path in (path for compared in self._compared.values() for path in paths_of(compared.student)):
-            check_path(student, path, side="student")
+        check_paths(student, (compared.student for compared in self._compared.values()), side="student")
         if isinstance(teacher, nn.Module):
-            for path in (path for compared in self._compared.values() for path in paths_of(compared.teacher)):
-                check_path(teacher, path, side="teacher")
+            check_paths(teacher, (compared.teacher for compared in self._compared.values()), side="teacher")
             check_disjoint(self, teacher)
         for module in self._constants():
             module.eval().requires_grad_(False)
@@ -220,7 +220,7 @@ class Distiller(nn.Module):
                 "the task loss needs a target, got None; distiller.weights['task'] = 0 switches it off, for example to "
                 "evaluate without labels, and task_loss=None builds without"
             )
-        model = self.student if student is None else student
+        model = self.student if student is None else check_model(student)
         trains = self.training and torch.is_grad_enabled()
         self._check_models(names, model, trains)
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill._checks import is_function
+
 
 def ask_losses(losses: Iterable[Any], *, student: nn.Module, teacher: Any) -> None:
     """Let losses that refer to a part of the models, such as a head, say whether it is still there."""
@@ -22,6 +24,19 @@ def check_masks(masks: Mapping[str, Any], takes_mask: Mapping[str, bool]) -> Non
         able = [name for name in masks if takes_mask[name]]
         hint = f"mask={{{able[0]!r}: mask}} gives it to {able[0]!r} alone" if able else "no term takes one"
         raise ValueError(f"a mask must be of use to every term it is given to, but {unable} take none; {hint}")
+
+
+def check_model(student: Any) -> Any:
+    """Return what a call was given as its student if it can be run, else raise TypeError."""
+    if not is_function(student):
+        raise TypeError(f"student must be the student as you have wrapped it, a module or function, got {student!r}")
+    return student
+
+
+def check_output(name: str, function: Any) -> None:
+    """Raise ValueError unless what finds a tensor in a model's result is a function or None."""
+    if function is not None and not is_function(function):
+        raise ValueError(f"{name} must be a function of what a model returns, got {function!r}")
 
 
 def check_disjoint(trained: nn.Module, teacher: nn.Module) -> None:

@@ -1,18 +1,18 @@
-"""What a Distiller is told and what it gives: terms, the sides they compare, weights, outputs."""
+"""What a Distiller is told and what it gives: terms, the sides they compare, outputs."""
 
 from __future__ import annotations
 
 import inspect
-import math
-import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from distill._distiller.taps import Tap, parse_path
+from distill._checks import check_flag, is_function
+from distill._distiller.taps import Tap, check_path, parse_path
+from distill._distiller.weights import check_weight
 from distill.topk import TopK
 
 Side: TypeAlias = str | tuple[str, ...] | Callable[[Any], Any] | None
@@ -81,6 +81,7 @@ class Term:
                     f"the teacher's adapter must have nothing to learn, got {type(module).__name__} with {learned}; "
                     "adapt the student, or freeze it with requires_grad_(False)"
                 )
+        check_flag("copy", self.copy)
         if self.copy and not any(paths_of(side) for side in sides):
             raise ValueError(f"copy=True must have a path to copy from, got at={self.at!r}")
 
@@ -127,50 +128,6 @@ class TeacherOutput(NamedTuple):
 Term.__module__ = DistillerOutput.__module__ = TeacherOutput.__module__ = "distill"
 
 
-class Weights(MutableMapping[str, float]):
-    """Finite weights under fixed names, so that a misspelt name is an error and not a new entry."""
-
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self._values: dict[str, float] = {}
-        for name, weight in weights.items():
-            self.add(name, weight)
-
-    def add(self, name: str, weight: float) -> None:
-        """Add a name."""
-        self._values[name] = check_weight(f"the weight of {name!r}", weight)
-
-    def __getitem__(self, name: str) -> float:
-        return self._values[name]
-
-    def __setitem__(self, name: str, weight: float) -> None:
-        if name not in self._values:
-            raise KeyError(f"a weight must belong to one of the terms {list(self._values)}, got {name!r}")
-        self.add(name, weight)
-
-    def __delitem__(self, name: str) -> None:
-        raise ValueError(f"the terms of a Distiller are fixed; set the weight of {name!r} to 0 instead")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return repr(self._values)
-
-
-def check_weight(what: str, weight: float) -> float:
-    """Return a weight if it is a finite number; a tensor would neither be trained nor saved."""
-    if not isinstance(weight, numbers.Real) or isinstance(weight, bool):
-        raise TypeError(
-            f"{what} must be a number, got {type(weight).__name__}; a weight that learns belongs into a loss of yours"
-        )
-    if not math.isfinite(weight):
-        raise ValueError(f"{what} must be finite, got {weight!r}")
-    return weight
-
-
 def check_loss(loss: nn.Module) -> None:
     """Raise ValueError if a loss is no module that is called as the library's losses are."""
     if not isinstance(loss, nn.Module):
@@ -205,7 +162,7 @@ def check_task_loss(task_loss: Any) -> bool:
 
 
 def _binds(function: Any, *arguments: Any) -> bool:
-    if not callable(function) or isinstance(function, type):
+    if not is_function(function):
         return False
     try:
         inspect.signature(function.forward if isinstance(function, nn.Module) else function).bind(*arguments)
@@ -240,7 +197,7 @@ def parse_at(at: Any) -> tuple[Side, Side]:
     """The student's and the teacher's side of a term's `at`."""
     if at is None:
         return whole_output, whole_output
-    if isinstance(at, str) or callable(at):
+    if isinstance(at, str) or is_function(at):
         at = (at, at)
     if not (isinstance(at, tuple) and len(at) == 2 and _is_side(at[0]) and (at[1] is None or _is_side(at[1]))):
         raise ValueError(
@@ -255,12 +212,18 @@ def parse_at(at: Any) -> tuple[Side, Side]:
 def _is_side(side: Any) -> bool:
     if isinstance(side, tuple):
         return len(side) > 0 and all(isinstance(path, str) for path in side)
-    return isinstance(side, str) or callable(side)
+    return isinstance(side, str) or is_function(side)
 
 
 def paths_of(side: Side) -> tuple[str, ...]:
     """The paths of a side: none if it is a function or nothing."""
     return (side,) if isinstance(side, str) else side if isinstance(side, tuple) else ()
+
+
+def check_paths(model: nn.Module, sides: Iterable[Side], *, side: str) -> None:
+    """Raise ValueError if a path of these sides names no module of the model."""
+    for path in (path for each in sides for path in paths_of(each)):
+        check_path(model, path, side=side)
 
 
 @dataclass(frozen=True)
@@ -313,9 +276,11 @@ def _check_adapter(name: str, adapter: Any, side: Side) -> None:
         raise ValueError(f"{name}= must have something to adapt, got an adapter for a side that is None")
     parts = adapter if isinstance(adapter, tuple) else (adapter,)
     if isinstance(adapter, tuple) and (not isinstance(side, tuple) or len(adapter) != len(side)):
-        raise ValueError(f"{name}= may be a tuple only for a tuple of as many paths, got {len(adapter)} for {side!r}")
+        raise ValueError(
+            f"{name}= must be one adapter, or one for each of a tuple of paths, got {len(adapter)} for {side!r}"
+        )
     for part in parts:
-        if not callable(part) or isinstance(part, type):
+        if not is_function(part):
             raise TypeError(f"{name}= must be a module or function of what was tapped, got {part!r}")
 
 
