@@ -4,8 +4,6 @@ import importlib.util
 import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import recipes_worker
 from distill import Distiller, KLLoss
+from workers import workers
 
 WORKER = Path(recipes_worker.__file__)
 
@@ -55,20 +54,13 @@ def processes(tmp_path_factory):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(str(free.getsockname()[1]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    others = [
-        subprocess.Popen([sys.executable, str(WORKER), str(rank), "2", ports[0], str(folder)], env=environment)
-        for rank in (0, 1)
-    ]
     kept, here = dict(os.environ), Path.cwd()
     try:
         AcceleratorState._reset_state(reset_partial_state=True)
-        with torch.random.fork_rng():
+        others = workers(WORKER, [(rank, 2, ports[0], folder) for rank in (0, 1)], timeout=600)
+        with others, torch.random.fork_rng():
             recipes_worker.main(0, 1, ports[1], folder)
-        assert [process.wait(timeout=600) for process in others] == [0, 0]
     finally:
-        for process in others:
-            process.kill()
         os.environ.clear()
         os.environ.update(kept)
         os.chdir(here)

@@ -1,10 +1,7 @@
 """DistillTrainer: gradients whatever the batches are cut into, learned losses, checkpoints, logs, evaluation."""
 
 import copy
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from transformers import LlamaForCausalLM, Trainer  # noqa: E402
 from distill import Distiller, DISTLoss, HintLoss, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
 from language_models import VOCABULARY, arguments, build, llama, rows, stack  # noqa: E402
+from workers import run_workers  # noqa: E402
 
 WORKER = Path(__file__).parent / "support/tokens_worker.py"
 
@@ -396,18 +394,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(world), str(port), str(tmp_path)], env=environment
-        )
-        for rank, world in ((0, 1), (0, 2), (1, 2))
-    ]
-    try:
-        assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_workers(WORKER, [(rank, world, port, tmp_path) for rank, world in ((0, 1), (0, 2), (1, 2))])
     one = torch.load(tmp_path / "1-0.pt", weights_only=True)
     for rank in (0, 1):
         both = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)

@@ -1,8 +1,10 @@
 """Every loss under `torch.compile`: whole graphs, two batch sizes, a mask, and a changed option.
 
-What is compiled is what the loss's own test file gives the contract, in its functions `test_contract*`.
+What is compiled is what the loss's own test file gives the contract, in its functions `test_contract*`. Several losses
+are compiled as one graph, which the C++ compiler sees once; what fails or differs is named by its loss.
 """
 
+import gc
 import importlib.util
 import itertools
 import shutil
@@ -12,12 +14,66 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import contract
 import distill
 
 FOLDER = Path(__file__).parent
 STEMS = [stem for stem in distill.list_losses() if (FOLDER / f"test_{stem}.py").exists()]
+HAS_COMPILER = any(map(shutil.which, ("g++", "clang++", "cl")))
+# Made of what the others show under inductor, which takes up to a minute for each of them.
+TRACED = {"ctkd", "fgd", "gram", "ofa", "queue_kl", "sdd", "sigmoid_kl", "skd", "srd", "token_similarity"}
+# What they compute depends on the number of samples: each batch size is compiled anew.
+ANEW = ["crd", "fsp", "rkd"]
+# As those, but each size takes inductor a quarter of a minute: it sees one, the other backend both.
+SLOW = ["review"]
+OTHERS = [stem for stem in STEMS if stem not in {*TRACED, *ANEW, *SLOW}]
+GROUPS = [*(OTHERS[i::5] for i in range(5)), ANEW, SLOW]
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Functions that are traced
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # inductor's own imports, and what it calls
+    pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _quick_code():
+    """Code without vector instructions, which takes the C++ compiler half the time and means the same.
+
+    Nothing is kept for a later process, and no garbage collected in between, both for the time that they take.
+    """
+    gc.disable()
+    with torch._inductor.config.patch({"cpp.simdlen": 1, "compile_threads": 1, "fx_graph_cache": False}):
+        yield
+    gc.enable()
+    gc.collect()
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("stems", GROUPS, ids=[f"{group[0]}-to-{group[-1]}" for group in GROUPS])
+def test_inductor(stems):
+    together = Together(stems, [next(find_contracts(stem)) for stem in stems], "inductor")
+    together.check(0)
+    if stems is not SLOW:
+        together.check(1)
+        assert together.traces == (2 if stems is ANEW else 1), "a batch size is compiled anew: see ANEW"
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_mask_and_a_changed_option(stem):
+    first, *others = find_contracts(stem)
+    alone = Together([stem], [first], "aot_eager")
+    if stem in TRACED or not HAS_COMPILER:
+        alone.check(0)
+    if stem in TRACED or stem in SLOW or not HAS_COMPILER:
+        alone.check(1)
+    alone.change_options()
+    alone.check(1, masked=True)
+    for case in others:
+        Together([stem], [case], "aot_eager").check(1)
 
 
 def find_contracts(stem: str) -> Iterator[dict[str, Any]]:
@@ -37,58 +93,20 @@ def find_contracts(stem: str) -> Iterator[dict[str, Any]]:
                 yield calls[0]
 
 
-# Made of what the others show under inductor, which takes up to a minute for each of them.
-TRACED = {"ctkd", "fgd", "gram", "ofa", "queue_kl", "sdd", "sigmoid_kl", "skd", "srd", "token_similarity"}
-HAS_COMPILER = any(map(shutil.which, ("g++", "clang++", "cl")))
+class Case:
+    """A loss with the arguments of its contract."""
 
-
-@pytest.fixture(autouse=True)
-def _quick_code():
-    """Code without vector instructions, which takes the C++ compiler half the time and means the same."""
-    with torch._inductor.config.patch({"cpp.simdlen": 1}):
-        yield
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("stem", STEMS)
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Functions that are traced
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own imports, and what it calls
-@pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")
-def test_compiles(stem):
-    first, *others = find_contracts(stem)
-    loss = Compiled("inductor" if HAS_COMPILER and stem not in TRACED else "aot_eager", **first)
-    for less in (0, 1):
-        # What is compiled for each size anew takes minutes: the other backend shows the second one.
-        if not (less and stem == "review"):
-            loss.check(less)
-    loss.backend = "aot_eager"  # shows a new trace at a fraction of the cost
-    loss.change_an_option()
-    loss.check(1, masked=True)
-    for case in others:
-        Compiled("aot_eager", **case).check(1)
-
-
-class Compiled:
-    """A loss with the arguments of its contract, compiled and not."""
-
-    def __init__(self, backend, build, *, shape, teacher_shape=None, target=None, moves=True, **_):
+    def __init__(self, build, *, shape, teacher_shape=None, target=None, moves=True, **_):
         build, self.pair = contract.prepare(build, shape, teacher_shape, learned=contract.is_learned(build, moves))
         self.loss, self.target = build(), target
-        self.backend = backend
-        torch.compiler.reset()
-        self.compiled = torch.compile(self.loss, fullgraph=True, backend=self.compile)
+        self.learned = [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
 
-    def compile(self, *graph):
-        return torch._dynamo.lookup_backend(self.backend)(*graph)
-
-    def results(self, call, less, *, masked=False):
+    def arguments(self, less, *, masked):
         student, teacher = self.pair(torch.float32, less=less)
         labels = None if self.target is None else self.target[: len(student)].clone()
         for tensor in (student, teacher, *([] if labels is None else [labels])):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # or the second batch size would be traced anew
-        value = call(student, teacher, labels, mask=self.mask(student, teacher, labels) if masked else None)
-        wanted = [student, *(parameter for parameter in self.loss.parameters() if parameter.requires_grad)]
-        return [value, *torch.autograd.grad(value, wanted)]
+        return student, teacher, labels, self.mask(student, teacher, labels) if masked else None
 
     def mask(self, *given):
         """All samples but the second one."""
@@ -104,17 +122,62 @@ class Compiled:
         kept[1] = False
         return kept
 
-    def check(self, less, *, masked=False):
-        ours, theirs = (self.results(call, less, masked=masked) for call in (self.compiled, self.loss))
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-    def change_an_option(self):
-        before = self.results(self.loss, 0)
+    def option(self):
+        """The first option that is a number, and another value for it."""
         own = contract.inner(self.loss)
-        numbers = [name for name in getattr(own, "options", ()) if isinstance(getattr(own, name), float)]
         fixed = {"mask_ratio", *getattr(own, "built", ())}  # with the first, mgd draws anew in each call
-        for name in [name for name in numbers if name not in fixed][:1]:
-            setattr(own, name, getattr(own, name) / 2 or 0.25)
-            after = self.results(self.loss, 0)
-            same = all(map(torch.equal, after, before))
-            assert not same, f"{name} changes nothing"
+        for name in getattr(own, "options", ()):
+            if name not in fixed and isinstance(getattr(own, name), float):
+                return own, name, getattr(own, name) / 2 or 0.25
+        return None
+
+
+class Together:
+    """Losses in one graph, compiled and not."""
+
+    def __init__(self, stems, contracts, backend):
+        self.stems, self.backend, self.traces = stems, backend, 0
+        self.cases = [Case(**given) for given in contracts]
+        torch.compiler.reset()
+        self.compiled = torch.compile(Losses(self.cases), fullgraph=True, backend=self.compile)
+
+    def compile(self, *graph):
+        self.traces += 1
+        return torch._dynamo.lookup_backend(self.backend)(*graph)
+
+    def check(self, less, *, masked=False):
+        ours, theirs = (self.results(call, less, masked=masked) for call in (self.compiled, Losses(self.cases)))
+        for stem, one, other in zip(self.stems, ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text, stem=stem: f"{stem}: {text}")
+
+    def results(self, call, less, *, masked):
+        """Of each loss its value and its gradients."""
+        given = [case.arguments(less, masked=masked) for case in self.cases]
+        values = call(given)
+        wanted = [[student, *case.learned] for (student, *_), case in zip(given, self.cases, strict=True)]
+        slopes = iter(torch.autograd.grad(sum(values), list(itertools.chain(*wanted))))
+        return [
+            [value, *itertools.islice(slopes, len(of_it))] for value, of_it in zip(values, wanted, strict=True)
+        ]
+
+    def change_options(self):
+        """Each loss gets another value of an option, which changes its result."""
+        before = self.results(Losses(self.cases), 0, masked=False)
+        options = [case.option() for case in self.cases]
+        for option in filter(None, options):
+            setattr(*option)
+        after = self.results(Losses(self.cases), 0, masked=False)
+        for stem, option, old, new in zip(self.stems, options, before, after, strict=True):
+            assert option is None or not all(map(torch.equal, old, new)), f"{stem}: {option[1]} changes nothing"
+
+
+class Losses(nn.Module):
+    def __init__(self, cases):
+        super().__init__()
+        self.losses = nn.ModuleList(case.loss for case in cases)
+
+    def forward(self, given):
+        return [
+            loss(student, teacher, target, mask=mask)
+            for loss, (student, teacher, target, mask) in zip(self.losses, given)  # noqa: B905 - strict is not traced
+        ]
