@@ -156,9 +156,7 @@ class Together:
         values = call(given)
         wanted = [[student, *case.learned] for (student, *_), case in zip(given, self.cases, strict=True)]
         slopes = iter(torch.autograd.grad(sum(values), list(itertools.chain(*wanted))))
-        return [
-            [value, *itertools.islice(slopes, len(of_it))] for value, of_it in zip(values, wanted, strict=True)
-        ]
+        return [[value, *itertools.islice(slopes, len(of_it))] for value, of_it in zip(values, wanted, strict=True)]
 
     def change_options(self):
         """Each loss gets another value of an option, which changes its result."""
