@@ -10,6 +10,7 @@ import sys
 import zipfile
 from importlib.metadata import requires, version
 from pathlib import Path
+from typing import Any
 
 import hatchling.build
 import pytest
@@ -23,8 +24,9 @@ ROOT = Path(__file__).parents[1]
 LOSSES = sorted(path.stem for path in (ROOT / "src/distill/losses").glob("[a-z]*.py"))
 
 
-def run(code: str, *arguments: str) -> str:
-    return subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True).stdout
+def run(code: str, *arguments: str, **options: Any) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
 
 
 def test_index_is_what_the_script_writes():
