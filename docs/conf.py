@@ -13,6 +13,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 import losses_page
+import vision_table
 
 project = "distill"
 copyright = "The distill developers"
@@ -70,9 +71,14 @@ def setup(app: Any) -> None:
     """Connect what changes pages and docstrings while Sphinx reads them."""
     nn.Module.__module__ = "torch.nn"  # where torch's own pages have it
     app.connect("config-inited", find_inventories)
-    app.connect("source-read", lambda _app, _page, source: source.__setitem__(0, losses_page.fill(source[0])))
+    app.connect("source-read", fill_in)
     app.connect("autodoc-process-docstring", mark_formulas, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", lambda *event: event[2] in FOR_THE_DISTILLER or None)
+
+
+def fill_in(_app: Any, _page: str, source: list[str]) -> None:
+    """Put what is generated where a page has its marks."""
+    source[0] = vision_table.fill(losses_page.fill(source[0]))
 
 
 def find_inventories(app: Any, config: Any) -> None:
