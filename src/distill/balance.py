@@ -117,7 +117,7 @@ def calibrate(
         if size <= 0:
             why = "" if by == "value" else ": it has nothing to teach there, or its mask hides all"
             raise ValueError(f"the {by} of term {name!r} must be above 0, got {size / number} on average{why}")
-    unit = abs(weights[keep]) * sums[keep] / shares[keep]
+    unit = weights[keep] * sums[keep] / shares[keep]
     for name, share in shares.items():
         if name != keep:
             weights[name] = math.copysign(unit * share / sums[name], weights[name]) if share > 0 else 0.0
