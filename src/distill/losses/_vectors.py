@@ -45,6 +45,10 @@ def similarities(rows: Tensor) -> Tensor:
 
 def length(tensor: Tensor, dim: int) -> Tensor:
     """The L2 norm along `dim`; where it is 0 it has no derivative, and gets 0, of any order."""
+    if may_look(tensor):
+        norm: Tensor = torch.linalg.vector_norm(tensor, dim=dim)
+        if float(norm.detach().amin()) > 0:
+            return norm
     squares = tensor.square().sum(dim)
     zero = squares == 0
     return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)

@@ -96,17 +96,14 @@ def dist_loss(
         student, teacher, kept = hide(student, kept, dim=dim), hide(teacher, kept, dim=dim), kept.flatten()
     q = torch.softmax(soften(student, temperature), dim).movedim(dim, -1).flatten(0, -2)
     p = torch.softmax(soften(teacher, temperature), dim).movedim(dim, -1).flatten(0, -2)
-    rows = _correlation(_centre(q), _centre(p), dim=1)
-    inter = 1 - (rows.mean() if kept is None else rows.masked_fill(~kept, 0.0).sum() / count(kept))
-    intra = 1 - _correlation(_centre_classes(q, kept), _centre_classes(p, kept), dim=0).mean()
-    value = beta * inter + gamma * intra
+    mean = 1 / q.shape[1]  # of probabilities
+    rows = _correlation(q - mean, p - mean, dim=1)
+    inter = rows.mean() if kept is None else rows.masked_fill(~kept, 0.0).sum() / count(kept)
+    intra = _correlation(_centre_classes(q, kept), _centre_classes(p, kept), dim=0).mean()
+    value = (beta + gamma) - torch.add(beta * inter, intra, alpha=gamma)
     if kept is not None:
         value = value.masked_fill(~kept.any(), 0.0)
     return harden(value, temperature)
-
-
-def _centre(rows: Tensor) -> Tensor:
-    return rows - rows.mean(1, keepdim=True)
 
 
 def _centre_classes(rows: Tensor, kept: Tensor | None) -> Tensor:
