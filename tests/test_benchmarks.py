@@ -17,6 +17,7 @@ import loss_cases
 import loss_report
 import losses
 import measure
+import neighbours
 from benchmark_rows import make_row
 from loss_report import Row
 
@@ -32,6 +33,17 @@ def tiny(case, shape):
 def first_case(table, loss, dtype=torch.float32):
     cases = loss_cases.list_cases(CPU)
     return next(case for case in cases if (case.table, case.loss, case.dtype) == (table, loss, dtype))
+
+
+def test_neighbours_are_busy_while_it_is_timed_and_gone_after(monkeypatch, capsys):
+    monkeypatch.setattr(neighbours.time, "sleep", lambda seconds: None)
+    with neighbours.neighbours(1) as busy:
+        assert [process.poll() for process in busy] == [None]
+    assert [process.poll() is None for process in busy] == [False]
+    neighbours.main(["--rows=4", "--classes=10", "--neighbours", "0", "1", "--repeats=2", "--loss=kl"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("kl (4, 10), ")
+    assert [line.partition(" neighbours: eager / ours ")[0] for line in lines[1:]] == ["0", "1"]
 
 
 @pytest.fixture

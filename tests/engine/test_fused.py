@@ -28,10 +28,10 @@ repeatable = settings(derandomize=True, deadline=None, database=None, max_exampl
 class Counted:
     """A block function that counts its calls, in a loss that is otherwise `loss`."""
 
-    def __init__(self, loss):
+    def __init__(self, loss, **fields):
         self.calls = 0
         self.of_loss = loss.block
-        self.loss = Rows(loss.formula, block=self)
+        self.loss = Rows(loss.formula, block=self, **fields)
 
     def __call__(self, *args, **options):
         self.calls += 1
@@ -184,6 +184,17 @@ def test_rows_are_read_once_where_the_reduction_allows_it(fused, reduction, dtyp
     assert counted.calls == 3 * passes
 
 
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float32, 2), (torch.bfloat16, 12)])
+def test_blocks_are_longer_for_a_loss_of_few_passes_where_none_is_copied(fused, dtype, calls):
+    counted = Counted(LogitLoss.rows, longer=LogitLoss.rows.longer)
+    student, teacher = make_pair(48, 16, dtype=dtype)  # 12 blocks of 4 rows
+    counted.loss.reduced(student, teacher, dim=-1, reduction="mean")
+    assert counted.calls == calls
+    with torch.no_grad():  # the gradient's place is then a buffer, which stays small
+        counted.loss.reduced(student, teacher, dim=-1, reduction="mean")
+    assert counted.calls == calls + 12
+
+
 def test_values_alone_take_no_gradient(fused):
     student, teacher = make_pair(12, 16)
     seen = []
@@ -242,11 +253,13 @@ def test_takes_no_memory_but_the_gradient_and_a_few_blocks(loss, dtype):
     # Two of the block, one that the divergences take for themselves, and one a side where it is to be widened.
     buffers = (3 if dtype == torch.float32 else 5) * 4 * engine._block_elements(student.device)
     assert buffers <= 40 * 2**20
+    # Blocks are longer where none is copied, and `LogitLoss` has one buffer for them, which it seldom touches.
+    more = 4 * engine._block_elements(student.device) * (loss.rows.longer - 1) if dtype == torch.float32 else 0
 
     def step():
         (0.5 * loss(student, teacher)).backward()
 
-    assert size <= peak_memory(step) <= size + 1.1 * buffers
+    assert size <= peak_memory(step) <= size + 1.1 * buffers + more
     with torch.no_grad():
         assert peak_memory(lambda: loss(student, teacher)) <= 1.1 * buffers
     student.grad = None

@@ -32,6 +32,9 @@ class Formula(Protocol):
     @property
     def pays_from(self) -> float: ...
 
+    @property
+    def longer(self) -> int: ...
+
     def in_blocks(self) -> Callable[..., Tensor]: ...
 
 
@@ -174,7 +177,6 @@ class Call:
             values = values.view(-1)
             factors = None if factors is None else factors.reshape(-1)
             gradient = None if gradient is None else gradient.view(-1, columns)
-        limit = min(max(elements, columns), student.numel())
         in_place = (
             gradient is not None
             and gradient.dtype == self.dtype
@@ -183,6 +185,9 @@ class Call:
         )
         # What is not there as it is needed is copied into a buffer; the last two are the block's own.
         copied = [x.dtype != self.dtype or not x.is_contiguous() for x in (student, teacher)]
+        if in_place and not any(copied):
+            elements *= self.loss.longer
+        limit = min(max(elements, columns), student.numel())
         size = limit // columns
         buffers = [
             torch.empty((size if needed else 0, width), dtype=self.dtype, device=student.device)

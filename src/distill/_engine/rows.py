@@ -35,6 +35,8 @@ class Rows:
         mean: `mean(student, teacher, **options)` gives the mean of the formula over all samples, where PyTorch has a
             single operation for it.
         pays_from: How many times `fused.SMALL` elements there must be for the fused form to pay.
+        longer: How many times as long as others' its blocks may be where none is copied: for a loss of so few passes
+            that it gains nothing from the cache. Long blocks wait less often for a thread that another process delays.
         softmax: Whether the rows are logits, so that it must be clear along which dimension.
         classes: How many logits a row must have at least: two for a softmax.
         labels: Whether the formula needs the label of each row.
@@ -49,6 +51,7 @@ class Rows:
     kernel: Callable[[], Any] | None = None
     mean: Callable[..., Tensor] | None = None
     pays_from: float = 1
+    longer: int = 1
     softmax: bool = True
     classes: int = 2
     labels: bool = False
