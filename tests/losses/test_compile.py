@@ -5,22 +5,16 @@ are compiled as one graph, which the C++ compiler sees once; what fails or diffe
 """
 
 import gc
-import importlib.util
 import itertools
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import contract
-import distill
+from twins import STEMS, find_contracts
 
-FOLDER = Path(__file__).parent
-STEMS = [stem for stem in distill.list_losses() if (FOLDER / f"test_{stem}.py").exists()]
 HAS_COMPILER = any(map(shutil.which, ("g++", "clang++", "cl")))
 # Made of what the others show under inductor, which takes up to a minute for each of them.
 TRACED = {"ctkd", "fgd", "gram", "ofa", "queue_kl", "sdd", "sigmoid_kl", "skd", "srd", "token_similarity"}
@@ -74,23 +68,6 @@ def test_mask_and_a_changed_option(stem):
     alone.check(1, masked=True)
     for case in others:
         Together([stem], [case], "aot_eager").check(1)
-
-
-def find_contracts(stem: str) -> Iterator[dict[str, Any]]:
-    """The arguments of the first call of the contract in each of its tests."""
-    spec = importlib.util.spec_from_file_location(f"twin_of_{stem}", FOLDER / f"test_{stem}.py")
-    twin = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(twin)
-    for name, test in list(vars(twin).items()):
-        if name.startswith("test_contract"):
-            marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
-            for values in itertools.product(*(mark[1] for mark in marks)):
-                calls: list[dict[str, Any]] = []
-                twin.assert_loss_contract = lambda build, _calls=calls, **given: _calls.append(
-                    {"build": build, **given}
-                )
-                test(**dict(zip((mark[0] for mark in marks), values, strict=True)))
-                yield calls[0]
 
 
 class Case:
