@@ -106,19 +106,20 @@ def language_models(data: Path, out: Path, seeds: list[int]) -> Iterator[Row]:
     """The teacher, the students alone, and the students with the teacher."""
     held, rows = causal_lm.read(data / "dictionary.txt")
 
-    def trained(width: int, layers: int, steps: int, seed: int, teacher: Any = None) -> Numbers:
+    def trained(width: int, layers: int, text: Tensor, steps: int, seed: int, teacher: Any = None) -> Numbers:
         model = causal_lm.llama(width, layers, seed)
-        minutes = clock(lambda: causal_lm.train(model, rows, out, seed, steps, teacher))
+        minutes = clock(lambda: causal_lm.train(model, text, out, seed, steps, teacher))
         if width == 128:
             model.save_pretrained(out / "teacher")
         bits = causal_lm.bits_per_byte(model, held)
         return {"parameters, million": millions(model), "bits per byte": bits, MINUTES: minutes}
 
-    yield "teacher", None, partial(trained, 128, 4, 200, 0)
+    yield "teacher", None, partial(trained, 128, 4, rows, 1200, 0)
     teacher = LlamaForCausalLM.from_pretrained(out / "teacher")
     for seed in seeds:
-        yield "student alone", seed, partial(trained, 64, 2, 100, seed)
-        yield "student with the teacher", seed, partial(trained, 64, 2, 100, seed, teacher)
+        for name, steps in causal_lm.STUDENTS.items():
+            by = teacher if "with" in name else None
+            yield name, seed, partial(trained, 64, 2, rows[: causal_lm.FEW], steps, seed, by)
 
 
 EXAMPLES = {"sentence_encoder": encoders, "causal_lm": language_models}

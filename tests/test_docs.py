@@ -10,6 +10,7 @@ import torch
 
 import cifar_resnet
 import distill
+import linear_losses
 import losses
 import losses_page
 import stored_teacher
@@ -24,7 +25,6 @@ PLAIN_COMMANDS = (  # shown with their defaults
     "examples/sentence_encoder.py",
     "examples/causal_lm.py",
     "examples/balance.py",
-    "benchmarks/linear_losses.py",
 )
 COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND_LINES = [
@@ -57,6 +57,7 @@ def test_command_on_the_page_is_accepted(page, line):
         script, *options = arguments
         commands = {
             "examples/cifar_resnet.py": cifar_resnet,
+            "benchmarks/linear_losses.py": linear_losses,
             "benchmarks/losses.py": losses,
             "benchmarks/stored_teacher.py": stored_teacher,
         }
