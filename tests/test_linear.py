@@ -10,7 +10,7 @@ from torch import nn
 import distill
 from contract import gradient
 from distill import CrossEntropyLoss, Distiller, KLLoss, LinearCrossEntropyLoss, LinearLoss, RKDLoss, Term
-from distill._engine import products
+from distill._engine import linear, products
 from distill.losses._base import RowLoss
 
 V, N = 23, 10
@@ -59,10 +59,11 @@ def check(found, expected, **tolerance):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_equals_formed_logits(name, reduction):
+def test_equals_formed_logits(name, reduction, monkeypatch):
+    monkeypatch.setattr(linear, "_BLOCK", 2 * V + 1)  # blocks of two rows in chunks of five
     (ours, theirs), (student, teacher, labels) = heads(), hidden()
     loss = build(name, reduction=reduction)
-    value = LinearLoss(loss, ours, theirs, rows=4)(student, teacher, labels)
+    value = LinearLoss(loss, ours, theirs, rows=5)(student, teacher, labels)
     formed = loss(ours(student), theirs(teacher), labels)
     torch.testing.assert_close(value, formed, rtol=1e-11, atol=1e-12)
     weights = torch.rand(formed.shape, dtype=torch.float64)

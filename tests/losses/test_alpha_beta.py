@@ -80,7 +80,7 @@ def test_temperature_is_1_by_default():
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(0.2, 0.7), (1.0, 0.0), (0.0, 1.0), (0.9, 0.01), (0.01, 0.9)])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.2, 0.7), (0.3, 0.7), (1.0, 0.0), (0.0, 1.0), (0.9, 0.01), (0.01, 0.9)])
 def test_gradient(alpha, beta):
     student, teacher = make_pair(4, 5)
     assert torch.autograd.gradcheck(lambda s: alpha_beta_loss(s, teacher, alpha=alpha, beta=beta), student)
