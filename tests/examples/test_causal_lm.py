@@ -28,7 +28,7 @@ def short(monkeypatch):
     """Few steps of tiny models, measured on few rows."""
     llama, train, read = causal_lm.llama, causal_lm.train, causal_lm.read
     monkeypatch.setattr(causal_lm, "llama", lambda width, layers, seed: llama(width // 8, 1, seed))
-    monkeypatch.setattr(causal_lm, "train", lambda *args, **options: train(*args, **{**options, "steps": 6}))
+    monkeypatch.setattr(causal_lm, "train", lambda *args, **options: train(*args, **{**options, "steps": 12}))
     monkeypatch.setattr(causal_lm, "read", lambda path: (read(path)[0][:20], read(path)[1]))
 
 

@@ -19,8 +19,8 @@ from distill._engine.fused import Call, scale
 from distill._engine.products import Gradients, Side, chunk_rows, logits_dtype, multiply, product_dtype
 from distill._reduction import hide, reduce, row_weights
 
-# Elements of a block on a CPU: the block's own buffers are all the memory beside the chunk's logits.
-_BLOCK = 2**18
+# Elements of a block on a CPU: its four buffers at most are all the memory beside the logits of a chunk.
+_BLOCK = 3 * 2**17
 _KNOWN = 2**20  # where the teacher's rows are known: there are no logits of its, and more small operations in a block
 
 
