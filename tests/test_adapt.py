@@ -48,6 +48,15 @@ def test_tokens_become_a_map_row_by_row(prefix, grid, shape):
             assert torch.equal(out[:, :, row, column], tokens[:, prefix + row * shape[1] + column])
 
 
+def test_maps_become_tokens_and_maps_again():
+    maps = torch.randn(2, 4, 2, 3)
+    tokens = adapt.MapToTokens()(maps)
+    assert torch.equal(tokens[:, 4], maps[:, :, 1, 1])
+    assert torch.equal(adapt.TokensToMap(grid=(2, 3))(tokens), maps)
+    with pytest.raises(ValueError, match=r"maps \(N, C, H, W\) must have 4 dimensions, got shape \(2, 6, 4\)"):
+        adapt.MapToTokens()(tokens)
+
+
 def test_selects_from_tuples_mappings_and_objects():
     a, b = torch.zeros(1), torch.ones(1)
     assert adapt.Select(-1)([a, b]) is b

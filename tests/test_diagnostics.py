@@ -49,6 +49,17 @@ def test_says_shapes_calls_and_what_is_overwritten_later():
     assert len(shapes) == 8
 
 
+def test_shows_paths_of_so_many_names_and_models_without_weights():
+    with torch.device("meta"):
+        model, inputs = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), nn.Linear(4, 3)), torch.zeros(2, 6)
+    shapes = tap_shapes(model, inputs, depth=1)
+    assert {path: entry.shape for path, entry in shapes.items()} == {"": (2, 3), "0": (2, 4), "1": (2, 3)}
+    assert list(shapes.order) == ["", "0", "1"]
+    assert list(tap_shapes(model, inputs, depth=2)) == list(tap_shapes(model, inputs)) == ["", "0", "0.0", "0.1", "1"]
+    with pytest.raises(ValueError, match="depth must be a positive integer, got 0"):
+        tap_shapes(model, inputs, depth=0)
+
+
 def test_prints_as_a_table():
     lines = str(tap_shapes(Everything(), batch()[0])).splitlines()
     assert lines[0].split() == ["path", "calls", "input", "output", "overwritten", "later"]

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from distill._checks import check_count
 
-__all__ = ["NHWC", "Columns", "Select", "Tokens", "TokensToMap"]
+__all__ = ["NHWC", "Columns", "MapToTokens", "Select", "Tokens", "TokensToMap"]
 
 
 class NHWC(nn.Module):
@@ -142,6 +142,36 @@ class TokensToMap(nn.Module):
     def extra_repr(self) -> str:
         """Show the options in `repr`."""
         return f"prefix={self.prefix}, grid={self.grid}"
+
+
+class MapToTokens(nn.Module):
+    """Maps `(N, C, H, W)` to tokens `(N, H * W, C)`, row by row: a convolutional network beside a transformer.
+
+    Where the grids differ, resize first: `nn.Sequential(nn.Upsample((14, 14), mode="bilinear"), MapToTokens())`.
+
+    Examples:
+        >>> import torch
+        >>> from distill import adapt
+        >>> adapt.MapToTokens()(torch.zeros(2, 512, 7, 7)).shape
+        torch.Size([2, 49, 512])
+    """
+
+    @override
+    def forward(self, maps: Tensor) -> Tensor:
+        """Line the positions up.
+
+        Args:
+            maps: `(N, C, H, W)`.
+
+        Returns:
+            `(N, H * W, C)`, a view where the maps lie in memory as they are.
+
+        Raises:
+            TypeError: If the maps are no tensor.
+            ValueError: If they have not four dimensions.
+        """
+        _check(maps, 4, "maps (N, C, H, W)")
+        return maps.flatten(2).mT
 
 
 class Columns(nn.Module):

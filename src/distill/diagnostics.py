@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from distill._checks import check_classes, check_inputs
+from distill._checks import check_classes, check_count, check_inputs
 from distill._distiller.evaluate import call
 from distill._distiller.stand_ins import Listener, listen
 from distill._reduction import reduce
@@ -88,21 +88,24 @@ class TapShapes(Mapping[str, TapShape]):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def tap_shapes(model: nn.Module, inputs: Any) -> TapShapes:
+def tap_shapes(model: nn.Module, inputs: Any, *, depth: int | None = None) -> TapShapes:
     """Run a model once and say what each of its modules is given and gives: what to look at when writing paths.
 
-    The model runs in eval mode and without gradients. Its modes and buffers are afterwards as they were.
+    The model runs in eval mode and without gradients. Its modes and buffers are afterwards as they were. On the device
+    `"meta"` a model of any size needs neither weights nor time: build it and the inputs under `torch.device("meta")`.
 
     Args:
         model: The model, a student or a teacher.
         inputs: For the model, as the Distiller takes them: a tensor is passed as `model(x)`, a tuple as `model(*x)`, a
             mapping as `model(**x)`, anything else as `model(x)`.
+        depth: Only modules whose path has at most so many names; `"encoder.layers.3"` has three. None: all.
 
     Returns:
         A mapping from the path of every module to its `TapShape`; printed, a table.
 
     Raises:
         TypeError: If the model is no module.
+        ValueError: If the depth is no positive integer.
 
     Examples:
         >>> import torch
@@ -120,6 +123,8 @@ def tap_shapes(model: nn.Module, inputs: Any) -> TapShapes:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
+    if depth is not None:
+        check_count("depth", depth)
     paths = dict(model.named_modules(remove_duplicate=False))
     clock = itertools.count()
     looks = {
@@ -129,8 +134,10 @@ def tap_shapes(model: nn.Module, inputs: Any) -> TapShapes:
     with as_it_was(model), torch.no_grad():
         model.eval()
         listen([look for pair in looks.values() for look in pair], lambda: call(model, inputs))
-    entries = {path: _entry(*looks[id(module)]) for path, module in paths.items()}
-    return TapShapes(entries, {path: looks[id(module)][1].last for path, module in paths.items()})
+    shown = {path: looks[id(module)] for path, module in paths.items() if depth is None or path.count(".") < depth}
+    return TapShapes(
+        {path: _entry(*pair) for path, pair in shown.items()}, {path: shown[path][1].last for path in shown}
+    )
 
 
 @torch.no_grad()

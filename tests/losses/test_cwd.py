@@ -159,3 +159,35 @@ def test_rejects_one_position_and_bad_temperatures_set_later():
         loss(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 1, 1))
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         loss.temperature = 0
+
+
+@pytest.mark.parametrize("size", [(7,), (3, 4)])
+def test_with_a_mask_of_positions_the_distributions_are_over_those_that_count(size):
+    student, teacher = make_pair(4, 3, *size)
+    known = torch.rand(4, *size, generator=torch.Generator().manual_seed(1)) > 0.4
+    known[2] = False
+    expected = []
+    for n in (0, 1, 3):
+        s, t = (maps[n : n + 1, :, known[n]].detach().numpy() for maps in (student, teacher))
+        expected.append(reference(s, t, 2.0).item())
+    student.data.masked_fill_(~known.unsqueeze(1), torch.nan)
+    loss = CWDLoss(2.0)(student, teacher, mask=known)
+    torch.testing.assert_close(loss.item(), sum(expected) / 3, rtol=1e-12, atol=1e-12)
+    loss.backward()
+    assert (student.grad.movedim(1, -1)[~known] == 0).all()
+    assert (student.grad[known.unsqueeze(1).expand_as(student)] != 0).all()
+    values = CWDLoss(2.0, reduction="none")(student, teacher, mask=known)
+    torch.testing.assert_close(values, torch.tensor([*expected[:2], 0, expected[2]], dtype=torch.float64))
+    divided = CWDLoss(2.0)(student, teacher, mask=known, denominator=8)
+    torch.testing.assert_close(divided.item(), sum(expected) / 8, rtol=1e-12, atol=1e-12)
+
+
+def test_a_mask_of_positions_is_of_the_smaller_map_and_may_hide_all():
+    student, teacher = make_pair(4, 3, 4, 4, teacher_shape=(4, 3, 2, 2))
+    known = torch.ones(4, 2, 2, dtype=torch.bool)
+    torch.testing.assert_close(CWDLoss()(student, teacher, mask=known), CWDLoss()(student, teacher))
+    assert (gradient(CWDLoss(), student, teacher, mask=~known) == 0).all()
+    with pytest.raises(ValueError, match=r"shaped like the per-sample values, \(4, 2, 2\), got \(4, 4, 4\)"):
+        CWDLoss()(student, teacher, mask=torch.ones(4, 4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="a mask of positions must be bool .*, got torch.float32"):
+        CWDLoss()(student, teacher, mask=known.float())

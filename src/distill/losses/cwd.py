@@ -1,10 +1,11 @@
 """Channel-wise distillation: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (2021)."""
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distill._checks import check_positive
-from distill._reduction import Reduction
+from distill._checks import check_positive, ordinary
+from distill._reduction import Reduction, check_mask
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._from_teacher import ROWS
@@ -74,6 +75,9 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> T
 class CWDLoss(SampleLoss):
     """Divergence of each channel's distribution over the positions; see `cwd_loss` for the formula.
 
+    With a mask for each position, such as the pixels that have a label, the distributions are over the positions that
+    count. The others get a gradient of exactly 0, and a sample without any counts nowhere.
+
     Args:
         temperature: What both maps are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
@@ -95,6 +99,43 @@ class CWDLoss(SampleLoss):
     def __init__(self, temperature: float = 4.0, *, reduction: Reduction = "mean") -> None:
         super().__init__(reduction=reduction)
         self.temperature = temperature
+
+    @override
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: The student's map, as in `cwd_loss`.
+            teacher: The teacher's map, as in `cwd_loss`. Gets no gradient.
+            target: Not used.
+            mask: Bool or weights, one per sample `(N,)`. Or bool for each position, of the smaller map: `(N, H, W)`.
+                What a 0 hides counts nowhere.
+            denominator: A mean becomes the sum over samples divided by this number.
+
+        Returns:
+            A scalar, or with `reduction="none"` one value per sample, `(N,)`.
+
+        Raises:
+            TypeError: If what must be a tensor is none.
+            ValueError: As `cwd_loss`, if the mask has another shape, or one for positions is not bool.
+        """
+        if isinstance(mask, Tensor) and mask.ndim > 1:
+            student, teacher = pool_to_smaller(*check_maps(student, teacher, same_channels=True, positions=ANY))
+            check_mask(mask, student[:, 0].shape, student.device)
+            if mask.dtype != torch.bool:
+                raise ValueError(f"a mask of positions must be bool (a position counts or does not), got {mask.dtype}")
+            known = ordinary(mask)
+            student, teacher = (maps.masked_fill(~known.unsqueeze(1), -torch.inf) for maps in (student, teacher))
+            mask = known.flatten(1).any(1)
+        return super().forward(student, teacher, target, mask=mask, denominator=denominator)
 
     @override
     def per_sample(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:

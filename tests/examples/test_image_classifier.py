@@ -1,0 +1,44 @@
+"""The example of an image classifier: it reads a folder, and the teacher counts."""
+
+import pytest
+import torch
+
+import image_classifier
+from image_classifier import load, train
+
+pytest.importorskip("PIL")
+from PIL import Image
+
+
+def test_reads_a_folder_of_pictures_with_a_subfolder_for_each_class(tmp_path):
+    for kind, shade in (("bright", 250), ("dark", 5)):
+        (tmp_path / kind).mkdir()
+        for number in range(3):
+            Image.new("RGB", (40, 30), (shade, shade, number)).save(tmp_path / kind / f"{number}.png")
+    pictures, labels = load(tmp_path)
+    assert pictures.shape == (6, 3, 32, 32)
+    assert pictures.mean().item() == pytest.approx(0, abs=1e-5)
+    assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    assert ((pictures[:, 0].mean((1, 2)) > 0) == (labels == 0)).all()  # "bright" is the first by name
+
+
+def test_a_student_of_a_teacher_that_is_always_wrong_is_wrong_too():
+    y = torch.arange(64) % 2
+    x = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)) + 4.0 * (y - 0.5).view(-1, 1, 1, 1)
+
+    class Wrong(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot((x.mean((1, 2, 3)) <= 0).long(), 2) * 40.0
+
+    alone, taught = (train(2, x, y, 0, 20, teacher).train() for teacher in (None, Wrong()))
+    assert (alone(x).argmax(1) == y).float().mean() > 0.8
+    assert (taught(x).argmax(1) == y).float().mean() < 0.2
+
+
+def test_the_command_says_how_many_each_gets_right(monkeypatch, capsys):
+    data = torch.randn(16, 1, 4, 4), torch.arange(16) % 2
+    monkeypatch.setattr(image_classifier, "load", lambda folder: data)
+    monkeypatch.setattr(image_classifier, "train", lambda w, x, y, seed, epochs, *rest: train(w, x, y, seed, 2, *rest))
+    image_classifier.main([])
+    said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["teacher", "students alone", "students taught"]
