@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
 	@echo "make demo    distil a small ResNet on handwritten digits, in less than a minute"
-	@echo "make examples  a sentence encoder and a language model, each with a smaller student: minutes; fetches 120 MB"
+	@echo "make examples  a classifier, a sentence encoder and a language model, each with a smaller student: minutes; fetches 120 MB"
 	@echo "make reproduce  the published CIFAR table: hours on a GPU, weeks on a CPU; stops and goes on"
 	@echo "make test    the tests, all of them"
 	@echo "make coverage  the tests that cover src, slower: each line must run"
@@ -39,6 +39,7 @@ demo: $(READY)
 	python examples/cifar_resnet.py --out runs/digits
 
 examples: $(READY)
+	python examples/image_classifier.py
 	python examples/fetch.py
 	python examples/sentence_encoder.py
 	python examples/causal_lm.py

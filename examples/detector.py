@@ -40,7 +40,7 @@ def distil(student: Any, teacher: Any) -> Distiller:
     return Distiller(student, Pyramid(teacher), terms, **task)
 
 
-def train(large: bool, seed: int, pictures: int, steps: int = 300, teacher: Any = None) -> Any:
+def train(large: bool, seed: int, pictures: int, steps: int = 500, teacher: Any = None) -> Any:
     """Train a detector, alone or with a teacher."""
     torch.manual_seed(seed)
     (images, _, targets), student = scenes(pictures, seed=0), detector(large=large)
@@ -50,7 +50,8 @@ def train(large: bool, seed: int, pictures: int, steps: int = 300, teacher: Any 
     for _ in range(steps):
         part = torch.randint(pictures, (8,)).tolist()
         optimizer.zero_grad()
-        distiller(([images[n] for n in part], [targets[n] for n in part])).loss.backward()
+        out = distiller(([images[n] for n in part], [targets[n] for n in part]))
+        out.loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return student.eval()
@@ -62,8 +63,8 @@ def main() -> None:
     images, _, targets = scenes(100, seed=1)  # not trained with
     with torch.enable_grad():
         teacher = train(True, seed=99, pictures=1000)
-        alone = [train(False, seed, pictures=100) for seed in range(3)]
-        taught = [train(False, seed, pictures=100, teacher=teacher) for seed in range(3)]
+        alone = [train(False, seed, pictures=300) for seed in range(3)]
+        taught = [train(False, seed, pictures=300, teacher=teacher) for seed in range(3)]
     for name, models in {"teacher": [teacher], "students alone": alone, "students taught": taught}.items():
         scores = [f1(model([*images]), targets) for model in models]
         print(f"{name}: F1 {mean(scores):.1f}", f"(+- {stdev(scores):.1f}, {len(scores)} seeds)" if scores[1:] else "")

@@ -50,7 +50,7 @@ def train(width: int, x: Tensor, y: Tensor, seed: int, epochs: int, teacher: nn.
     blocks = Block(x.shape[1], width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
     model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, int(y.max()) + 1))
     distiller = Distiller(model, teacher, {} if teacher is None else KLLoss(temperature=4.0))  # + cross-entropy
-    steps = [part for _ in range(epochs) for part in torch.randperm(len(y)).split(64)]
+    steps = [part for _ in range(epochs) for part in torch.split(torch.randperm(len(y)), 64)]
     optimizer = torch.optim.AdamW(distiller.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=len(steps))
     for part in steps:

@@ -74,7 +74,7 @@ class Segmenter(nn.Module):
 def detector(*, large: bool) -> Any:
     """Build a detector: torchvision's Faster R-CNN where it is installed, else a small one of the same manners."""
     if FasterRCNN is None:
-        return SmallDetector(32 if large else 6)
+        return SmallDetector(32 if large else 16)
     backbone = backbone_utils.resnet_fpn_backbone(
         backbone_name="resnet34" if large else "resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
     )
@@ -91,7 +91,7 @@ class SmallDetector(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.backbone = _Pyramid(width)
-        self.rpn = nn.Module()
+        self.rpn: Any = nn.Module()
         self.rpn.head = _Head(width)
         self.classes = nn.Conv2d(width, CLASSES - 1, 1)
 

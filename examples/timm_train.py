@@ -39,7 +39,8 @@ class DistillTask(TrainingTask):  # type: ignore[misc]  # timm is no requirement
 
     def __init__(self, distiller: Distiller, **options: Any) -> None:
         super().__init__(**options)
-        self.trainable_module, self.eval_model = distiller, distiller.student
+        self.trainable_module: nn.Module = distiller
+        self.eval_model = distiller.student
 
     def prepare_distributed(self, device_ids: Any = None, **options: Any) -> "DistillTask":
         """Wrap all of the Distiller: what learns in the losses is synchronised too."""
@@ -48,13 +49,13 @@ class DistillTask(TrainingTask):  # type: ignore[misc]  # timm is no requirement
 
     def setup_ema(self, decay: float = 0.9999, **options: Any) -> nn.Module:
         """Average the student alone."""
-        self.trainable_module_ema = ModelEmaV3(self.eval_model, decay=decay, **options)
+        self.trainable_module_ema: nn.Module = ModelEmaV3(self.eval_model, decay=decay, **options)
         return self.trainable_module_ema
 
     def update_ema(self, step: int | None = None) -> None:
         """Move the average towards the student."""
         if self.has_ema():
-            self.trainable_module_ema.update(self.eval_model, step=step)
+            self.trainable_module_ema.update(self.eval_model, step=step)  # type: ignore[operator]
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Give the loss, the student's logits, and each term for the log."""

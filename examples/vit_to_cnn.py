@@ -19,7 +19,7 @@ from distill import CosineLoss, Distiller, Term, TokenSimilarityLoss, adapt
 from scenes import scenes
 from vits import Shown, Vit, load_vit, see, small_vit
 
-WIDTHS, HELD = [16, 32, 64, 128], 200  # of the student; pictures to measure with
+WIDTHS, HELD = [8, 16, 32, 64], 200  # of the student; pictures to measure with
 SHOWN: Shown = (64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the student's resolution and normalisation
 
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         pictures = torch.stack([torch.tensor(np.array(picture)).movedim(-1, 0) / 255 for picture in opened])
         teacher = load_vit(args.teacher)
     torch.manual_seed(0)
-    student = ResNetModel(ResNetConfig(embedding_size=16, hidden_sizes=WIDTHS, depths=[1, 1, 1, 1], layer_type="basic"))
+    student = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=WIDTHS, depths=[1, 1, 1, 1], layer_type="basic"))
     distiller, held, pictures = distil(student, teacher), pictures[:HELD], pictures[HELD:]
     for when in ("before", "after"):
         if when == "after":

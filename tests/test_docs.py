@@ -20,7 +20,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FAMILIES = sorted((ROOT / "docs/losses").glob("*.md"))
 RECIPES = sorted((ROOT / "docs/recipes").glob("*.md"))  # whose code test_recipes.py runs
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"\n*^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # right after a block: what it prints
 PLAIN_COMMANDS = (  # shown with their defaults
+    "examples/image_classifier.py",
+    "examples/vit_to_cnn.py",
+    "examples/segmentation.py",
+    "examples/detector.py",
     "examples/fetch.py",
     "examples/sentence_encoder.py",
     "examples/causal_lm.py",
@@ -37,7 +42,7 @@ COMMAND_LINES = [
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name)
-def test_code_on_the_page_runs(page, monkeypatch, tmp_path):
+def test_code_on_the_page_runs_and_prints_what_it_says(page, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
     names = {"__name__": "page"}
@@ -45,6 +50,9 @@ def test_code_on_the_page_runs(page, monkeypatch, tmp_path):
         for block in BLOCK.finditer(text):
             line = text[: block.start(1)].count("\n")
             exec(compile("\n" * line + block[1], str(page), "exec"), names)
+            said, shown = capsys.readouterr().out, PRINTED.match(text, block.end())
+            if shown:
+                assert said == shown[1]
 
 
 @pytest.mark.parametrize(("page", "line"), COMMAND_LINES)
