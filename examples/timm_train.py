@@ -47,15 +47,15 @@ class DistillTask(TrainingTask):  # type: ignore[misc]  # timm is no requirement
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **options)
         return self
 
-    def setup_ema(self, decay: float = 0.9999, **options: Any) -> nn.Module:
+    def setup_ema(self, decay: float = 0.9999, **options: Any) -> Any:
         """Average the student alone."""
-        self.trainable_module_ema: nn.Module = ModelEmaV3(self.eval_model, decay=decay, **options)
+        self.trainable_module_ema: Any = ModelEmaV3(self.eval_model, decay=decay, **options)
         return self.trainable_module_ema
 
     def update_ema(self, step: int | None = None) -> None:
         """Move the average towards the student."""
         if self.has_ema():
-            self.trainable_module_ema.update(self.eval_model, step=step)  # type: ignore[operator]
+            self.trainable_module_ema.update(self.eval_model, step=step)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Give the loss, the student's logits, and each term for the log."""

@@ -50,8 +50,9 @@ def load_vit(name: str) -> Vit:
 def small_vit(pictures: Tensor, labels: Tensor, steps: int = 400) -> Vit:
     """Train a small ViT to read digits (N, 3, 32, 32), in place of a pretrained one."""
     torch.manual_seed(99)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
-    model: Any = ViTForImageClassification(ViTConfig(image_size=32, patch_size=4, num_labels=CLASSES, **sizes))
+    sizes: dict[str, Any] = {"image_size": 32, "patch_size": 4, "hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_labels": CLASSES}
+    model: Any = ViTForImageClassification(ViTConfig(**sizes))
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
