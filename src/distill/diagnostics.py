@@ -213,7 +213,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             module._buffers.update(table)
         with torch.no_grad():
             for buffer, version, clone in kept:  # a batch norm changes its statistics without a new version
-                if buffer._version != version or not torch.equal(buffer, clone):
+                if buffer._version != version or not (buffer.is_meta or torch.equal(buffer, clone)):
                     buffer.copy_(clone)
 
 
