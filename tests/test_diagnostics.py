@@ -51,7 +51,8 @@ def test_says_shapes_calls_and_what_is_overwritten_later():
 
 def test_shows_paths_of_so_many_names_and_models_without_weights():
     with torch.device("meta"):
-        model, inputs = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), nn.Linear(4, 3)), torch.zeros(2, 6)
+        inputs = torch.zeros(2, 6)
+        model = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), nn.Linear(4, 3))
     shapes = tap_shapes(model, inputs, depth=1)
     assert {path: entry.shape for path, entry in shapes.items()} == {"": (2, 3), "0": (2, 4), "1": (2, 3)}
     assert list(shapes.order) == ["", "0", "1"]
