@@ -34,8 +34,8 @@ def similarities(rows: Tensor) -> Tensor:
 
     The scale of the rows does not count, and products of any size neither over- nor underflow.
     """
-    products = rows @ rows.mT
     if may_look(rows):
+        products = rows @ rows.mT
         norm: Tensor = torch.linalg.vector_norm(products, dim=-1, keepdim=True)
         if are_ordinary(norm):
             return products / norm

@@ -89,9 +89,9 @@ def _standardize(maps: Tensor, kept: Tensor | None) -> Tensor:
     # Positions first, then samples: on the CPU both at once, or std_mean(), take three times as long.
     mean = flat.mean(2, keepdim=True).sum(0, keepdim=True) / samples
     centred = flat - mean if kept is None else hide(flat - mean, kept)
-    squares = _sum_of_squares(centred)
+    squares = _sum_of_squares(centred) if may_look(maps) else None
     unit: float | Tensor = 1.0
-    if not (may_look(maps) and are_ordinary(squares)):  # in units of the largest magnitude no square overflows
+    if squares is None or not are_ordinary(squares):  # in units of the largest magnitude no square overflows
         unit = magnitude(flat, 2).amax(0, keepdim=True)
         unit = unit.masked_fill(unit == 0, 1.0)
         centred = centred / unit
