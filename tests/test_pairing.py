@@ -219,3 +219,60 @@ def test_rejects_models_without_layers_to_pair():
         pair_layers(ResNet(), lambda x: x, torch.zeros(2, 3, 16, 16))
     with pytest.raises(ValueError, match="shares must be a positive integer, got 0"):
         pair_layers(ResNet(), ResNet(), torch.zeros(2, 3, 16, 16), shares=0)
+
+
+class Normed(nn.Module):
+    """As a block of timm's ViT: queries are normed as (N, heads, tokens, C); called `block_k` as torchvision's are."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(width, width), nn.LayerNorm(width // 2)
+
+    def forward(self, x):
+        heads = self.norm(self.linear(x).unflatten(2, (2, -1)).movedim(2, 1))
+        return x + heads.movedim(1, 2).flatten(2)
+
+
+class PlainViT(nn.Module):
+    def __init__(self, depth=4, width=8):
+        super().__init__()
+        self.patches, self.start = nn.Conv2d(3, width, 4, 4), nn.Parameter(torch.zeros(1, 1, width))
+        self.body = nn.ModuleDict({f"block_{k}": Normed(width) for k in range(depth)})
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 5)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).mT
+        tokens = torch.cat([self.start.expand(len(x), 1, -1), tokens], 1)
+        for block in self.body.values():
+            tokens = block(tokens)
+        return self.head(self.norm(tokens)[:, 0])
+
+
+def test_heads_of_an_attention_are_no_maps_and_blocks_are_found_by_their_numbers():
+    x, _ = images(side=32)
+    pairs = pair_layers(ResNet(), PlainViT(), x)
+    assert paths(pairs) == [(f"depth {k}/4", f"layer{k}", f"body.block_{k - 1}") for k in range(1, 5)]
+    check_trains(ResNet(), PlainViT(), pairs, x)
+
+
+class Permute(nn.Module):
+    def forward(self, x):
+        return x.movedim(-1, 1)
+
+
+class Stages(nn.Module):
+    """As timm's Swin: maps (N, H, W, C), and a norm at the end. torchvision's moves the channels by a module too."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (nn.Sequential(nn.Linear(width, 6), nn.ReLU(), nn.Linear(6, width)) for width in (3, 3))
+        self.norm, self.permute = nn.LayerNorm(3), Permute()
+
+    def forward(self, x):
+        x = self.one(x.movedim(1, -1)[:, ::2, ::2])
+        return self.permute(self.norm(self.two(x[:, ::2, ::2]))).mean((2, 3))
+
+
+def test_a_norm_after_the_last_stage_with_channels_last_does_not_hide_it():
+    pairs = pair_layers(ResNet(), Stages(), torch.zeros(2, 3, 16, 16))
+    assert paths(pairs) == [("8 x 8", "layer2", "one"), ("4 x 4", "layer3", "norm")]

@@ -223,15 +223,20 @@ class _Side:
         )
 
     def _stages(self, shapes: TapShapes) -> dict[tuple[int, int], _Layer]:
-        stages: dict[tuple[int, int], _Layer] = {}
-        for layer in self.layers:  # the last one at each resolution stays
-            if layer.grid is not None and max(layer.grid) > 1 and not self._inside_a_step_down(layer, shapes):
-                stages.pop(layer.grid, None)
-                stages[layer.grid] = layer
+        stages = _last_of_each([layer for layer in self.layers if self._is_map(layer, shapes)])
         if any(not layer.leaf for layer in stages.values()):  # a stem's last operation is no stage
-            stages = {grid: layer for grid, layer in stages.items() if not layer.leaf or layer.layout == "tokens"}
+            blocks = [layer for layer in self.layers if not layer.leaf or layer.layout != "NCHW"]
+            stages = _last_of_each([layer for layer in blocks if self._is_map(layer, shapes)])
         ordered = dict(sorted(stages.items(), key=lambda item: -math.prod(item[0])))
         return ordered if len(ordered) > 1 else {}
+
+    def _is_map(self, layer: _Layer, shapes: TapShapes) -> bool:
+        """Whether the layer may stand for its resolution."""
+        if layer.grid is None or max(layer.grid) < 2:
+            return False
+        if self.picture is not None and _distortion(layer.grid, self.picture) > 0:
+            return False  # the heads of an attention, (N, heads, tokens, C)
+        return not self._inside_a_step_down(layer, shapes)
 
     def _inside_a_step_down(self, layer: _Layer, shapes: TapShapes) -> bool:
         """Whether the layer is within a block that goes on to another resolution, and no step of its main path."""
@@ -251,9 +256,9 @@ class _Side:
         """The last block of each of so many equal shares of the depth."""
         groups: dict[tuple[Any, ...], list[_Layer]] = {}
         for layer in self.layers:
-            prefix, _, index = layer.path.rpartition(".")
-            if index.isdigit() and not layer.leaf:
-                groups.setdefault((prefix, layer.kind, layer.shape), []).append(layer)
+            numbered = re.fullmatch(r"(.*?)\d+", layer.path)  # layers.3, encoder_layer_3
+            if numbered and not layer.leaf:
+                groups.setdefault((numbered[1], layer.kind, layer.shape), []).append(layer)
         blocks = max(groups.values(), key=len, default=[])
         if len(blocks) < 2:
             raise ValueError(
@@ -262,6 +267,11 @@ class _Side:
             )
         number = min(number, len(blocks))
         return [blocks[math.ceil(len(blocks) * k / number) - 1] for k in range(1, number + 1)]
+
+
+def _last_of_each(layers: Sequence[_Layer]) -> dict[tuple[int, int], _Layer]:
+    """The last layer of each resolution."""
+    return {layer.grid: layer for layer in layers if layer.grid is not None}
 
 
 def _pair(stage: str, ours: _Layer, theirs: _Layer) -> LayerPair:
