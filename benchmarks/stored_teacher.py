@@ -6,7 +6,8 @@
 
 speed: random batches of packed top-k (k = 32, a vocabulary of 128,256, 512 tokens a sample) from files that the system
 has in memory, in one thread; processor time, so that a busy machine counts less. `first` opens the folder and compares
-every sample with its checksum, `again` reads on.
+every sample with its checksum, `again` reads on, `copy` is the floor: as many bytes of the same files as a sample has
+are copied out of a memory map, and nothing is done with them.
 
 kills: two processes write one folder, and are ended by SIGKILL at a random moment; then the folder is read, and two
 others go on. Whatever a `flush` had reported must be there as it was written, and nothing else than what was written.
@@ -34,6 +35,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from distill import StoredTeacher, StoreError, TeacherOutput, TeacherWriter, TopK
@@ -245,15 +247,30 @@ def time_reading(folder: Path, samples: int, tokens: int, repeats: int) -> dict[
     found: dict[str, list[float]] = {}
     for _ in range(repeats):
         for size in (8, 32, 64):
-            teacher = StoredTeacher(folder)
-            for name in ("first", "again"):
+            teacher, copier = StoredTeacher(folder), Copier(folder, samples, size)
+            for name, read in (("first", teacher), ("again", teacher), ("copy", copier)):
                 order = torch.randperm(samples, generator=generator)
                 start = time.process_time()
                 for at in range(0, samples, size):
-                    teacher(order[at : at + size])
+                    read(order[at : at + size])
                 seconds = time.process_time() - start
                 found.setdefault(f"batches of {size:2}, {name}", []).append(samples * tokens / seconds / 1e6)
     return found
+
+
+class Copier:
+    """Copies as many bytes as a sample has out of the only shard of a folder, for each sample of a batch."""
+
+    def __init__(self, folder: Path, samples: int, size: int) -> None:
+        (shard,) = folder.glob("*.safetensors")
+        self._data = np.memmap(shard, mode="r")
+        self._bytes = len(self._data) // samples
+        self._batch = np.empty((size, self._bytes), np.uint8)
+
+    def __call__(self, order: torch.Tensor) -> None:
+        """Copy those of a batch."""
+        for place, sample in zip(self._batch, order.tolist(), strict=True):
+            place[:] = self._data[sample * self._bytes : (sample + 1) * self._bytes]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -271,8 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if options.what == "speed":
             print(f"million tokens a second of one core, median and range of {options.count}")
-            for name, rates in time_reading(Path(folder), 1024, 512, options.count).items():
-                print(f"{name}: {statistics.median(rates):5.1f} ({min(rates):.1f} to {max(rates):.1f})")
+            found = time_reading(Path(folder), 1024, 512, options.count)
+            for name, rates in found.items():
+                floor = found[f"{name.split(',')[0]}, copy"]
+                shares = [rate / most for rate, most in zip(rates, floor, strict=True)]
+                share = f"{statistics.median(shares):.2f} of a copy's"
+                print(f"{name}: {statistics.median(rates):5.1f} ({min(rates):.1f} to {max(rates):.1f}), {share}")
             return 0
         campaign = kill_campaign if options.what == "kills" else damage_campaign
         counts = campaign(Path(folder), options.count, options.seed)

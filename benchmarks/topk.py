@@ -1,4 +1,4 @@
-"""What a teacher's top-k costs: `python benchmarks/topk.py errors` or `time`.
+"""What a teacher's top-k costs: `python benchmarks/topk.py errors`, `time` or `dense`.
 
 `errors` compares the gradient of a divergence from a teacher's k largest probabilities with that from all of them, for
 `TopK` and for the forms that people write. Teachers are rows of V random logits, normal with a standard deviation
@@ -10,6 +10,9 @@ whose exact gradient is 0, the norm is that of the exact gradient of a student t
 `time` runs `LinearLoss` forward and backward on the CPU, the student's head trains, from the teacher's hidden states
 and from its `TopK`, and divides by the bare products of both heads (the dense floor). Processor time of one thread,
 interleaved.
+
+`dense` runs losses of the student's logits forward and backward, from a `TopK` and from all logits of the teacher, and
+divides by PyTorch's cross-entropy: `dense --device cuda` on a GPU, where the logits are in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import JSLoss, KLLoss, LinearLoss, ReverseKLLoss, TopK, kl_loss, reverse_kl_loss
-from measure import quartiles, settle_allocator, time_steps
+from measure import describe_machine, find_clock, quartiles, settle_allocator, time_steps
 
 KS = (8, 32, 50, 128)
 SPREADS = (3.0, 4.0, 6.0)  # of the logits: how peaked a teacher is
@@ -227,15 +230,56 @@ def print_times(shape: tuple[int, int, int, int], k: int, repetitions: int) -> N
         print("| {} | {:.2f} [{:.2f}, {:.2f}] |".format(name, *quartiles([a / b for a, b in pairs])), flush=True)
 
 
+def plain(student: Tensor, topk: TopK) -> Tensor:
+    """KL of a `TopK` in plain PyTorch."""
+    log_q = student.float().log_softmax(-1)
+    given = log_q.gather(-1, topk.indices)
+    rest = log_q.scatter(-1, topk.indices, -torch.inf).logsumexp(-1, keepdim=True)
+    log_p = torch.cat([topk.log_probs, topk.log_tail.unsqueeze(-1)], -1)
+    return nn.functional.kl_div(torch.cat([given, rest], -1), log_p, log_target=True, reduction="none").sum(-1).mean()
+
+
+def print_dense(rows: int, vocabulary: int, k: int, repetitions: int, device: torch.device) -> None:
+    """Print what losses of formed logits take over PyTorch's cross-entropy."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    student, teacher = (4 * torch.randn(rows, vocabulary, device=device, generator=generator) for _ in range(2))
+    student, teacher = student.to(dtype).requires_grad_(), teacher.to(dtype)
+    labels, topk = teacher.argmax(-1), TopK.of(teacher, k)
+
+    def step(loss: Callable[..., Tensor], given: Tensor | TopK) -> Callable[[], None]:
+        def run() -> None:
+            student.grad = None
+            torch.autograd.backward(loss(student, given))
+
+        return run
+
+    ways = {
+        "cross-entropy": step(nn.functional.cross_entropy, labels),
+        "kl, all logits": step(KLLoss(1.0), teacher),
+        "kl, TopK": step(KLLoss(1.0), topk),
+        "reverse_kl, TopK": step(ReverseKLLoss(), topk),
+        "js, TopK": step(JSLoss(), topk),
+        "kl, TopK, plain PyTorch": step(plain, topk),
+    }
+    seconds = time_steps(ways, repetitions + 1, 1, find_clock(device))
+    print(f"\n{describe_machine(device)}, {dtype}, (N, V) = ({rows}, {vocabulary}), k = {k}, n = {repetitions}\n")
+    print("| loss | over cross-entropy |\n|---|---|")
+    for name, times in seconds.items():
+        pairs = zip(times[1:], seconds["cross-entropy"][1:], strict=True)  # the first of each sets things up
+        print("| {} | {:.2f} [{:.2f}, {:.2f}] |".format(name, *quartiles([a / b for a, b in pairs])), flush=True)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("what", choices=("errors", "time"))
-    parser.add_argument("--rows", type=int, default=64, help="rows of the error table")
-    parser.add_argument("--vocabulary", type=int, default=32000, help="classes of the error table")
+    parser.add_argument("what", choices=("errors", "time", "dense"))
+    parser.add_argument("--rows", type=int, default=64, help="rows of the error table and the dense one")
+    parser.add_argument("--vocabulary", type=int, default=32000, help="classes of both")
     parser.add_argument("--picture", type=Path, help="where to draw the error table")
     parser.add_argument("--shape", type=int, nargs=4, default=(1024, 32000, 512, 1024), help="N V d_s d_t")
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of dense")
     parser.add_argument("--repetitions", type=int, default=7)
     options = parser.parse_args()
     if options.what == "errors":
@@ -243,6 +287,10 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     settle_allocator()
+    if options.what == "dense":
+        print(f"torch {torch.__version__}")
+        print_dense(options.rows, options.vocabulary, options.k, options.repetitions, options.device)
+        return
     print(f"torch {torch.__version__}, 1 thread, float32")
     print_times(tuple(options.shape), options.k, options.repetitions)
 

@@ -93,7 +93,7 @@ def encoders(data: Path, out: Path, seeds: list[int]) -> Iterator[Row]:
         encoder = Encoder(data / "all-MiniLM-L6-v2")
         del encoder.transformer.encoder.layer[1:-1]
         random.seed(seed)
-        minutes = 0.0 if seed is None else clock(lambda: train(encoder, texts, vectors))
+        minutes = 0.0 if seed is None else clock(lambda: train(encoder, texts, lambda part: vectors[part]))
         return {**compare(encoder, teacher, held, wanted, data), MINUTES: minutes}
 
     yield "teacher", None, lambda: {**compare(teacher, teacher, held, wanted, data), MINUTES: 0.0}

@@ -6,6 +6,7 @@ python examples/sentence_encoder.py   # or yours: --teacher FOLDER --text FILE, 
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,16 +45,16 @@ def embed(encoder: Encoder, texts: list[str]) -> Tensor:
     return vectors[torch.tensor([i for part in parts for i in part]).argsort()]
 
 
-def train(student: Encoder, texts: list[str], vectors: Tensor, epochs: int = 3) -> None:
-    """Teach a student to give the teacher's vectors of these texts."""
+def train(student: Encoder, texts: list[str], teacher: Callable[[list[int]], Tensor], epochs: int = 3) -> None:
+    """Teach a student to give the vectors that the teacher gives for the numbers of some texts."""
     student.transformer.embeddings.requires_grad_(False)  # they stay the teacher's, which saves a third of the time
-    distiller = Distiller(student, None, CosineLoss(), task_loss=None)  # the teacher's vectors come with each call
+    distiller = Distiller(student, teacher, CosineLoss(), task_loss=None)
     optimizer = torch.optim.AdamW(distiller.parameters())
     steps = [part for _ in range(epochs) for part in batches(texts)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=len(steps), pct_start=0.1)
     for part in steps:
         optimizer.zero_grad()
-        distiller([texts[i] for i in part], teacher_output=vectors[part]).loss.backward()  # type: ignore[no-untyped-call]
+        distiller([texts[i] for i in part], teacher_inputs=part).loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 
@@ -69,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     teacher, student = Encoder(args.teacher), Encoder(args.teacher)
     del student.transformer.encoder.layer[1:-1]  # the first and the last stay
     student.transformer.config.num_hidden_layers = 2
-    train(student, texts[1000:], embed(teacher, texts[1000:]))
+    vectors = embed(teacher, texts[1000:])  # once, not in each epoch; from_disk.py keeps them on the disk
+    train(student, texts[1000:], lambda part: vectors[part])
     print(f"cosine to the teacher: {(embed(student, texts[:1000]) * embed(teacher, texts[:1000])).sum(1).mean():.3f}")
     student.transformer.save_pretrained(args.out)
     student.tokenizer.save_pretrained(args.out)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from contract import gradient, make_pair
-from distill import KLLoss, LogitLoss, ReverseKLLoss
+from distill import KLLoss, LinearLoss, LogitLoss, ReverseKLLoss, TopK
 from distill._engine import fused as engine
 from distill._engine.rows import Rows
 from distill.losses import _from_teacher, logit, reverse_kl
@@ -114,6 +114,41 @@ def test_a_loss_holds_its_kernel(monkeypatch, loss, rows):
     kernels = SimpleNamespace(kl=_from_teacher, logit=logit, reverse_kl=reverse_kl)
     monkeypatch.setitem(sys.modules, "distill._engine.triton", kernels)
     assert rows.kernel() is loss
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_top_k_has_a_kernel_of_its_own_alone_and_inside_another_loss(fused, monkeypatch, takes):
+    calls = []
+
+    def run(formula, student, teacher, indices, values, factors, gradient, *, temperature):
+        calls.append((teacher.shape, indices.shape, temperature, factors is None))
+        assert not takes or formula(teacher, teacher, dim=-1, temperature=temperature).abs().max() < 1e-6
+        if takes:
+            values.fill_(3.0)
+            if gradient is not None:
+                gradient.copy_(factors.unsqueeze(-1).expand_as(gradient))
+        return takes
+
+    student, teacher = make_pair(3, 5, dtype=torch.float32)
+    topk, head = TopK.of(teacher, 2), torch.nn.Linear(4, 5)
+    labels, hidden = torch.tensor([0, -100, 2]), torch.ones(3, 4)
+
+    def found():
+        linear = LinearLoss(KLLoss(1.0), head, cross_entropy=0.5)
+        return gradient(KLLoss(1.0), student, topk), linear(hidden, topk, labels).detach(), KLLoss(1.0)(teacher, topk)
+
+    (slope, both, alone), kernels = found(), SimpleNamespace(scale=lambda gradient, factor: gradient.mul_(factor))
+    monkeypatch.setitem(sys.modules, "distill._engine.triton_topk", SimpleNamespace(run=run))
+    monkeypatch.setattr(engine, "_kernels", lambda x, dtype: kernels)
+    wanted = (torch.full((3, 5), 1 / 3), 3.0 + 0.5 * linear_cross_entropy(head, hidden, labels), torch.tensor(3.0))
+    torch.testing.assert_close(found(), wanted if takes else (slope, both, alone))
+    wanted = [((3, 3), (3, 2), 1.0, without) for without in (False, False, True)]
+    # What a kernel has declined as a whole is asked once more for each block.
+    assert calls == (wanted if takes else [wanted[0], *wanted, wanted[2]])
+
+
+def linear_cross_entropy(head, hidden, labels):
+    return torch.nn.functional.cross_entropy(head(hidden), labels).detach()
 
 
 @pytest.mark.parametrize(("loss", "rows"), [(_from_teacher, KLLoss.rows), (reverse_kl, ReverseKLLoss.rows)])

@@ -1,9 +1,10 @@
 """Small language models, rows of tokens and a Trainer's arguments, for the tests of one and of several processes."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from distill import Distiller, HintLoss, KLLoss, Term
 
@@ -25,6 +26,17 @@ def llama(width: int, *, seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config)
+
+
+def write_encoder(folder: Path, words: list[str]) -> None:
+    """A folder with an encoder of three layers with random weights, and its tokenizer of some words."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(tokens), **sizes)).save_pretrained(folder)
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
 
 
 def rows(count: int = 8) -> list[dict[str, torch.Tensor]]:

@@ -10,9 +10,21 @@ import itertools
 import torch
 
 from contract import gradient, make_pair
-from distill import KLLoss, LinearLoss, LogitLoss, ReverseKLLoss
+from distill import (
+    AlphaBetaLoss,
+    JSLoss,
+    KLLoss,
+    LinearLoss,
+    LogitLoss,
+    ReverseKLLoss,
+    SkewKLLoss,
+    SkewReverseKLLoss,
+    TopK,
+    TVDLoss,
+)
 from distill._engine import fused as engine
 from distill._engine import triton as kernels
+from distill._engine import triton_topk as kernels_of_topk
 from distill._engine.rows import Rows
 from distill._reduction import reduce
 from distill.losses import kl, reverse_kl
@@ -150,10 +162,10 @@ def check_layouts_without_a_kernel_take_blocks():
             gradient(module, student, teacher), gradient(module, student.double(), teacher.double()).float()
         )
     inner = student.detach()[:3, :4, :5]  # no two strides reach every row
-    assert kernels._layout(inner, inner) is None
+    assert kernels.find_layout(inner, inner) is None
     torch.testing.assert_close(LogitLoss()(inner, inner + 2), torch.tensor(4.0))
-    assert kernels._layout(student, teacher) == (4 * 5 * 6, [0, 7, 0, 7])
-    assert kernels._layout(student[:, :4], teacher[:, 1:]) == (4 * 6, [210, 7, 210, 7])
+    assert kernels.find_layout(student, teacher) == (4 * 5 * 6, [0, 7, 0, 7])
+    assert kernels.find_layout(student[:, :4], teacher[:, 1:]) == (4 * 6, [210, 7, 210, 7])
 
 
 def check_scale():
@@ -186,6 +198,96 @@ def check_chunks_of_two_heads():
             torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-6)
 
 
+TOPK = [
+    (KLLoss, {}),
+    (ReverseKLLoss, {}),
+    (JSLoss, {}),
+    (SkewKLLoss, {}),
+    (SkewReverseKLLoss, {}),
+    (TVDLoss, {}),
+    (AlphaBetaLoss, {"alpha": 0.3, "beta": 0.5}),
+]
+
+
+def check_topk(calls):
+    """Of a `TopK` the divergences take two kernels, over several rounds of the loop over the columns."""
+    run, kernels_of_topk.run = kernels_of_topk.run, lambda *args, **options: calls.append(1) or run(*args, **options)
+    for (kind, options), (student, teacher) in itertools.product(TOPK, pairs()):
+        if student.shape[-1] > 2 and (student.shape[-1] < 4000 or kind is KLLoss):
+            weights = torch.rand(student.shape[:-1], generator=torch.Generator().manual_seed(0))
+            check_topk_rows(kind(temperature=2.5, **options), student, TopK.of(teacher, 2, temperature=2.5), weights)
+    assert len(calls) > 7 * 20
+    check_topk_extremes()
+    check_topk_chunks(calls)
+    kernels_of_topk.run = run
+
+
+def check_topk_rows(loss, student, topk, weights):
+    student = student.detach().requires_grad_()
+    mask = weights * (weights > 0.3)
+    exact = loss(student.detach().double(), topk, mask=mask)  # in float64 there is no kernel
+    value = loss(student, topk, mask=mask)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(loss(student, topk, mask=mask), value)
+    (ours,) = torch.autograd.grad(value, student)
+    assert ours.dtype == student.dtype
+    rtol = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.half: 2**-9}[ours.dtype]
+    wanted = gradient(lambda s: loss(s, topk, mask=mask), student.double())
+    torch.testing.assert_close(ours.double(), wanted, rtol=rtol, atol=1e-6)
+
+
+def check_topk_extremes():
+    student, teacher = make_pair(9, 9000, dtype=torch.float32)
+    topk = TopK.of(teacher, 5, temperature=2.0)
+    rows = student.detach().clone()
+    rows[0].scatter_(0, topk.indices[0], 300.0)  # nothing is left for the rest
+    rows[1].scatter_(0, topk.indices[1], -300.0)  # nor for what is given
+    rows[2] += 3e4
+    rows[3, : 4096 * 2] = -torch.inf  # whole rounds without a probability
+    rows[4] = torch.linspace(-9, 9, 9000)  # the largest come last
+    rows[5] = -torch.inf
+    rows[5, topk.indices[5]] = student.detach()[5, topk.indices[5]]  # only what is given has a probability
+    rows[6] = teacher[6]
+    rows[7] = torch.nan
+    rows[8, 17] = torch.nan
+    for kind in (KLLoss, ReverseKLLoss, JSLoss):
+        loss, shown = kind(temperature=2.0, reduction="none"), torch.arange(9) != 7
+        values, exact = (loss(s, topk, mask=shown) for s in (rows, rows.double()))
+        assert values.isnan().tolist() == [False] * 8 + [True]
+        torch.testing.assert_close(values.double(), exact, rtol=1e-4, atol=1e-5, equal_nan=True)
+        finite = values.isfinite()
+        ours, theirs = (gradient_of_some(loss, s, topk, shown, finite) for s in (rows, rows.double()))
+        assert ours[7].abs().max() == 0
+        torch.testing.assert_close(ours[finite].double(), theirs[finite], rtol=1e-3, atol=1e-6)
+        assert ours[6].abs().max() < 1e-6  # where they agree
+    assert loss(rows, TopK.of(teacher, 9000, temperature=2.0)).shape == (9,)  # all classes are given: blocks
+
+
+def gradient_of_some(loss, student, topk, mask, some):
+    return gradient(lambda s: loss(s, topk, mask=mask)[some].sum(), student)
+
+
+def check_topk_chunks(calls):
+    """Over the logits of a chunk, alone and beside the cross-entropy, of some columns and under a soft cap."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(3, 4100)
+    student = torch.randn(5, 3, generator=generator)
+    labels, mask = torch.tensor([1, 4099, -100, 7, 0]), torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0])
+    for share, size, cap in [(0.0, None, None), (0.5, None, None), (0.5, 4000, None), (0.5, 4000, 3.0)]:
+        topk = TopK.of(3 * torch.randn(5, size or 4100, generator=generator), 4, temperature=2.5)
+        found, before = [], len(calls)
+        for dtype in (torch.float32, torch.float64):
+            ours, hidden = copy.deepcopy(head).to(dtype), student.to(dtype).requires_grad_()
+            options = {"cross_entropy": share, "vocab_size": size, "student_softcap": cap, "rows": 2}
+            loss = LinearLoss(ReverseKLLoss(2.5), ours, **options)
+            value = loss(hidden, topk, labels, mask=mask.to(dtype))
+            found.append((value, *torch.autograd.grad(value, (hidden, ours.weight, ours.bias))))
+        assert len(calls) >= before + 2
+        for got, exact in zip(*found, strict=True):
+            torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-6)
+
+
 def check_that_chunks_take_the_kernels(calls):
     run = kernels.run
     kernels.run = lambda *args, **options: calls.append(args[0]) or run(*args, **options)
@@ -204,3 +306,4 @@ if __name__ == "__main__":
     check_classes_without_probability()
     check_layouts_without_a_kernel_take_blocks()
     check_scale()
+    check_topk([])

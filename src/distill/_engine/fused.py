@@ -149,12 +149,8 @@ class Call:
         labels = None if labels is None else labels.movedim(self.dim, -1)
         values = torch.empty(student.shape[:-1], dtype=self.dtype, device=student.device)
         gradient = None if factors is None else torch.empty_like(student) if into is None else into
-        kernels = _kernels(student, self.dtype) if self.loss.kernel else None
-        if not (
-            kernels
-            and self.loss.kernel
-            and kernels.run(self.loss.kernel(), student, teacher, values, factors, gradient, **self.options)
-        ):
+        operands = () if labels is None else (labels,)
+        if not run_kernel(self.loss.kernel, student, teacher, *operands, values, factors, gradient, **self.options):
             self._run_blocks(
                 student, teacher, labels, values, factors, gradient, elements or _block_elements(student.device)
             )
@@ -222,16 +218,24 @@ def kernel_first(kernel: Callable[[], Any], block: Callable[..., Tensor]) -> Cal
     """
 
     def run(student: Tensor, teacher: Tensor, *rest: Any, **options: Any) -> Tensor:
-        kernels = _kernels(student, student.dtype)
-        if kernels is not None:
-            factors, gradient, _ = rest  # a loss with a kernel has no labels
-            values = student.new_empty(len(student))
-            counts, out = (None, None) if factors is None else (factors.view(-1), gradient)
-            if kernels.run(kernel(), student, teacher, values, counts, out, **options):
-                return values
+        *labels, factors, gradient, _ = rest
+        values = student.new_empty(len(student))
+        counts, out = (None, None) if factors is None else (factors.view(-1), gradient)
+        if run_kernel(kernel, student, teacher, *labels, values, counts, out, **options):
+            return values
         return block(student, teacher, *rest, **options)
 
     return run
+
+
+def run_kernel(kernel: Callable[[], Any] | None, student: Tensor, *rest: Any, **options: Any) -> bool:
+    """Let a kernel, if there is one, fill in values and gradient, and say whether it did; `rest` as in `triton.run`."""
+    _, *labels, values, _, _ = rest
+    kernels = None if kernel is None else _kernels(student, values.dtype)
+    if kernel is None or kernels is None:
+        return False
+    launch = kernel() if labels else functools.partial(kernels.run, kernel())
+    return bool(launch(student, *rest, **options))
 
 
 class _Fused(torch.autograd.Function):

@@ -30,7 +30,8 @@ class Rows:
             `spare`, `(R, C)`, as it likes; but where `factors`, `(R, 1)`, is not None, it leaves in `gradient` the
             values' gradient for the student, each row times its factor. None: autograd finds the gradient of the
             formula, block by block.
-        kernel: A function that imports the kernel of `triton.py` that does the same on a GPU, and returns it. None:
+        kernel: A function that imports the kernel of `triton.py` that does the same on a GPU, and returns it; with
+            `labels` it returns a function that is called as `triton.run` is, with the labels after the teacher. None:
             blocks there too.
         mean: `mean(student, teacher, **options)` gives the mean of the formula over all samples, where PyTorch has a
             single operation for it.

@@ -7,6 +7,7 @@ classes is theirs; that for the class of the rest goes to the others by their sh
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -162,4 +163,9 @@ def merged(loss: Rows) -> Rows:
         left = torch.logical_not((share > _TINY) & (largest > _TINY)).squeeze(-1).nonzero().squeeze(-1)
         return redo(left, values, formula, student, teacher, indices, factors, gradient, **options)
 
-    return dataclasses.replace(loss, formula=formula, block=block, kernel=None, mean=None, labels=True)
+    def kernel() -> Any:
+        from distill._engine.triton_topk import run  # only where there is a GPU
+
+        return functools.partial(run, of_merged)
+
+    return dataclasses.replace(loss, formula=formula, block=block, kernel=kernel, mean=None, labels=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _start(row, inner, stride_0, stride_1):
+def row_start(row, inner, stride_0, stride_1):
     return (row // inner) * stride_0 + (row % inner) * stride_1
 
 
@@ -38,9 +38,9 @@ def logit(
     WITH_GRADIENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    student += _start(row, inner, s_stride_0, s_stride_1)
-    teacher += _start(row, inner, t_stride_0, t_stride_1)
-    gradient += _start(row, inner, g_stride_0, g_stride_1)
+    student += row_start(row, inner, s_stride_0, s_stride_1)
+    teacher += row_start(row, inner, t_stride_0, t_stride_1)
+    gradient += row_start(row, inner, g_stride_0, g_stride_1)
     factor = 0.0
     if WITH_GRADIENT:
         factor = tl.load(factors + row) * 2.0 / columns
@@ -81,9 +81,9 @@ def _divergence(
 ):
     """T^2 KL(a || b) of the softened rows: a is the teacher's, or in reverse the student's, and b the other one."""
     row = tl.program_id(0).to(tl.int64)
-    student += _start(row, inner, s_stride_0, s_stride_1)
-    teacher += _start(row, inner, t_stride_0, t_stride_1)
-    gradient += _start(row, inner, g_stride_0, g_stride_1)
+    student += row_start(row, inner, s_stride_0, s_stride_1)
+    teacher += row_start(row, inner, t_stride_0, t_stride_1)
+    gradient += row_start(row, inner, g_stride_0, g_stride_1)
     # Maxima and sums of exponentials as they are so far, the sums for the maxima so far.
     a_max = float("-inf")
     b_max = float("-inf")
@@ -258,7 +258,7 @@ def run(
     Returns:
         Whether it was done.
     """
-    layout = _layout(student, teacher, student if gradient is None else gradient)
+    layout = find_layout(student, teacher, student if gradient is None else gradient)
     if layout is None:
         return False
     inner, strides = layout
@@ -290,7 +290,7 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
         _scale[grid](gradient, factor, gradient.numel(), BLOCK=block, num_warps=8)
 
 
-def _layout(*tensors: Tensor) -> tuple[int, list[int]] | None:
+def find_layout(*tensors: Tensor) -> tuple[int, list[int]] | None:
     """Give the number of rows in the inner of two dimensions, and two strides per tensor, if two are enough."""
     *rows, columns = tensors[0].shape
     if columns > 1 and any(x.stride(-1) != 1 for x in tensors):

@@ -35,8 +35,8 @@ def as_ids(ids: Any) -> Integers:
             "ids must be integers (N,), or pairs (N, 2) of a sample and a seed, at least one, "
             f"got {found.dtype} of shape {tuple(found.shape)}"
         )
-    array: Integers = found.cpu().to(torch.int64, copy=True).reshape(len(found), -1).numpy()
-    return array
+    array: Integers = found.to("cpu", torch.int64, copy=True).numpy()
+    return array if array.ndim == 2 else array[:, np.newaxis]
 
 
 class Folder:
@@ -80,6 +80,8 @@ class Folder:
         if not len(self):
             return np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
         keys, known = self._key(ids)
+        if len(self._values) == 1:  # a sample is its own key
+            return self._places[keys], known
         place = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
         return self._places[place], known & (self._keys[place] == keys)
 

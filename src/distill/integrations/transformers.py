@@ -16,7 +16,7 @@ from distill._distiller.evaluate import has_mean
 from distill.integrations._labels import split_batch
 
 _STATE = "distiller.pt"
-_Prepare = Callable[[dict[str, Any]], tuple[Any, Any, Any]]
+_Prepare = Callable[[dict[str, Any]], tuple[Any, ...]]
 
 
 class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types depend on the version
@@ -29,8 +29,10 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
 
     Args:
         distiller: The Distiller.
-        prepare: Makes of a batch what the Distiller is called with: `prepare(batch) -> (inputs, target, mask)`. It is
-            called twice. None: labels are taken out of the batch, shifted by `next_tokens` if the student's own
+        prepare: Makes of a batch what the Distiller is called with: `prepare(batch) -> (inputs, target, mask)`, and
+            where the teacher is asked something else than the student `(inputs, target, mask, teacher_inputs)`, as the
+            ids of a stored teacher (`remove_unused_columns=False` leaves a column of ids in the batch). It is called
+            twice. None: labels are taken out of the batch, shifted by `next_tokens` if the student's own
             loss shifts them, and masked where they are -100 or predicted from padding; without labels the
             `attention_mask` is the mask.
         **trainer: What `Trainer` takes, but for `model` and `compute_loss_func`.
@@ -57,7 +59,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         self._terms: dict[str, Tensor] = {}
         self._logged_step, self._hooked = 0, False
 
-    def _prepare(self, batch: dict[str, Any]) -> tuple[Any, Any, Any]:
+    def _prepare(self, batch: dict[str, Any]) -> tuple[Any, ...]:
         shifts = bool(getattr(self, "_loss_shifts_labels", False))
         return split_batch(batch, self.accelerator.unwrap_model(self.model), shifts=shifts)
 
@@ -76,8 +78,9 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
     ) -> Any:
         self.distiller.train(model.training)
         count = num_items_in_batch if model.training else None
-        given, target, mask = self.prepare(dict(inputs))
-        out = self.distiller(given, target, mask=mask, denominator=count, student=model)
+        given, target, mask, *asked = self.prepare(dict(inputs))
+        questions = asked[0] if asked else None
+        out = self.distiller(given, target, mask=mask, denominator=count, student=model, teacher_inputs=questions)
         # What is no mean over the count is averaged over the micro-batches and processes.
         share = 1 / (self.current_gradient_accumulation_steps * self.args.world_size) if model.training else 1
         loss = out.loss if count is not None else out.loss * share
