@@ -27,12 +27,11 @@ from distill._engine import triton as kernels
 from distill._engine import triton_topk as kernels_of_topk
 from distill._engine.rows import Rows
 from distill._reduction import reduce
-from distill.losses import kl, reverse_kl
 
 LOSSES = [
     (LogitLoss.rows, LogitLoss(), {}),
-    (kl._ROWS, KLLoss(2.5), {"temperature": 2.5}),
-    (reverse_kl._ROWS, ReverseKLLoss(2.5), {"temperature": 2.5}),
+    (KLLoss.rows, KLLoss(2.5), {"temperature": 2.5}),
+    (ReverseKLLoss.rows, ReverseKLLoss(2.5), {"temperature": 2.5}),
 ]
 # As if these tensors were on a GPU.
 engine.SMALL, engine.SHORT = 0, 1

@@ -149,11 +149,10 @@ class Call:
         labels = None if labels is None else labels.movedim(self.dim, -1)
         values = torch.empty(student.shape[:-1], dtype=self.dtype, device=student.device)
         gradient = None if factors is None else torch.empty_like(student) if into is None else into
-        operands = () if labels is None else (labels,)
-        if not run_kernel(self.loss.kernel, student, teacher, *operands, values, factors, gradient, **self.options):
-            self._run_blocks(
-                student, teacher, labels, values, factors, gradient, elements or _block_elements(student.device)
-            )
+        more = () if labels is None else (labels,)
+        if not run_kernel(self.loss.kernel, student, teacher, *more, values, factors, gradient, **self.options):
+            size = elements or _block_elements(student.device)
+            self._run_blocks(student, teacher, labels, values, factors, gradient, size)
         return values, None if gradient is None else gradient.movedim(-1, self.dim)
 
     def _run_blocks(
@@ -231,11 +230,9 @@ def kernel_first(kernel: Callable[[], Any], block: Callable[..., Tensor]) -> Cal
 def run_kernel(kernel: Callable[[], Any] | None, student: Tensor, *rest: Any, **options: Any) -> bool:
     """Let a kernel, if there is one, fill in values and gradient, and say whether it did; `rest` as in `triton.run`."""
     _, *labels, values, _, _ = rest
-    kernels = None if kernel is None else _kernels(student, values.dtype)
-    if kernel is None or kernels is None:
+    if kernel is None or (kernels := _kernels(student, values.dtype)) is None:
         return False
-    launch = kernel() if labels else functools.partial(kernels.run, kernel())
-    return bool(launch(student, *rest, **options))
+    return bool((kernel() if labels else functools.partial(kernels.run, kernel()))(student, *rest, **options))
 
 
 class _Fused(torch.autograd.Function):
