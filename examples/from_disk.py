@@ -1,8 +1,10 @@
 """Store a teacher's answers, delete the teacher, and train from the disk: the student ends as with the live teacher.
 
-python examples/fetch.py                     # texts and an encoder, into runs/data
+python examples/fetch.py                # texts and an encoder, into runs/data
 python examples/from_disk.py encoder    # the student of sentence_encoder.py: the teacher's vectors are stored
-python examples/from_disk.py language   # of causal_lm.py: hidden states, from which its head makes the logits
+python examples/from_disk.py language   # a student of causal_lm.py: hidden states, from which the head makes logits
+
+Both students of a run have the same weights, to the last bit; the command prints their hashes.
 """
 
 import argparse
