@@ -1,5 +1,6 @@
 """For tests of more than one folder."""
 
+import functools
 import gc
 import inspect
 import math
@@ -46,15 +47,22 @@ def form(request, monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """Mark what is slow by what it does, so that `-m "not subprocess"` leaves out all of it."""
+    read = functools.cache(inspect.getsource)  # thousands of items are of hundreds of functions
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
         if "tests/examples/" in item.path.as_posix():
             item.add_marker("study")
-        source = inspect.getsource(item.module)
+        source = read(item.module)
         if "subprocess" in source or "from workers import" in source:
             item.add_marker("subprocess")
-        if "torch.compile(" in inspect.getsource(item.function):
+        if "torch.compile(" in read(item.function):
             item.add_marker("compile")
         if item.path.name == "test_compile.py":
             item.add_marker("compile")
+
+
+def pytest_collection_finish():
+    """What is there now stays to the end: let no garbage collection look through it again."""
+    gc.collect()
+    gc.freeze()
