@@ -3,7 +3,7 @@
     task = DistillTask(ForTimm(model, teacher, {"soft": KLLoss(temperature=1.0)}, task_loss=train_loss_fn))
 
 The rest of `train.py` stays. Its optimizer sees which parameters have no weight decay and how deep each lies, clipping
-and checkpoints see what learns in the losses; what is averaged (EMA) and evaluated is the student alone.
+sees what learns in the losses. What is averaged (EMA), evaluated and saved is the student alone.
 """
 
 from typing import Any
