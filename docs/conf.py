@@ -85,12 +85,14 @@ def find_inventories(app: Any, config: Any) -> None:
     """Fetch the lists of other projects' names, to link to their pages; without a network there are no such links."""
     config.intersphinx_mapping = {}
     for name, url in INVENTORIES.items():
-        file = Path(app.doctreedir) / f"{name}.inv"
         try:
             with urlopen(f"{url}objects.inv", timeout=3) as answer:
-                file.write_bytes(answer.read())
+                inventory = answer.read()
         except OSError:
             continue
+        file = Path(app.doctreedir) / f"{name}.inv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(inventory)
         config.intersphinx_mapping[name] = (url, str(file))
 
 

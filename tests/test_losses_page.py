@@ -148,7 +148,6 @@ def test_inventories_are_used_where_they_can_be_fetched(tmp_path, monkeypatch):
     (tmp_path / "objects.inv").write_bytes(b"torch's names")
     there, away = f"{tmp_path.as_uri()}/", f"{(tmp_path / 'away').as_uri()}/"
     monkeypatch.setattr(conf, "INVENTORIES", {"torch": there, "python": away})
-    (tmp_path / "trees").mkdir()
     config = SimpleNamespace()
     conf.find_inventories(SimpleNamespace(doctreedir=tmp_path / "trees"), config)
     assert config.intersphinx_mapping == {"torch": (there, str(tmp_path / "trees/torch.inv"))}
