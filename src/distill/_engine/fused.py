@@ -151,8 +151,7 @@ class Call:
         gradient = None if factors is None else torch.empty_like(student) if into is None else into
         more = () if labels is None else (labels,)
         if not run_kernel(self.loss.kernel, student, teacher, *more, values, factors, gradient, **self.options):
-            size = elements or _block_elements(student.device)
-            self._run_blocks(student, teacher, labels, values, factors, gradient, size)
+            self._run_blocks(student, teacher, labels, values, factors, gradient, elements)
         return values, None if gradient is None else gradient.movedim(-1, self.dim)
 
     def _run_blocks(
@@ -163,7 +162,7 @@ class Call:
         values: Tensor,
         factors: Tensor | None,
         gradient: Tensor | None,
-        elements: int,
+        elements: int | None,
     ) -> None:
         columns = student.shape[-1]
         if all(x is None or x.is_contiguous() for x in (student, teacher, gradient)):
@@ -180,8 +179,8 @@ class Call:
         )
         # What is not there as it is needed is copied into a buffer; the last two are the block's own.
         copied = [x.dtype != self.dtype or not x.is_contiguous() for x in (student, teacher)]
-        if in_place and not any(copied):
-            elements *= self.loss.longer
+        if elements is None:  # what the caller says is a limit: memory beyond it may hold what is still to be read
+            elements = _block_elements(student.device) * (self.loss.longer if in_place and not any(copied) else 1)
         limit = min(max(elements, columns), student.numel())
         size = limit // columns
         buffers = [
