@@ -24,20 +24,24 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import math
+import os
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cifar.agreement import measure_agreement
-from cifar.checkpoints import RunFiles, read_result
-from cifar.crew import EXPECTED, Place, RunError, train_all
+from cifar.checkpoints import CheckpointError, RunFiles, read_result
+from cifar.crew import EXPECTED, STOPPING, Place, RunError, train_all
 from cifar.data import Dataset, load_dataset
 from cifar.engine import MODES, find_mode
+from cifar.files import remove_leftovers
 from cifar.losses import SETUPS, find_setup
 from cifar.progress import Overview
 from cifar.records import RunResult
@@ -47,6 +51,7 @@ from cifar.settings import RECIPES, TEACHER_SEED, RunConfig, describe_device, fi
 from cifar.training import check_student
 from distill import create_loss, list_losses
 
+DEEPEST, MOST_RUNS, MOST_EPOCHS, MOST_THREADS = 1202, 1000, 10**6, 256
 EPOCHS = {"digits": 20, "cifar10": 200, "cifar100": 200}
 LOGITS = "logits"
 
@@ -79,8 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the run, over which the loss's weight rises from 0; default: the published one, 0 for most",
     )
     add("--task-weight", type=_weight, help="of the cross-entropy; default: the published one, 1 for most")
-    add("--epochs", type=_count, help=f"default: {epochs}")
-    add("--runs", type=_count, help=f"seeds per method; default: 1, with --reproduce {RUNS}")
+    add("--epochs", type=_up_to(MOST_EPOCHS), help=f"default: {epochs}")
+    add("--runs", type=_up_to(MOST_RUNS), help=f"seeds per method; default: 1, with --reproduce {RUNS}")
     add("--seed", type=_seed, default=0, help="the first seed; default: 0")
     add("--no-baseline", action="store_true", help="do not train the student without a teacher")
     add(
@@ -108,8 +113,16 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="how a step is run; default: graph on CUDA, else eager",
     )
-    add("--jobs", type=_count, help="runs side by side; default: 1, with --reproduce on a CPU one for each core")
-    add("--threads", type=_count, help="threads of a run on the CPU; default: PyTorch's, shared by the jobs")
+    add(
+        "--jobs",
+        type=_up_to(MOST_THREADS),
+        help="runs side by side; default: 1, with --reproduce on a CPU one for each core",
+    )
+    add(
+        "--threads",
+        type=_up_to(MOST_THREADS),
+        help="threads of a run on the CPU; default: PyTorch's, shared by the jobs",
+    )
     add("--tensorboard", action="store_true", help="write TensorBoard events to OUT/tensorboard")
     return parser
 
@@ -130,9 +143,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
         try:
             if name not in SETUPS or name not in list_losses():
                 create_loss(name)
-        except (KeyError, ImportError, ValueError) as error:
+        except (KeyError, ImportError) as error:
             parser.error(f"argument --loss: {error.args[0]}")
-        except TypeError as error:
+        except Exception as error:  # a loss of somebody else's may raise anything
             parser.error(f"argument --loss: {name!r} cannot be built without arguments: {error}")
     for option in ("weight", "at", "warmup", "task_weight"):
         if len(args.losses) > 1 and getattr(args, option) is not None:
@@ -232,20 +245,24 @@ def plan(args: argparse.Namespace) -> list[RunConfig]:
     return list(dict.fromkeys(runs))
 
 
-def share_out(args: argparse.Namespace, unfinished: int) -> None:
+def share_out(args: argparse.Namespace, runs: int, unfinished: int) -> None:
     """Settle how many runs go side by side and how many threads each gets.
+
+    The threads depend on the command and the machine, not on what is left to do: with other threads, sums are taken in
+    another order, and a run that goes on would end with other weights.
 
     Args:
         args: What `parse_arguments` returned; `jobs` and `threads` are filled in.
-        unfinished: Number of runs that remain.
+        runs: Number of runs of the command.
+        unfinished: Number of those that remain.
     """
     cores = torch.get_num_threads()
     if args.jobs is None:
         # Networks this small do not keep two cores busy together: on a CPU each run gets its own.
         args.jobs = cores // (args.threads or 1) if args.reproduce and args.device.type == "cpu" else 1
-    args.jobs = max(1, min(args.jobs, unfinished))
     if args.threads is None and args.device.type == "cpu":
-        args.threads = max(1, cores // args.jobs)
+        args.threads = max(1, cores // max(1, min(args.jobs, runs)))
+    args.jobs = max(1, min(args.jobs, unfinished))
 
 
 def describe(args: argparse.Namespace, runs: list[RunConfig], datasets: dict[str, Dataset], done: int) -> str:
@@ -303,43 +320,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments; those of the process by default.
 
     Returns:
-        Exit code: 0, or 1 after an error, or 130 after Ctrl-C; argparse itself exits with 2.
+        Exit code: 0, or 1 after an error, or 128 and the signal's number after Ctrl-C and its like, 141 where nobody
+        reads the output any more; argparse itself exits with 2.
     """
-    parser, args = parse_arguments(arguments)
-    runs = plan(args)
-    finished = [run for run in runs if RunFiles.of(args.out, run).result.exists()]
-    share_out(args, len(runs) - len(finished))
-    place = Place(args.data_dir, args.out, str(args.device), args.threads, args.engine, args.tensorboard)
-    place.prepare()
+    # What somebody has set already, such as nohup, stays.
+    answered = [number for number in STOPPING if signal.getsignal(number) is signal.SIG_DFL]
+    for number in answered:
+        signal.signal(number, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks must not end the command
+            stream.reconfigure(errors="replace")
     try:
-        names = dict.fromkeys(setting.dataset for setting in args.settings)
-        datasets = {name: load_dataset(name, args.data_dir).to(args.device) for name in names}
-        for run in runs:
-            # A teacher may take hours: what its student would stumble over is found before.
-            if run.teacher is not None and run.seed == args.seed:
-                try:
-                    check_student(run, datasets[run.dataset])
-                except (ValueError, TypeError, RuntimeError) as error:
-                    parser.error(f"--loss {run.method} at {run.at or LOGITS} does not work here: {error}")
-        _check_writable(parser, args.out)
-        print(describe(args, runs, datasets, len(finished)), flush=True)
-
-        def report(_run: RunConfig) -> None:
-            measure_agreement(runs, args.out, datasets)
-            write_report(args.out, finished_runs(args.out))
-
-        overview = Overview(runs, {run.run_id for run in finished})
-        train_all(runs, place, datasets, jobs=args.jobs, overview=overview, finished=report)
-        report(runs[-1])
-    except KeyboardInterrupt:
+        return _run(*parse_arguments(arguments))
+    except BrokenPipeError:
+        # Nobody reads on, as after `| head`. Python would flush once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print("Stopped: nobody reads the output any more. The same command goes on.", file=sys.stderr)
+        return 141
+    except KeyboardInterrupt as stop:
         print("\nStopped. The same command goes on after the last whole epoch.", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (RunError, *EXPECTED) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        for number in answered:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    runs = plan(args)
+    try:
+        finished = [run for run in runs if RunFiles.of(args.out, run).result.exists()]
+        remove_leftovers(args.out)
+    except OSError as error:
+        parser.error(f"argument --out: must be a folder that can be searched, got {args.out}: {error.strerror}")
+    share_out(args, len(runs), len(runs) - len(finished))
+    place = Place(args.data_dir, args.out, str(args.device), args.threads, args.engine, args.tensorboard)
+    place.prepare()
+    names = dict.fromkeys(setting.dataset for setting in args.settings)
+    datasets = {name: load_dataset(name, args.data_dir).to(args.device) for name in names}
+    for run in runs:
+        # A teacher may take hours: what its student would stumble over is found before.
+        if run.teacher is not None and run.seed == args.seed:
+            try:
+                check_student(run, datasets[run.dataset])
+            except Exception as error:  # a loss of somebody else's may raise anything
+                parser.error(f"--loss {run.method} at {run.at or LOGITS} does not work here: {error}")
+    _check_writable(parser, args.out)
+    print(describe(args, runs, datasets, len(finished)), flush=True)
+
+    def report(_run: RunConfig) -> None:
+        measure_agreement(runs, args.out, datasets)
+        results, left_out = read_finished(args.out)
+        for problem in left_out:
+            if problem not in told:
+                told.append(problem)
+                print(f"warning: left out of the table: {problem}", file=sys.stderr, flush=True)
+        write_report(args.out, results)
+
+    told: list[str] = []
+    overview = Overview(runs, {run.run_id for run in finished})
+    train_all(runs, place, datasets, jobs=args.jobs, overview=overview, finished=report)
+    report(runs[-1])
     print(f"\n{(args.out / 'results.md').read_text(encoding='utf-8')}")
     print(f"Table: {args.out / 'results.md'}  curves: {args.out / 'curves.png'}  networks: {args.out / 'weights'}")
     return 0
+
+
+def _stop(number: int, _frame: object) -> None:
+    """Answer what a batch system or a closed terminal sends as Ctrl-C is answered."""
+    raise KeyboardInterrupt(number)
 
 
 def finished_runs(out: Path) -> list[RunResult]:
@@ -349,11 +400,35 @@ def finished_runs(out: Path) -> list[RunResult]:
         out: The output folder.
 
     Returns:
-        The runs, the earliest first; of those that started within one second, teachers and baselines first.
+        The runs, as `read_finished` returns them.
+    """
+    return read_finished(out)[0]
+
+
+def read_finished(out: Path) -> tuple[list[RunResult], list[str]]:
+    """Read every finished run under a folder, also those of earlier commands, and say what could not be read.
+
+    Args:
+        out: The output folder.
+
+    Returns:
+        The runs, the earliest first; of those that started within one second, teachers and baselines first. A copy of
+        one counts once. And a line for each file that is no run's; hidden ones are passed over.
     """
     order = {"teacher": 0, "baseline": 1}
-    results = [read_result(path) for path in sorted((out / "runs").glob("*.json"))]
-    return sorted(results, key=lambda result: (result.start_time, order.get(result.method, 2)))
+    results: list[RunResult] = []
+    problems = []
+    for path in sorted((out / "runs").glob("*.json")):
+        if path.name.startswith("."):  # such as those that macOS leaves on other systems' disks
+            continue
+        try:
+            result = read_result(path)
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
+            continue
+        if result not in results:
+            results.append(result)
+    return sorted(results, key=lambda result: (result.start_time, order.get(result.method, 2))), problems
 
 
 def _check_writable(parser: argparse.ArgumentParser, out: Path) -> None:
@@ -384,13 +459,20 @@ def _depth(text: str) -> int:
     depth: int = _number(int, text)
     if depth < 8 or depth % 6 != 2:
         raise argparse.ArgumentTypeError(f"must be 6n+2 with n >= 1 (8, 14, 20, ..., 110), got {text}")
+    if depth > DEEPEST:
+        raise argparse.ArgumentTypeError(f"must be at most {DEEPEST}, got {text}")
     return depth
 
 
-def _count(text: str) -> int:
-    count: int = _number(int, text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+def _up_to(most: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        number: int = _number(int, text)
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:,}, got {text}")
+        return number
+
     return count
 
 

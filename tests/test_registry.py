@@ -160,13 +160,44 @@ def test_rejects_two_packages_with_one_name(site):
         create_loss("manhattan")
 
 
+@pytest.mark.parametrize("source", ["raise RuntimeError('mine')", "1 / 0", "import sys; sys.exit(3)", "def ("])
+def test_a_package_that_raises_anything_breaks_its_own_name_only(site, source):
+    install(site, "acme_losses", source, "manhattan = acme_losses:Manhattan")
+    install(site, "other_losses", ACME, "city_block = other_losses:Manhattan")
+    assert {"manhattan", "city_block"} <= set(list_losses())
+    with pytest.raises(ImportError, match=r"'manhattan' of acme_losses:Manhattan \(package acme_losses\) cannot"):
+        create_loss("manhattan")
+    assert type(create_loss("city_block")).__name__ == "Manhattan"
+
+
+def test_names_that_cannot_be_created_are_not_listed(site):
+    install(site, "acme_losses", ACME, "My-Loss = acme_losses:Manhattan", "manhattan = acme_losses:Manhattan")
+    install(site, "other_losses", ACME, "manhattan = other_losses:Manhattan", "city_block = other_losses:Manhattan")
+    assert not {"My-Loss", "manhattan"} & set(list_losses())
+    assert "city_block" in list_losses()
+    with pytest.raises(KeyError, match="got 'My-Loss'"):
+        create_loss("My-Loss")
+
+
+@pytest.mark.parametrize("content", [b"[distill.losses]\nno value\n", b"\xff\xfe\x00", b"nothing = before:a_section\n"])
+def test_metadata_that_cannot_be_read_hide_their_own_package_only(site, content):
+    install(site, "acme_losses", ACME, "manhattan = acme_losses:Manhattan")
+    (site / "acme_losses-1.0.dist-info" / "entry_points.txt").write_bytes(content)
+    install(site, "other_losses", ACME, "city_block = other_losses:Manhattan")
+    assert {"kl", "city_block"} <= set(list_losses())
+    assert "manhattan" not in list_losses()
+    assert type(create_loss("city_block")).__name__ == "Manhattan"
+    with pytest.raises(KeyError, match="must be a registered one, got 'manhattan'"):
+        create_loss("manhattan")
+
+
 def test_entry_points_are_not_consulted_at_import(site):
     install(site, "acme_losses", "raise RuntimeError('imported')", "manhattan = acme_losses:Manhattan")
     code = (
         "import importlib.metadata as m\n"
         "def consulted(*a, **k): raise RuntimeError('consulted')\n"
         "import torch\n"
-        "m.entry_points = consulted\n"
+        "m.entry_points = m.distributions = consulted\n"
         "import distill\n"
         "distill.create_loss('logit')\n"
     )

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cifar.checkpoints import RunFiles
+from cifar.checkpoints import RunFiles, unusable
 from cifar.data import Dataset
 from cifar.settings import RunConfig
+from cifar.states import check_tensors
 from cifar.steps import predict
 from cifar.training import build_student, build_teacher
 
@@ -40,9 +41,14 @@ def measure_agreement(runs: Iterable[RunConfig], out: Path, datasets: Mapping[st
         # The study option changes what the teacher says.
         asked = dataclasses.replace(teacher, teacher_batch_statistics=run.teacher_batch_statistics)
         if asked not in predictions:
-            weights = RunFiles.of(out, teacher).load_weights(teacher)
-            predictions[asked] = predict(build_teacher(asked, data, weights), data, run.precision)
-        student = build_student(run, data)
-        student.load_state_dict(files.load_weights(run))
+            theirs = RunFiles.of(out, teacher)
+            weights = theirs.load_weights(teacher)
+            with unusable(theirs.weights):
+                network = build_teacher(asked, data, weights)
+            predictions[asked] = predict(network, data, run.precision)
+        student, weights = build_student(run, data), files.load_weights(run)
+        with unusable(files.weights):
+            check_tensors(weights, student.state_dict(), "network")
+            student.load_state_dict(weights)
         same = int((predict(student, data, run.precision) == predictions[asked]).sum())
         files.save_result(dataclasses.replace(result, agreement=100 * same / len(data.test_labels)))

@@ -1,19 +1,29 @@
-"""Files of a run that a kill at any moment leaves whole: written aside, then moved into place."""
+"""The files of a run: its checkpoint, its network and its numbers; what is wrong with one is named."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+import distill
+from cifar.files import write_atomically
 from cifar.records import RunResult
 from cifar.settings import RunConfig
+from cifar.states import identity
+
+FORMAT = 2  # of checkpoints and weights; those of format 1 do not say so, and can be read
+FIELDS = {
+    "checkpoint": ({"model", "optimizer", "random", "history", "start_time"}, {"revision", "parts", "teacher"}),
+    "weights": ({"model"}, set[str]()),
+}  # those that must be there, and those that may
 
 
 class CheckpointError(Exception):
@@ -60,7 +70,10 @@ class RunFiles:
         Raises:
             CheckpointError: If the file is unreadable, or was made with other settings.
         """
-        return _load_state(self.checkpoint, config) if self.checkpoint.exists() else None
+        try:
+            return _load_state(self.checkpoint, config, "checkpoint")
+        except FileNotFoundError:  # also if another command has just finished the run
+            return None
 
     def load_weights(self, config: RunConfig) -> dict[str, torch.Tensor]:
         """Return the state dict of the finished network.
@@ -79,7 +92,10 @@ class RunFiles:
                 f"{self.weights} is missing although {self.result} says that the run is finished; "
                 f"delete the second and run the same command again: that run starts over"
             )
-        weights: dict[str, torch.Tensor] = _load_state(self.weights, config)["model"]
+        weights: dict[str, torch.Tensor] = _load_state(self.weights, config, "weights")["model"]
+        with unusable(self.weights):
+            if not isinstance(weights, dict) or not all(isinstance(it, torch.Tensor) for it in weights.values()):
+                raise ValueError("its network must be a dict of tensors")
         return weights
 
     def load_result(self, config: RunConfig) -> RunResult | None:
@@ -92,12 +108,34 @@ class RunFiles:
             The run.
 
         Raises:
-            CheckpointError: If a file of the run is unreadable, or was made with other settings.
+            CheckpointError: If a file of the run is unreadable, or was made with other settings, or if the student's
+                teacher is not the network that lies there now.
         """
         if not self.result.exists():
             return None
-        self.load_weights(config)
-        return read_result(self.result)
+        weights = self.load_weights(config)
+        result = read_result(self.result)
+        wanted = {"method": config.label, "dataset": config.dataset, "seed": config.seed, "nepoch": config.epochs}
+        wanted |= {"student": f"resnet{config.student}", "recipe": config.recipe.name}
+        for name, value in wanted.items():
+            if getattr(result, name) != value:
+                raise CheckpointError(
+                    f"{self.result} belongs to another run: {name} is {getattr(result, name)!r}, must be {value!r}; "
+                    "delete it and run the same command again: that run starts over"
+                )
+        if result.identity not in ("-", identity(weights)):
+            raise CheckpointError(
+                f"{self.weights} is not the network whose numbers {self.result} holds; delete both and run the same "
+                "command again: that run starts over"
+            )
+        if config.teacher is not None:
+            teacher = config.teacher_config()
+            theirs = RunFiles.of(self.result.parent.parent, teacher)
+            if theirs.weights.exists():
+                check_teacher(self.result, result.taught_by, theirs.weights, theirs.load_weights(teacher))
+        with suppress(OSError):
+            self.checkpoint.unlink(missing_ok=True)  # of a process killed at the very end
+        return result
 
     def finish(self, config: RunConfig, weights: Mapping[str, torch.Tensor], result: RunResult) -> None:
         """Write the finished network and its numbers, and drop the checkpoint.
@@ -110,9 +148,6 @@ class RunFiles:
         save_state(self.weights, config, {"model": dict(weights)})
         self.save_result(result)
         self.checkpoint.unlink(missing_ok=True)
-        for path in (self.checkpoint, self.weights, self.result):
-            for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a process killed while it wrote
-                leftover.unlink()
 
     def save_result(self, result: RunResult) -> None:
         """Write the numbers of the finished run.
@@ -138,9 +173,50 @@ def read_result(path: Path) -> RunResult:
     """
     try:
         return RunResult.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no readable result ({error}); delete it and run the same command again: that run starts over"
+        ) from error
+
+
+def check_teacher(path: Path, taught_by: str | None, where: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to go on under another teacher than the one before.
+
+    Args:
+        path: The student's file.
+        taught_by: The identity of its teacher, as the file has it; None or `"-"` if it has none.
+        where: The teacher's file.
+        weights: The teacher.
+
+    Raises:
+        CheckpointError: If it is another.
+    """
+    if taught_by not in (None, "-", identity(weights)):
+        raise CheckpointError(
+            f"{path} belongs to a student of another teacher than {where}; put the old teacher back, or delete the "
+            "first and run the same command again: that run starts over"
+        )
+
+
+@contextmanager
+def unusable(path: Path) -> Iterator[None]:
+    """Name the file whose content cannot be used, whatever that raises.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: In place of any error but one of the system.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, CheckpointError):
+        raise
+    except Exception as error:  # PyTorch has no common class for what damaged content raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint ({reason}); delete it and run the same command again: "
+            f"that run starts over"
         ) from error
 
 
@@ -152,50 +228,45 @@ def save_state(path: Path, config: RunConfig, state: Mapping[str, Any]) -> None:
         config: The run's settings.
         state: Tensors, plain containers and plain values.
     """
-    write_atomically(path, lambda file: torch.save({"config": config.to_dict()} | dict(state), file))
+    made_by = {"config": config.to_dict(), "format": FORMAT, "library": distill.__version__}
+    content = io.BytesIO()  # PyTorch's writer hides why the system refused a write
+    torch.save(made_by | dict(state), content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that whoever opens it sees the old content or the new, whole.
-
-    Args:
-        path: The file; its folder is made if need be.
-        write: Writes the content into the open file that it gets.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _load_state(path: Path, config: RunConfig) -> dict[str, Any]:
-    try:
+def _load_state(path: Path, config: RunConfig, kind: str) -> dict[str, Any]:
+    with unusable(path):
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save wrote
             if (member := archive.testzip()) is not None:
                 raise ValueError(f"wrong checksum of {member}")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        _check_fields(state, *FIELDS[kind])
         found = state["config"]
         if not isinstance(found, dict):
             raise TypeError(f"its settings must be a dict, got {type(found).__name__}")
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # torch.load has no common class for what a damaged file raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} is not a readable checkpoint ({reason}); delete it and run the same command again: "
-            f"that run starts over"
-        ) from error
     wanted = config.to_dict()
-    differ = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
+    differ = [name for name in sorted(wanted.keys() | found.keys(), key=str) if wanted.get(name) != found.get(name)]
     if differ:
         listed = ", ".join(f"{name} is {found.get(name)!r}, asked for {wanted.get(name)!r}" for name in differ)
         raise CheckpointError(
             f"{path} belongs to a run with other settings: {listed}; ask for its settings, or give another --out"
         )
+    with unusable(path):
+        missing = FIELDS[kind][0] - state.keys()
+        if missing:
+            raise ValueError(f"it must hold {', '.join(sorted(missing))}")
     return state
+
+
+def _check_fields(state: Any, needed: Collection[str], optional: Collection[str]) -> None:
+    if not isinstance(state, dict) or "config" not in state:
+        raise TypeError("it must be a dict with the run's settings")
+    written = state.get("format", 1)
+    if not isinstance(written, int) or not 1 <= written <= FORMAT:
+        raise ValueError(
+            f"its format must be one of 1 to {FORMAT}, got {written!r}, of distill {state.get('library')}: "
+            "a newer version can read it"
+        )
+    known = {"config", "format", "library", *needed, *optional}
+    if unknown := [name for name in state if name not in known]:
+        raise ValueError(f"it must hold nothing unknown, got {unknown[0]!r}")

@@ -257,7 +257,13 @@ def _parse_binary(path: Path, content: bytes, *, label_bytes: int) -> _Arrays:
 
 def _parse_python(path: Path, content: bytes, *, label_key: str) -> _Arrays:
     batch = unpickle_arrays(path, content)
-    images, labels = np.asarray(batch["data"]), np.asarray(batch[label_key])
+    if not isinstance(batch, dict) or not {"data", label_key} <= batch.keys():
+        raise ValueError(f"{path} must hold a dict with data and {label_key}")
+    images, labels = batch["data"], batch[label_key]
+    if isinstance(labels, list) and all(type(label) is int for label in labels):
+        labels = np.array(labels, np.int64)
+    if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray) or labels.ndim != 1:
+        raise ValueError(f"{path} must hold an array of images and a list of labels")
     if images.dtype != np.uint8 or images.shape != (len(labels), _PIXELS):
         raise ValueError(
             f"{path} must hold uint8 images of shape ({len(labels)}, {_PIXELS}), one for each label, "

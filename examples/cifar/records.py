@@ -88,6 +88,8 @@ class RunResult:
     # After the last epoch, the % of all test images that network and teacher class alike; of a baseline, with the
     # teacher of its own depth, recipe, data set and length. None for a teacher, and where it was not measured.
     agreement: float | None = None
+    identity: str = "-"  # of the network's last weights; "-": not recorded, as in a table
+    taught_by: str = "-"  # the identity of the teacher
 
     def __post_init__(self) -> None:
         """Refuses what no table or picture could show."""

@@ -2,7 +2,6 @@
 
 import html
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from scipy.special import stdtrit  # type: ignore[import-untyped]  # scipy ships no types
 
+from cifar.files import temporary_name
 from cifar.picture import draw_picture
 from cifar.records import (
     KIND,
@@ -82,7 +82,7 @@ def write_report(out: Path, results: Sequence[RunResult]) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     # Each process has names of its own: two commands may write the report of one folder.
-    temporary = {out / f".{name}.{os.getpid()}.tmp": out / name for name in files}
+    temporary = {out / temporary_name(name): out / name for name in files}
     try:
         for path, content in zip(temporary, files.values(), strict=True):
             path.write_bytes(content)

@@ -172,11 +172,13 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without CUDA
+        if device.type == "cpu" and device.index:
+            raise ValueError(f"device must be cpu without a number, got {name!r}: all processors are one device")
+        torch.ones(1, device=device).item()  # meta has no values
+    except (RuntimeError, AssertionError, ImportError) as error:  # AssertionError: a PyTorch built without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one that PyTorch can use here, got {name!r}: {reason}") from error
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def find_precision(name: str, device: torch.device) -> str:

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar.checkpoints import RunFiles, save_state
+from cifar.checkpoints import RunFiles, check_teacher, save_state, unusable
 from cifar.data import Dataset, normalize
 from cifar.engine import Engine, Mode
+from cifar.files import remove_leftovers
 from cifar.losses import Networks, build_distiller, find_setup, make_target
 from cifar.models import ResNet, fold_batch_norms, resnet
 from cifar.progress import Overview, Progress
 from cifar.records import EpochRecord, RunResult
 from cifar.settings import RunConfig, describe_device, find_revision
+from cifar.states import check_optimizer, check_random, check_tensors, course, go_on, identity
 from cifar.steps import CrossEntropy, epoch_order, evaluate
-from distill import Distiller
+from distill import Distiller, __version__
 
 
 def build_student(config: RunConfig, data: Dataset) -> ResNet:
@@ -47,9 +49,13 @@ def build_teacher(config: RunConfig, data: Dataset, weights: dict[str, Tensor]) 
 
     Returns:
         The network, channels-last, on the data's device.
+
+    Raises:
+        ValueError: If the weights are not those of such a network.
     """
     depth = config.student if config.teacher is None else config.teacher
     teacher = _build(depth, config, data, torch.Generator())
+    check_tensors(weights, teacher.state_dict(), "network")
     teacher.load_state_dict(weights)
     if config.teacher_batch_statistics:
         use_batch_statistics(teacher)
@@ -171,8 +177,19 @@ class Run:
             indices=config.teacher is not None and find_setup(config.method).indices,
         )
         self.start_time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.revision = find_revision()
+        self.taught_by = None if teacher_weights is None else identity(teacher_weights)
         self.history: list[EpochRecord] = []
+        self.parts: list[dict[str, Any]] = [
+            {
+                "from": 1,
+                "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+                "engine": mode,
+                "device": describe_device(self.device, config.precision),
+                "torch": str(torch.__version__),
+                "library": __version__,
+                "revision": find_revision(),
+            }
+        ]
 
     def train_epoch(self, progress: Progress) -> EpochRecord:
         """Train and evaluate the next epoch, and add its record to the history.
@@ -230,24 +247,41 @@ class Run:
             },
             "history": [record.to_json() for record in self.history],
             "start_time": self.start_time,
-            "revision": self.revision,
+            "parts": self.parts,
+            "teacher": self.taught_by,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was called.
 
         Args:
-            state: What `state` returned.
+            state: What `state` returned, of this version or an earlier one.
+
+        Raises:
+            ValueError: If it is not that of such a run, or the run was made with what the user must choose again; what
+                else is wrong with it may raise other errors. Nothing is changed then.
         """
+        history = [EpochRecord.from_json(record) for record in state["history"]]
+        epochs = [record.epoch for record in history]
+        if epochs != list(range(1, len(epochs) + 1)) or not 1 <= len(epochs) <= self.config.epochs:
+            raise ValueError(f"its history must hold the epochs 1, 2, ... of {self.config.epochs}, got {epochs}")
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        random = {"data": self.generator.get_state(), "cpu": torch.get_rng_state(), "cuda": cuda}
+        check_tensors(state["model"], self.model.state_dict(), "network")
+        check_optimizer(state["optimizer"], self.optimizer, self.model.student)
+        check_random(state["random"], random)
+        datetime.fromisoformat(state["start_time"])
+        # Earlier versions wrote the revision alone, and the first of them not even that.
+        parts = state.get("parts", [{"from": 1, "revision": state.get("revision", "-")}])
+        self.parts = go_on(parts, self.parts[0], len(history) + 1)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["random"]["data"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-        self.history = [EpochRecord.from_json(record) for record in state["history"]]
+        self.history = history
         self.start_time = state["start_time"]
-        self.revision = state.get("revision", "-")  # earlier versions wrote none
 
     def result(self) -> RunResult:
         """Return the numbers of the run."""
@@ -263,10 +297,12 @@ class Run:
             start_time=self.start_time,
             lr=config.recipe.lr,
             batch_size=config.recipe.batch_size,
-            device=describe_device(self.device, config.precision),
-            torch=torch.__version__,
-            revision=self.revision,
+            device=course(self.parts, "device"),
+            torch=course(self.parts, "torch"),
+            revision=course(self.parts, "revision"),
             history=tuple(self.history),
+            identity=identity(self.model.student.state_dict()),
+            taught_by="-" if self.taught_by is None else self.taught_by,
         )
 
 
@@ -296,13 +332,17 @@ def train(
         CheckpointError: If a file of an earlier run is unreadable, or was made with other settings.
         NonFiniteLossError: If the loss is no longer finite.
     """
+    remove_leftovers(out)
     files = RunFiles.of(out, config)
     if (finished := files.load_result(config)) is not None:
         return finished
     teacher_weights = None
     if config.teacher is not None:
         teacher = config.teacher_config()
-        teacher_weights = RunFiles.of(out, teacher).load_weights(teacher)
+        theirs = RunFiles.of(out, teacher)
+        teacher_weights = theirs.load_weights(teacher)
+        with unusable(theirs.weights):
+            build_teacher(config, data, teacher_weights)
     device = data.train_images.device
     checkpoint = files.load_checkpoint(config)
     # Losses with learned weights draw these from the global generator: seeded here, and left as it was found.
@@ -310,7 +350,10 @@ def train(
         torch.manual_seed(2 * config.seed)
         run = Run(config, data, teacher_weights, mode=mode)
         if checkpoint is not None:
-            run.load_state(checkpoint)
+            if teacher_weights is not None:
+                check_teacher(files.checkpoint, checkpoint.get("teacher"), theirs.weights, teacher_weights)
+            with unusable(files.checkpoint):
+                run.load_state(checkpoint)
         overview = Overview([config]) if overview is None else overview
         with Progress(config, out, done=len(run.history), tensorboard=tensorboard, overview=overview) as progress:
             while len(run.history) < config.epochs:

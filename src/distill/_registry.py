@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import Any, TypeVar
 
 from torch import nn
 
 GROUP = "distill.losses"
+_NAME = r"[a-z][a-z0-9_]*"
 
 _Loss = TypeVar("_Loss", bound=type[nn.Module])
 _registered: dict[str, type[nn.Module]] = {}
@@ -40,7 +41,7 @@ def register_loss(name: str) -> Callable[[_Loss], _Loss]:
         >>> create_loss("docs_l1")
         L1()
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    if not re.fullmatch(_NAME, name):
         raise ValueError(
             f"a loss name must be lower-case letters, digits and underscores, first a letter, got {name!r}"
         )
@@ -74,7 +75,7 @@ def get_loss(name: str) -> type[nn.Module]:
 
     Raises:
         KeyError: If nobody has that name; the nearest one and the list are in the message.
-        ImportError: If the entry point of that name cannot be imported.
+        ImportError: If the entry point of that name cannot be imported, whatever its package raises.
         ValueError: If two packages offer that name, or what the entry point names is no `nn.Module` class.
 
     Examples:
@@ -84,8 +85,8 @@ def get_loss(name: str) -> type[nn.Module]:
     """
     if name in _registered:
         return _registered[name]
-    points = tuple(entry_points(group=GROUP, name=name))
-    if not points:
+    points = [point for point in _entry_points() if point.name == name]
+    if not points or not re.fullmatch(_NAME, name):
         raise KeyError(_unknown(name))
     if len({point.value for point in points}) > 1:
         raise ValueError(f"a loss name must be unique, got {name!r} from {' and '.join(sorted(map(_origin, points)))}")
@@ -121,7 +122,8 @@ def create_loss(name: str, /, *args: Any, **kwargs: Any) -> nn.Module:
 def list_losses() -> list[str]:
     """List the names that `create_loss` takes: the registered ones and those of installed packages.
 
-    Entry points are listed by name, without importing the packages behind them.
+    Entry points are listed by name, without importing the packages behind them. Left out are malformed names, and a
+    name that two packages offer: `create_loss` refuses both. A package whose metadata cannot be read hides only itself.
 
     Returns:
         The names, sorted.
@@ -131,18 +133,41 @@ def list_losses() -> list[str]:
         >>> "logit" in list_losses()
         True
     """
-    return sorted({*_registered, *(point.name for point in entry_points(group=GROUP))})
+    values: dict[str, set[str]] = {}
+    for point in _entry_points():
+        values.setdefault(point.name, set()).add(point.value)
+    offered = {name for name, those in values.items() if len(those) == 1 and re.fullmatch(_NAME, name)}
+    return sorted({*_registered, *offered})
+
+
+def _entry_points() -> list[EntryPoint]:
+    """The entry points of the group, of every package whose metadata can be read."""
+    try:
+        return list(entry_points(group=GROUP))
+    except Exception:  # one malformed file fails the call for all packages, with whatever the parser meets first
+        found = []
+        for package in distributions():
+            try:
+                found += [point for point in package.entry_points if point.group == GROUP]
+            except Exception:  # this package's own names are lost, and no other's
+                continue
+        return found
 
 
 def _load(point: EntryPoint) -> Any:
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"the loss {point.name!r} of {_origin(point)} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # a package may raise anything while it is imported
+        reason = str(error) if isinstance(error, (ImportError, AttributeError)) else repr(error)
+        raise ImportError(f"the loss {point.name!r} of {_origin(point)} cannot be imported: {reason}") from error
 
 
 def _origin(point: EntryPoint) -> str:
-    return f"{point.value} (package {point.dist.name if point.dist else 'unknown'})"
+    try:
+        package = point.dist.name if point.dist else "unknown"
+    except Exception:  # a package without readable metadata
+        package = "unknown"
+    return f"{point.value} (package {package})"
 
 
 def _qualified_name(cls: type) -> str:

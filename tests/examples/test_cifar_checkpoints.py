@@ -3,19 +3,19 @@
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from cifar import checkpoints, engine, losses
-from cifar.checkpoints import CheckpointError, RunFiles, save_state, write_atomically
+from cifar import engine, losses
+from cifar.checkpoints import CheckpointError, RunFiles, save_state
+from cifar.files import write_atomically
 from cifar.settings import RECIPES, find_precision
 from cifar.training import train
-from cifar_runs import make_config, make_data, train_all
+from cifar_runs import make_config, make_data, train_all, train_and_die
+from commands import start
 
 HAS_BFLOAT16 = find_precision("auto", torch.device("cpu")) == "bfloat16"
 PRECISIONS = [
@@ -23,38 +23,26 @@ PRECISIONS = [
     pytest.param("bfloat16", marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="the CPU has no bfloat16")),
 ]
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from cifar_runs import train_all
-from cifar import checkpoints, engine, losses
-
-where, count, precision, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-calls = 0
-
-def dying(function):
-    def call(*args):
-        global calls
-        calls += 1
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
-    return call
-
-if where == "step":
-    engine.train_step = dying(engine.train_step)
-else:
-    checkpoints.os.fsync = dying(os.fsync)
-train_all(out, precision)
-"""
-
 
 def killed(where: str, count: int, precision: str, out: Path) -> None:
     """Run `train_all` in a process that gets SIGKILL at the given call."""
-    command = [sys.executable, "-c", KILLED, where, str(count), precision, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = start(train_and_die, where, count, precision, out, log=out.with_suffix(".log"))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, out.with_suffix(".log").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run that nobody stops ends with, by its precision."""
+    made = {}
+
+    def get(precision: str) -> Path:
+        if precision not in made:
+            made[precision] = tmp_path_factory.mktemp(precision)
+            train_all(made[precision], precision)
+        return made[precision]
+
+    return get
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
@@ -68,7 +56,8 @@ def assert_same_weights(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_run_killed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, precision, capsys):
+@pytest.mark.subprocess
+def test_a_run_killed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, precision, whole, capsys):
     # Step 14 is the second of the student's third epoch: 4 teacher epochs and 2 student epochs of 2 steps come before.
     killed("step", 14, precision, tmp_path / "killed")
     config = make_config(epochs=4, precision=precision)
@@ -76,23 +65,22 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_one
     assert len(state["history"]) == 2
     train_all(tmp_path / "killed", precision)
     assert "logit seed 0: goes on after epoch 2" in capsys.readouterr().out
-    train_all(tmp_path / "whole", precision)
-    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
-    results = [RunFiles.of(tmp_path / name, config).load_result(config) for name in ("killed", "whole")]
+    assert_same_weights(tmp_path / "killed", whole(precision))
+    results = [RunFiles.of(out, config).load_result(config) for out in (tmp_path / "killed", whole(precision))]
     first, second = ([(r.loss, r.terms, r.test_acc) for r in result.history] for result in results)
     assert first == second
 
 
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(tmp_path):
+@pytest.mark.subprocess
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(tmp_path, whole):
     # The teacher writes 4 checkpoints, weights and a result; the 8th file is the student's second checkpoint.
     killed("fsync", 8, "float32", tmp_path / "killed")
     config = make_config(epochs=4)
     assert len(RunFiles.of(tmp_path / "killed", config).load_checkpoint(config)["history"]) == 1
-    assert len(list((tmp_path / "killed" / "checkpoints").glob("*.tmp"))) == 1
+    assert len(list((tmp_path / "killed" / "checkpoints").glob(".*.tmp"))) == 1
     train_all(tmp_path / "killed", "float32")
     assert not list(tmp_path.rglob("*.tmp"))
-    train_all(tmp_path / "whole", "float32")
-    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert_same_weights(tmp_path / "killed", whole("float32"))
 
 
 class Noisy(nn.Module):
@@ -127,7 +115,7 @@ def test_a_loss_that_draws_random_numbers_goes_on_where_it_was(tmp_path, monkeyp
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
     path = tmp_path / "run.pt"
-    save_state(path, make_config(), {"model": {}})
+    save_state(path, make_config(), {key: {} for key in ("model", "optimizer", "random", "history", "start_time")})
     files = dataclasses.replace(RunFiles.of(tmp_path, make_config()), checkpoint=path)
     assert files.load_checkpoint(make_config())["model"] == {}
     other = make_config(precision="bfloat16", recipe=dataclasses.replace(RECIPES["pooled"], lr=0.2))
@@ -220,6 +208,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 
 def test_content_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     path, seen = tmp_path / "file", []
-    monkeypatch.setattr(checkpoints.os, "fsync", lambda _: seen.append(path.exists()))
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append(path.exists()))
     write_atomically(path, lambda file: file.write(b"new"))
     assert seen == [False]

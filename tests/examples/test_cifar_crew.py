@@ -5,15 +5,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import cifar_resnet
+from cifar import crew
 from cifar.agreement import measure_agreement
 from cifar.checkpoints import RunFiles
 from cifar.crew import Place
@@ -22,13 +20,9 @@ from cifar.progress import Overview
 from cifar.report import read_results
 from cifar.training import build_student, train
 from cifar_runs import make_config, make_data
+from commands import alive, command, start, until, workers
 
-ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--student", "8", "--teacher", "8", "--epochs", "2", "--device", "cpu", "--threads", "1"]
-
-
-def command(out, *options):
-    return [sys.executable, str(ROOT / "examples/cifar_resnet.py"), *OPTIONS, "--out", str(out), *options]
 
 
 def weights(out):
@@ -76,13 +70,16 @@ def test_side_by_side_gives_the_same_networks_and_table_as_one_by_one(one_by_one
 
 @pytest.mark.subprocess
 def test_killed_side_by_side_it_goes_on_and_ends_the_same(one_by_one, tmp_path, capfd):
-    with subprocess.Popen(command(tmp_path, "--jobs", "2"), stdout=subprocess.DEVNULL) as process:
+    process = start(command, [*OPTIONS, "--out", str(tmp_path), "--jobs", "2"], log=os.devnull)
+    try:
         until(lambda: list(tmp_path.glob("checkpoints/*.pt")))
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.send_signal(signal.SIGKILL)
+        children = workers(process)
+    finally:
+        process.kill()
+    process.join()
     # The processes that train must end too, or they would train beside those of the next call.
     assert children
-    until(lambda: not any(alive(int(pid)) for pid in children))
+    until(lambda: not any(map(alive, children)))
     code, output, errors = here(capfd, tmp_path, "--jobs", "2")
     assert (code, errors) == (0, "")
     assert "goes on after epoch" in output
@@ -114,43 +111,23 @@ def test_a_device_with_a_number_becomes_the_current_one(monkeypatch, tmp_path, d
     assert torch.backends.cudnn.benchmark is True
 
 
-def until(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.subprocess
-def test_ctrl_c_stops_every_process(tmp_path):
-    with subprocess.Popen(
-        command(tmp_path, "--jobs", "2", "--epochs", "1000"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        until(lambda: list(tmp_path.glob("checkpoints/*.pt")))
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.strip() == "Stopped. The same command goes on after the last whole epoch."
-    until(lambda: not group_exists(process.pid))
-
-
-def group_exists(group):
+def test_what_a_batch_system_sends_stops_every_process(tmp_path):
+    # Ctrl-C takes the same way.
+    log = tmp_path / "log"
+    process = start(command, [*OPTIONS, "--out", str(tmp_path), "--jobs", "2", "--epochs", "1000"], log=log)
     try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        until(lambda: list(tmp_path.glob("checkpoints/*.pt")))
+        children = workers(process)
+        assert len(children) == 2
+        for pid in (*children, process.pid):  # to all of them
+            os.kill(pid, signal.SIGTERM)
+        process.join()
+    finally:
+        process.kill()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert log.read_text().rstrip().endswith("\nStopped. The same command goes on after the last whole epoch.")
+    until(lambda: not any(map(alive, children)))
 
 
 @pytest.mark.subprocess
@@ -168,10 +145,12 @@ def test_a_run_that_fails_is_named_and_ends_the_command(one_by_one, tmp_path, ca
 
 @pytest.mark.subprocess
 def test_a_process_that_dies_is_named(monkeypatch, tmp_path, capsys):
-    killer = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
-    (tmp_path / "sitecustomize.py").write_text(killer)
-    # The parent is this process, so only the children meet the killer.
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    class Killing(crew._Processes):
+        def messages(self):
+            os.kill(next(iter(self.active.values()))[0].pid, signal.SIGKILL)
+            return super().messages()
+
+    monkeypatch.setattr(crew, "_Processes", Killing)
     assert cifar_resnet.main([*OPTIONS, "--jobs", "2", "--out", str(tmp_path / "runs")]) == 1
     assert "ended with exit code -9; the same command goes on after its last whole epoch" in capsys.readouterr().err
 

@@ -83,31 +83,31 @@ def relative(ours, theirs):
 # whatever the kernels, and in float32 against a loop that uses the same kernels.
 
 
-@pytest.mark.parametrize(("recipe", "mode"), [("pooled", "eager"), ("logits", "eager"), ("pooled", "compile")])
-def test_after_20_steps_in_float64_the_parameters_are_those_of_a_plain_loop(recipe, mode, monkeypatch):
-    # Traced as for PyTorch's own backend, whose C++ tests/distiller/test_inductor.py compiles for a smaller network.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+@pytest.mark.parametrize(("recipe", "mode"), [("logits", "eager"), ("pooled", "compile")])
+def test_after_4_steps_in_float64_the_parameters_are_those_of_a_plain_loop(recipe, mode, monkeypatch):
+    # Captured whole as for PyTorch's own backend, whose C++ tests/distiller/test_inductor.py compiles.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     run = make_run(recipe=recipe, mode=mode)
     run.model.double().register_forward_pre_hook(lambda _module, inputs: (inputs[0].double(), inputs[1]))
-    student, expected = plain_loop(run, epochs=10)
-    assert take_steps(run, 20) == pytest.approx(expected, rel=1e-6)
+    student, expected = plain_loop(run, epochs=2)
+    assert take_steps(run, 4) == pytest.approx(expected, rel=1e-6)
     assert relative(run.model.student, student) < 1e-8
     for name, buffer in student.named_buffers():
         torch.testing.assert_close(run.model.student.get_buffer(name), buffer, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
-def test_after_20_steps_in_float32_the_parameters_are_those_of_a_plain_loop(recipe):
+def test_after_4_steps_in_float32_the_parameters_are_those_of_a_plain_loop(recipe):
     run = make_run(recipe=recipe)
-    student, expected = plain_loop(run, epochs=10, memory_format=torch.channels_last, fused=True)
-    assert take_steps(run, 20) == pytest.approx(expected, rel=1e-5)
+    student, expected = plain_loop(run, epochs=2, memory_format=torch.channels_last, fused=True)
+    assert take_steps(run, 4) == pytest.approx(expected, rel=1e-5)
     assert relative(run.model.student, student) < 1e-5
 
 
 def test_in_bfloat16_the_losses_stay_within_a_tenth_of_the_plain_loops():
     run = make_run(precision="bfloat16")
-    _, expected = plain_loop(run, epochs=10)
-    losses = take_steps(run, 20)
+    _, expected = plain_loop(run, epochs=2)
+    losses = take_steps(run, 4)
     assert losses != expected
     assert losses == pytest.approx(expected, rel=0.1)
 
@@ -168,8 +168,8 @@ def graphs(monkeypatch):
 def test_a_capture_warms_up_and_leaves_no_trace(graphs, method, recipe):
     plain, captured = make_run(method, recipe=recipe), make_run(method, recipe=recipe)
     captured.engine._captures = True
-    assert take_steps(captured, 8) == take_steps(plain, 8)
-    assert [graph.replays for graph in graphs] == [8]
+    assert take_steps(captured, 4) == take_steps(plain, 4)
+    assert [graph.replays for graph in graphs] == [4]
     assert graphs[0].generators == [captured.generator]
     ours, theirs = captured.model.state_dict(), plain.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -180,24 +180,24 @@ def test_a_capture_warms_up_and_leaves_no_trace(graphs, method, recipe):
 
 def test_a_new_learning_rate_is_captured_anew_in_mid_course(graphs):
     def lr(steps_left):
-        return 0.1 if steps_left > 4 else 0.01
+        return 0.1 if steps_left > 2 else 0.01
 
     plain, captured = make_run(), make_run()
     captured.engine._captures = True
-    assert take_steps(captured, 8, lr) == take_steps(plain, 8, lr)
-    assert [graph.replays for graph in graphs] == [4, 4]
+    assert take_steps(captured, 4, lr) == take_steps(plain, 4, lr)
+    assert [graph.replays for graph in graphs] == [2, 2]
     assert all(torch.equal(*pair) for pair in zip(captured.model.parameters(), plain.model.parameters(), strict=True))
 
 
 def test_a_captured_run_goes_on_from_a_state(graphs):
     plain, captured = make_run(), make_run()
     captured.engine._captures = True
-    losses = take_steps(plain, 8)
-    take_steps(captured, 4)
+    losses = take_steps(plain, 4)
+    take_steps(captured, 2)
     resumed = make_run()
     resumed.engine._captures = True
     resumed.load_state(captured.state())
-    assert take_steps(resumed, 4) == losses[2:]
+    assert take_steps(resumed, 2) == losses[1:]
     assert all(torch.equal(*pair) for pair in zip(resumed.model.parameters(), plain.model.parameters(), strict=True))
 
 

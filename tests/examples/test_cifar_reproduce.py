@@ -83,18 +83,24 @@ def test_epochs_seeds_and_runs_can_be_changed():
 def test_on_a_cpu_every_core_gets_a_run(monkeypatch, options, jobs, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     args = parse("--device", "cpu", *options)
-    cifar_resnet.share_out(args, 28)
+    cifar_resnet.share_out(args, 28, 28)
     assert (args.jobs, args.threads) == (jobs, threads)
 
 
-def test_no_more_runs_side_by_side_than_remain(monkeypatch):
+def test_threads_do_not_depend_on_what_is_left_to_do(monkeypatch):
+    # With other threads the same command would end with other weights.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    for unfinished, expected in [(3, (3, 2)), (1, (1, 8)), (0, (1, 8))]:
-        args = parse("--device", "cpu")
-        cifar_resnet.share_out(args, unfinished)
-        assert (args.jobs, args.threads) == expected
+    for options, runs, expected in [
+        ([], 28, {28: (8, 1), 3: (3, 1), 1: (1, 1), 0: (1, 1)}),
+        (["--jobs", "2"], 28, {28: (2, 4), 1: (1, 4)}),
+        ([], 3, {3: (3, 2), 1: (1, 2)}),
+    ]:
+        for unfinished, jobs_and_threads in expected.items():
+            args = parse("--device", "cpu", *options)
+            cifar_resnet.share_out(args, runs, unfinished)
+            assert (args.jobs, args.threads) == jobs_and_threads
     args = cifar_resnet.parse_arguments(["--dataset", "cifar10", "--device", "cpu"])[1]
-    cifar_resnet.share_out(args, 3)
+    cifar_resnet.share_out(args, 3, 3)
     assert (args.jobs, args.threads) == (1, 8)
 
 
@@ -117,6 +123,7 @@ def test_no_more_runs_side_by_side_than_remain(monkeypatch):
         (["--no-baseline"], "--no-baseline: fixed by --reproduce, got True"),
         (["--engine", "graph", "--device", "cpu"], "--engine: a graph needs a CUDA device, got cpu"),
         (["--jobs", "0"], "--jobs: must be at least 1, got 0"),
+        (["--jobs", "257"], "--jobs: must be at most 256, got 257"),
     ],
 )
 def test_rejects_what_does_not_go_with_a_published_table(capsys, options, message):
@@ -137,7 +144,7 @@ def small(monkeypatch):
     """Both data sets and all networks, made small."""
     depths = {"pooled": ((8, 8), (14, 14))}
     monkeypatch.setattr("cifar.reproduce.DEPTHS", depths)
-    monkeypatch.setattr(cifar_resnet, "load_dataset", lambda name, _data_dir: make_data())
+    monkeypatch.setattr(cifar_resnet, "load_dataset", lambda name, _data_dir: make_data(128, 128))
 
 
 def test_it_can_be_stopped_row_by_row_and_ends_with_one_table(small, tmp_path, capsys):

@@ -195,6 +195,13 @@ def test_plan_follows_the_recipe_for_logit_and_the_logits_for_other_losses():
         (["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
         (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
         (["--runs", "0"], "--runs: must be at least 1, got 0"),
+        (["--runs", "1001"], "--runs: must be at most 1,000, got 1001"),
+        (["--epochs", "9" * 400], "--epochs: must be at most 1,000,000, got 9"),
+        (["--threads", "100000000"], "--threads: must be at most 256, got 100000000"),
+        (["--student", "999999998"], "--student: must be at most 1202, got 999999998"),
+        (["--device", "cpu:3"], "--device: device must be cpu without a number, got 'cpu:3'"),
+        (["--device", "meta"], "--device: device must be one that PyTorch can use here, got 'meta'"),
+        (["--out", "x" * 300], "--out: must be a folder that can be searched, got x+: File name too long"),
         (["--seed", "-1"], "--seed: must be in 0.* got -1"),
         (["--seed", "999", "--runs", "2"], "--seed: 1000 is the teacher's, got 999 and 2 runs"),
         (["--weight", "nan"], "--weight: must be positive and finite, got nan"),
@@ -222,7 +229,19 @@ def test_rejects_tensorboard_without_the_package(monkeypatch, capsys):
     assert 'the package tensorboard is missing; pip install -e ".[examples]"' in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_and_its_like_say_how_to_go_on(tmp_path, capsys, monkeypatch, number):
+    def interrupted(*_):
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(engine, "train_step", interrupted)
+    before = signal.getsignal(number)
+    assert run(tmp_path, "--no-baseline") == 128 + number
+    assert capsys.readouterr().err.strip() == "Stopped. The same command goes on after the last whole epoch."
+    assert signal.getsignal(number) is before
+
+
+def test_after_ctrl_c_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
     steps = 0
 
     def interrupted(*args):

@@ -1,9 +1,12 @@
 """Small runs of the CIFAR example, for the tests of its training."""
 
+import os
+import signal
 from pathlib import Path
 
 import torch
 
+from cifar import engine
 from cifar.data import Dataset
 from cifar.models import resnet
 from cifar.settings import RECIPES, RunConfig
@@ -58,3 +61,25 @@ def train_all(out: Path, precision: str) -> None:
     config = make_config(epochs=4, precision=precision)
     train(config.teacher_config(), data, out)
     train(config, data, out)
+
+
+def train_and_die(where: str, count: int, precision: str, out: Path) -> None:
+    """`train_all` in a process of its own, which gets SIGKILL at the given call."""
+    calls = 0
+
+    def dying(function):
+        def call(*args):
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        return call
+
+    torch.set_num_threads(1)
+    if where == "step":
+        engine.train_step = dying(engine.train_step)
+    else:
+        os.fsync = dying(os.fsync)
+    train_all(out, precision)

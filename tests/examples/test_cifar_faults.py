@@ -1,0 +1,318 @@
+"""The short form of benchmarks/faults.py: the study under faults, as docs/reliability.md says."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import cifar_resnet
+from cifar import archives, checkpoints, files
+from cifar.agreement import measure_agreement
+from cifar.archives import unpickle_arrays
+from cifar.checkpoints import CheckpointError, RunFiles
+from cifar.files import remove_leftovers, temporary_name, write_atomically
+from cifar.states import check_tensors, identity
+from cifar.training import Run, train
+from cifar_runs import make_config, make_data, make_teacher
+from faults import WRONG, damaged, rewritten
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A folder with a finished teacher and its student, stopped after the first of two epochs."""
+    out, data, config = tmp_path_factory.mktemp("stopped"), make_data(128, 128), make_config()
+    train(config.teacher_config(), data, out)
+    with pytest.MonkeyPatch.context() as patch:
+        save = checkpoints.save_state
+
+        def stop(path, *rest):
+            save(path, *rest)
+            raise KeyboardInterrupt
+
+        patch.setattr("cifar.training.save_state", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, data, out)
+    return out
+
+
+@pytest.fixture
+def resumed(stopped, tmp_path):
+    """A copy of it, and what goes on with it."""
+    shutil.copytree(stopped, tmp_path / "runs")
+    config = make_config()
+    return RunFiles.of(tmp_path / "runs", config), lambda: train(config, make_data(128, 128), tmp_path / "runs")
+
+
+@pytest.mark.parametrize("how", list(WRONG))
+def test_a_sound_checkpoint_with_wrong_content_is_refused_by_name(resumed, how):
+    files, go_on = resumed
+    content = rewritten(files.checkpoint.read_bytes(), WRONG[how])
+    files.checkpoint.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{files.checkpoint.name} is not a readable checkpoint \(.+\); delete"):
+        go_on()
+    assert files.checkpoint.read_bytes() == content
+    assert not files.result.exists()
+
+
+def test_damaged_bytes_are_refused_or_were_without_effect(resumed, stopped):
+    files, _go_on = resumed
+    content = files.checkpoint.read_bytes()
+    refused = 0
+    for seed in range(24):
+        files.checkpoint.write_bytes(damaged(content, seed))
+        try:
+            state = files.load_checkpoint(make_config())
+        except CheckpointError:
+            refused += 1
+        else:  # bytes that no reader looks at, such as those between two members of the archive
+            assert identity(state["model"]) == identity(RunFiles.of(stopped, make_config()).load_checkpoint(
+                make_config())["model"])  # fmt: skip
+    assert refused >= 20
+
+
+def test_other_threads_say_what_to_give(resumed):
+    files, go_on = resumed
+    change = lambda state: state["parts"][-1].update(threads=3)  # noqa: E731
+    files.checkpoint.write_bytes(rewritten(files.checkpoint.read_bytes(), change))
+    with pytest.raises(CheckpointError, match=r"threads must be 3, as before, .* got \d+: give --threads 3"):
+        go_on()
+
+
+def test_a_run_that_goes_on_with_another_version_says_so_in_the_table(resumed):
+    files, go_on = resumed
+    change = lambda state: state["parts"][-1].update(torch="1.9.0", library="0.0.1")  # noqa: E731
+    files.checkpoint.write_bytes(rewritten(files.checkpoint.read_bytes(), change))
+    result = go_on()
+    assert result.torch == f"1.9.0, {torch.__version__} from epoch 2"
+    assert " from epoch" not in result.device + result.revision
+    assert "1.9.0, " in cifar_resnet.write_report.__globals__["_made_with"](result)
+
+
+def test_a_checkpoint_of_the_first_format_goes_on(resumed):
+    files, go_on = resumed
+
+    def old(state):
+        for name in ("format", "library", "parts", "teacher"):
+            del state[name]
+        state["revision"] = "abc1234"
+        del state["config"]["warmup"], state["config"]["task_weight"]  # came later
+
+    files.checkpoint.write_bytes(rewritten(files.checkpoint.read_bytes(), old))
+    result = go_on()
+    assert result.torch == f"not recorded, {torch.__version__} from epoch 2"
+    assert result.revision.startswith("abc1234")
+
+
+def test_a_student_goes_on_under_its_own_teacher_only(resumed, tmp_path):
+    _files, go_on = resumed
+    config = make_config()
+    theirs = RunFiles.of(tmp_path / "runs", config.teacher_config())
+    change = lambda state: next(iter(state["model"].values())).add_(1)  # noqa: E731
+    before = theirs.weights.read_bytes()
+    theirs.weights.write_bytes(rewritten(before, change))
+    with pytest.raises(CheckpointError, match="belongs to a student of another teacher than"):
+        go_on()
+    theirs.weights.write_bytes(before)
+    taught_by = go_on().taught_by
+    assert taught_by == identity(theirs.load_weights(config.teacher_config()))
+    theirs.weights.write_bytes(rewritten(before, change))
+    with pytest.raises(CheckpointError, match="belongs to a student of another teacher than"):  # the finished one too
+        go_on()
+
+
+def test_numbers_and_network_of_two_runs_are_told_apart(resumed):
+    files, go_on = resumed
+    go_on()
+    whole = files.result.read_text()
+    for change, message in [
+        ({"identity": "sha256:0"}, "is not the network whose numbers"),
+        ({"seed": 3}, "belongs to another run: seed is 3, must be 0"),
+        ({"method": "kl"}, "belongs to another run: method is 'kl', must be 'logit'"),
+        ({"surprise": 3}, "no readable result"),
+        ({"history": []}, "no readable result"),
+    ]:
+        files.result.write_text(json.dumps({**json.loads(whole), **change}))
+        with pytest.raises(CheckpointError, match=message):
+            go_on()
+
+
+def test_weights_of_another_network_are_named(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "runs")
+    config, data = make_config(), make_data(128, 128)
+    theirs = RunFiles.of(tmp_path / "runs", config.teacher_config())
+    theirs.weights.write_bytes(rewritten(theirs.weights.read_bytes(), WRONG["another shape"]))
+    with pytest.raises(CheckpointError, match=rf"{theirs.weights.name} is not a readable checkpoint .*got"):
+        train(config, data, tmp_path / "runs")
+    with pytest.raises(ValueError, match=r"x of the network must be torch.float32 of shape \(2,\)"):
+        check_tensors({"x": torch.zeros(3)}, {"x": torch.zeros(2)}, "network")
+    assert measure_agreement([], tmp_path, {}) is None
+
+
+# --- the disk
+
+
+class Full:
+    """A file on a disk that is full."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_named_and_costs_the_epoch_only(resumed, monkeypatch):
+    sound, go_on = resumed
+    before = sound.checkpoint.read_bytes()
+    open_file = type(sound.checkpoint).open
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(sound.checkpoint),
+            "open",
+            lambda path, mode="r", *rest, **more: (
+                Full(open_file(path, mode)) if mode == "xb" else open_file(path, mode, *rest, **more)
+            ),
+        )
+        with pytest.raises(OSError, match=r"No space left on device: .*\.pt"):
+            go_on()
+    assert sound.checkpoint.read_bytes() == before
+    assert not [*sound.checkpoint.parent.glob(".*"), *sound.checkpoint.parent.glob("*.tmp")]
+    go_on()
+
+
+def test_temporary_names_never_meet_and_do_not_stay(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    assert len({temporary_name("x") for _ in range(100)}) == 100
+    mine, theirs = tmp_path / temporary_name("mine"), tmp_path / "runs" / temporary_name("mine")
+    dead = tmp_path / mine.name.replace(f".{os.getpid()}.", ".999999999.")
+    monkeypatch.setattr(files.socket, "gethostname", lambda: "elsewhere.example")
+    far = tmp_path / temporary_name("far")
+    monkeypatch.undo()
+    first_format, not_ours = tmp_path / "run.pt.123.tmp", tmp_path / "notes.tmp"
+    for path in (mine, theirs, dead, far, first_format, not_ours):
+        path.write_bytes(b"half")
+    remove_leftovers(tmp_path)
+    left = {mine, theirs, far, first_format, not_ours}  # all of these may still be written
+    assert set(tmp_path.rglob("*.tmp")) == left
+    for path in left:
+        os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    assert set(tmp_path.rglob("*.tmp")) == {not_ours}
+
+
+def test_stray_files_beside_the_numbers_are_passed_over(resumed, tmp_path):
+    sound, go_on = resumed
+    go_on()
+    folder = sound.result.parent
+    (folder / "._x.json").write_bytes(b"\x00\x05\x16\x07")
+    (folder / "notes.json").write_text("[1]")
+    shutil.copy(sound.result, folder / "copy of it.json")
+    results, left_out = cifar_resnet.read_finished(tmp_path / "runs")
+    assert sorted(result.method for result in results) == ["logit", "teacher"]
+    assert len(left_out) == 1
+    assert "notes.json is no readable result" in left_out[0]
+
+
+# --- the terminal
+
+
+def test_output_that_nobody_reads_ends_the_command_quietly(monkeypatch, capsys):
+    def broken(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    closed = []
+    monkeypatch.setattr(cifar_resnet, "_run", broken)
+    monkeypatch.setattr(cifar_resnet.os, "dup2", lambda *pair: closed.append(pair[1]))
+    assert cifar_resnet.main([]) == 141
+    assert closed == [1]
+    assert capsys.readouterr().err == "Stopped: nobody reads the output any more. The same command goes on.\n"
+
+
+def test_a_terminal_that_lacks_a_sign_gets_another(monkeypatch, tmp_path):
+    screen = (tmp_path / "screen").open("w", encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(cifar_resnet, "_run", lambda *_: screen.write("91.60 \u00b1 1.35\n") and 0)
+    assert cifar_resnet.main([]) == 0
+    screen.close()
+    assert (tmp_path / "screen").read_text() == "91.60 ? 1.35\n"
+
+
+# --- data from elsewhere
+
+
+def reduce_of(function, *arguments):
+    import pickle
+
+    class Call:
+        def __reduce__(self):
+            return function, arguments
+
+    return pickle.dumps({"data": Call()}, 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        reduce_of(np.ndarray, (1 << 40,), np.dtype("u1")),  # would allocate
+        reduce_of(np.ndarray, (3,), np.dtype("O")),  # would hold what is no object
+        b"cnumpy\nndarray\n(K\x03tR.",
+        b"cnumpy\nndarray\n)\x81.",
+        b"cnumpy\ndtype\n}b.",
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR.",
+        b"Nr\xff\xff\xff\xff.",  # a place in the memo far beyond the file
+        b"]q\x00h\x00a.",  # a list that holds itself
+        b"(" * 1000,
+        b"\x80\x02cposix\nsystem\n.",
+    ],
+)
+def test_a_crafted_pickle_is_refused(content):
+    with pytest.raises(ValueError, match="batch must be a pickle of arrays and plain containers"):
+        unpickle_arrays("batch", content)
+
+
+def test_arrays_of_objects_are_refused_and_of_numbers_read(monkeypatch):
+    import pickle
+
+    with pytest.raises(ValueError, match="must be of numbers, got the dtype 'O8'"):
+        unpickle_arrays("batch", pickle.dumps(np.array([{}], object), 2))
+    for array in (np.arange(6, dtype=">i4").reshape(2, 3), np.asfortranarray(np.arange(6.0).reshape(2, 3))):
+        np.testing.assert_array_equal(unpickle_arrays("batch", pickle.dumps(array, 2)), array)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "message"), [("_LARGEST", 10, "at most 10 bytes"), ("_LONGEST", -1.0, "must come within")]
+)
+def test_a_download_is_bounded_in_size_and_time(monkeypatch, tmp_path, limit, value, message):
+    class Response(dict):
+        headers = {"Content-Length": None}  # noqa: RUF012
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda *_: None  # noqa: E731
+        read1 = lambda self, size: b"x" * 11  # noqa: E731  # for ever
+
+    monkeypatch.setattr(archives.urllib.request, "urlopen", lambda *_args, **_options: Response())
+    monkeypatch.setattr(archives, limit, value)
+    archive = archives.Archive("http://127.0.0.1/set.tar.gz", "0")
+    with pytest.raises(OSError, match=f"could not be downloaded: .*{message}"):
+        archives.fetch(archive, tmp_path / "set", download=True, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_made_new_has_its_identity():
+    data = make_data(128, 128)
+    run = Run(make_config(), data, make_teacher(make_config(), data))
+    assert run.taught_by == identity(make_teacher(make_config(), data))
+    assert write_atomically is files.write_atomically
