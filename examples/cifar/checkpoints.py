@@ -235,11 +235,16 @@ def save_state(path: Path, config: RunConfig, state: Mapping[str, Any]) -> None:
 
 
 def _load_state(path: Path, config: RunConfig, kind: str) -> dict[str, Any]:
+    content = io.BytesIO(path.read_bytes())  # from here on, what fails is the content and not the system
     with unusable(path):
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save wrote
-            if (member := archive.testzip()) is not None:
-                raise ValueError(f"wrong checksum of {member}")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            with zipfile.ZipFile(content) as archive:  # torch.load does not compare the checksums that torch.save wrote
+                if (member := archive.testzip()) is not None:
+                    raise ValueError(f"wrong checksum of {member}")
+            content.seek(0)
+            state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
+        except OSError as error:  # a damaged length may point outside
+            raise ValueError(str(error)) from error
         _check_fields(state, *FIELDS[kind])
         found = state["config"]
         if not isinstance(found, dict):

@@ -19,7 +19,7 @@ from cifar.files import remove_leftovers, temporary_name, write_atomically
 from cifar.states import check_tensors, identity
 from cifar.training import Run, train
 from cifar_runs import make_config, make_data, make_teacher
-from faults import WRONG, damaged, rewritten
+from faults import WRONG, bad_lines, damaged, rewritten
 
 
 @pytest.fixture(scope="module")
@@ -316,3 +316,7 @@ def test_a_run_made_new_has_its_identity():
     run = Run(make_config(), data, make_teacher(make_config(), data))
     assert run.taught_by == identity(make_teacher(make_config(), data))
     assert write_atomically is files.write_atomically
+
+
+def test_command_lines_that_cannot_be_run_are_refused_by_name(tmp_path):
+    assert +bad_lines(12, tmp_path) == {"refused by name": 12}
