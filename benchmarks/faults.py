@@ -26,13 +26,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("examples", "tests/support")]
 
 import cifar_resnet  # noqa: E402
-from cifar.checkpoints import CheckpointError, RunFiles, unusable  # noqa: E402
+from cifar.checkpoints import CheckpointError, RunFiles, save_state, unusable  # noqa: E402
 from cifar.states import identity  # noqa: E402
 from cifar.training import Run, train  # noqa: E402
 from cifar_runs import make_config, make_data  # type: ignore[import-not-found]  # noqa: E402  # of the tests
@@ -207,7 +208,12 @@ def kill_at_operations(where: Path) -> Counter[str]:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         fsync = os.fsync
-        os.fsync = lambda file: (hook("fsync", ()), fsync(file))[1]
+
+        def counted(file: int) -> None:
+            hook("fsync", ())
+            fsync(file)
+
+        mock.patch.object(os, "fsync", counted).start()
         sys.addaudithook(hook)
         small(out)
 
@@ -277,16 +283,12 @@ def _checkpoint(out: Path) -> bytes:
     path = RunFiles.of(out, config).checkpoint
 
     def until_the_first_epoch() -> None:
-        from cifar import training
-
-        save = training.save_state
-
         def save_and_die(where: Path, *rest: object) -> None:
-            save(where, *rest)  # type: ignore[arg-type]
+            save_state(where, *rest)  # type: ignore[arg-type]
             if where == path:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        training.save_state = save_and_die
+        mock.patch("cifar.training.save_state", save_and_die).start()
         small(out)
 
     os.waitpid(forked(until_the_first_epoch), 0)
