@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(
         not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler on the CPU"
     ),
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # inductor's own imports
+    pytest.mark.filterwarnings("ignore:.torch.jit"),  # inductor's own imports
 ]
 
 

@@ -69,7 +69,7 @@ def test_rejects_unknown_paths_at_construction(at, message):
         distiller(at=at)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_rejects_paths_into_what_torch_jit_runs():
     net = Net(seed=1).eval()
     traced = torch.jit.trace(net, batch()[0])

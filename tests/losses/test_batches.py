@@ -269,7 +269,7 @@ def test_a_memory_compiles_with_a_mask_for_every_batch_size_and_a_changed_option
 
 
 @pytest.mark.compile
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own imports
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # inductor's own imports
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="needs a C++ compiler")
 def test_the_memory_of_crd_compiles_to_code():
     loss, student, teacher, target = case("crd_memory", torch.float32)

@@ -28,7 +28,7 @@ GROUPS = [*(OTHERS[i::5] for i in range(5)), ANEW, SLOW]
 pytestmark = [
     pytest.mark.compile,
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Functions that are traced
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # inductor's own imports, and what it calls
+    pytest.mark.filterwarnings("ignore:.torch.jit"),  # inductor's own imports, and what it calls
     pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning"),
 ]
 

@@ -155,7 +155,7 @@ def test_takes_little_memory(form, monkeypatch):
 
 @pytest.mark.compile
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own imports
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # inductor's own imports
 def test_compiles_with_dynamic_shapes_and_after_a_change_of_beta(form):
     if form == "blocks":  # what is compiled is the formula
         return
