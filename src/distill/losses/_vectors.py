@@ -20,12 +20,17 @@ def normalize(tensor: Tensor, *, dim: int) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
         if are_ordinary(norm):
             return tensor / norm
+    return normalize_each(tensor, dim=dim)
+
+
+def normalize_each(tensor: Tensor, *, dim: int) -> Tensor:
+    """Do what `normalize` does, each vector by itself: what others hold changes nothing, not even the rounding."""
     largest = magnitude(tensor, dim)
     zero = largest == 0
     # Squares of numbers of at most 1 do not overflow. Where all are 0 a vector of ones has the norm, so that no
     # derivative, of any order, is taken of a norm of 0; what is then divided by infinity is 0, and so is its gradient.
     scaled = (tensor / largest.masked_fill(zero, 1.0)).add_(zero.to(tensor.dtype))
-    norm = torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
     return scaled / norm.masked_fill(zero, math.inf)
 
 

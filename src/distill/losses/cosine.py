@@ -6,14 +6,14 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._vectors import magnitude, normalize
+from distill.losses._vectors import magnitude, normalize_each
 
 FAMILY = "embeddings"
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
     # For unit vectors 1 - cos is half the squared distance, which keeps its digits where it is small.
-    values = (normalize(student, dim=dim) - normalize(teacher, dim=dim)).square().sum(dim) / 2
+    values = (normalize_each(student, dim=dim) - normalize_each(teacher, dim=dim)).square().sum(dim) / 2
     zero = (magnitude(student, dim) == 0) | (magnitude(teacher, dim) == 0)
     return values.masked_fill(zero.squeeze(dim), 1.0)
 
