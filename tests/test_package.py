@@ -96,6 +96,7 @@ def test_version_is_the_one_of_the_distribution_and_the_changelog():
     assert distill.__version__ == version("distill")
     assert f"## [{distill.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {distill.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{distill.__version__}}}" in (ROOT / "docs/cite.md").read_text()
 
 
 def test_wheel_holds_the_package_and_nothing_else(tmp_path, monkeypatch):

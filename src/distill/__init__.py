@@ -77,7 +77,7 @@ if typing.TYPE_CHECKING:  # what few programs need is imported when it is first 
     from distill.gradients import gradient_report
     from distill.pairing import pair_layers
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AKLLoss",
