@@ -1,6 +1,7 @@
 """What the divergences share: values and derivatives where a probability is 0, and digits near agreement."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from contract import gradient, make_pair
 from distill import KLLoss, LogitLoss, ReverseKLLoss
 from distill.losses import kl, reverse_kl
-from distill.losses._softened import divergence, expectation, not_negative
+from distill.losses._softened import divergence, expectation, expm1, not_negative
 
 INF = math.inf
 
@@ -199,3 +200,17 @@ def test_the_two_forms_of_the_formula_agree_to_the_second_derivative(module, bui
     theirs = torch.autograd.functional.hessian(lambda s: build()(s, teacher), student.detach())
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
     assert module._ROWS is build.rows
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own imports, and what it calls
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_compiled_keeps_its_digits_near_agreement():
+    # With vector instructions, where inductor writes torch.expm1 as exp(x) - 1.
+    x = torch.cat([-torch.logspace(-6, 1.5, 256), torch.logspace(-6, 1.5, 256), torch.tensor([-math.inf, 0.0, 80.0])])
+
+    x.requires_grad_()
+    value, expected = torch.compile(expm1, fullgraph=True)(x), expm1(x)
+    torch.testing.assert_close(value, expected, rtol=2e-6, atol=0.0)
+    (slope,), (wanted,) = (torch.autograd.grad(y.sum(), x) for y in (value, expected))
+    torch.testing.assert_close(slope, wanted, rtol=2e-6, atol=1e-7)

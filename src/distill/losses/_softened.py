@@ -66,10 +66,10 @@ def divergence(log_a: Tensor, log_b: Tensor, dim: int) -> Tensor:
     a, d = log_a.exp(), log_b - log_a
     tiny = torch.finfo(a.dtype).tiny
     if may_look(a) and bool(a.detach().amin() >= tiny):  # to choose element by element costs more than all the rest
-        return (a * (torch.expm1(d) - d)).sum(dim)
+        return (a * (expm1(d) - d)).sum(dim)
     none = a < tiny  # there exp(d) may overflow, and all that counts of the term is b
     d = d.masked_fill(none, 0.0)
-    return torch.where(none, log_b.exp(), a * (torch.expm1(d) - d)).sum(dim)
+    return torch.where(none, log_b.exp(), a * (expm1(d) - d)).sum(dim)
 
 
 def divergence_of_logits(a: Tensor, b: Tensor, *, dim: int, temperature: float) -> Tensor:
@@ -87,7 +87,7 @@ def divergence_of_logits(a: Tensor, b: Tensor, *, dim: int, temperature: float) 
         d = soften(b - a, temperature)
         d = d - (p * d).sum(dim, keepdim=True)
         if bool(d.detach().amax() < LARGEST):
-            return harden(not_negative(torch.log1p((p * (torch.expm1(d) - d)).sum(dim))), temperature)
+            return harden(not_negative(torch.log1p((p * (expm1(d) - d)).sum(dim))), temperature)
     return harden(divergence(log_a, log_b, dim), temperature)
 
 
@@ -113,6 +113,17 @@ def compare_rows(a: Tensor, b: Tensor, d: Tensor, p: Tensor, *, temperature: flo
     torch.add(u.sum(-1, keepdim=True).mul_(-1 / temperature), d, alpha=1 / temperature, out=d)
     highest = d.amax(-1)
     return expm1_rows(d, highest, out=u), torch.logical_not(highest < LARGEST).nonzero().squeeze(-1)
+
+
+def expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1 with all its digits, compiled too.
+
+    On a CPU `torch.compile` writes `torch.expm1` as exp(x) - 1, which loses those of a small x.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.expm1(x)
+    half = x.clamp(min=-100.0) / 2  # -inf would be 0 times infinity
+    return 2 * half.exp() * half.sinh()
 
 
 def expm1_rows(x: Tensor, highest: Tensor | None = None, *, out: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from distill._checks import check_inputs, check_positive, ordinary, widen
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
+from distill.losses._softened import expm1
 
 FAMILY = "language models"
 
@@ -69,13 +70,13 @@ def alm_loss(student: Tensor, teacher: Tensor, *, temperature: float = 100.0) ->
     student, teacher = widen(student, dtype), widen(ordinary(teacher.detach()), dtype)
     log_q, log_p = (x.clamp(max=0) / temperature - _EPS for x in (student, teacher))
     p = log_p.exp()
-    return -p * log_q.masked_fill(p == 0, 0.0) + torch.expm1(log_p) * _log_of_rest(log_q)
+    return -p * log_q.masked_fill(p == 0, 0.0) + expm1(log_p) * _log_of_rest(log_q)
 
 
 def _log_of_rest(log_q: Tensor) -> Tensor:
     """Compute log(1 - q) for q below 1; each half of the range has the form that keeps its digits."""
     likely = log_q > -math.log(2)
-    of_likely = (-torch.expm1(log_q.masked_fill(~likely, -1.0))).log()
+    of_likely = (-expm1(log_q.masked_fill(~likely, -1.0))).log()
     of_others = torch.log1p(-log_q.masked_fill(likely, -1.0).exp())
     return torch.where(likely, of_likely, of_others)
 

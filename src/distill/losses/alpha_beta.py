@@ -12,7 +12,7 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import compare_rows, expm1_rows, log_softmax_rows, not_negative, soften
+from distill.losses._softened import compare_rows, expm1, expm1_rows, log_softmax_rows, not_negative, soften
 from distill.topk import TopK
 
 FAMILY = "logits"
@@ -63,8 +63,8 @@ def _centred(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
     else:
         middle = (alpha * log_p + beta * log_q).exp()
     d = (log_q - log_p).masked_fill(middle == 0, 0.0)  # infinite or NaN where a probability is 0
-    up = torch.expm1(alpha * d) / alpha if alpha > _NEGLIGIBLE else d
-    down = torch.expm1(-beta * d) / beta if beta > _NEGLIGIBLE else -d
+    up = expm1(alpha * d) / alpha if alpha > _NEGLIGIBLE else d
+    down = expm1(-beta * d) / beta if beta > _NEGLIGIBLE else -d
     return middle * (up + down)
 
 
@@ -139,7 +139,7 @@ def _block_of_shares(
     b = power.sum(-1, keepdim=True)
     power = expm1_rows(d.mul_(beta), out=power)
     a = torch.sub(power, d, out=d).mul_(p).sum(-1, keepdim=True)
-    less = torch.expm1(a.log1p() - beta * b.log1p())
+    less = expm1(a.log1p() - beta * b.log1p())
     values = (less / (-alpha * beta)).clamp_(min=0).squeeze(-1)
     if factors is not None:  # (1 + less) (q - p^alpha q^beta / (1 + less)) / (alpha T)
         counts = factors * (1 + less) / (alpha * temperature)

@@ -13,7 +13,7 @@ from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._blocks import ordinary_rows, quick_first, without_rows
 from distill.losses._others import set_apart, weigh
-from distill.losses._softened import compare_rows, divergence, soften
+from distill.losses._softened import compare_rows, divergence, expm1, soften
 
 FAMILY = "refined logits"
 
@@ -27,7 +27,7 @@ def _quick(
     d = torch.cat([pair_q - pair_p, s - t - (mass_q - mass_p)], dim)
     alpha, beta = alpha * temperature**2, beta * temperature**2
     weights = torch.cat([alpha * pair_p.exp(), others * (beta / mass_p.exp())], dim)
-    return (weights * (torch.expm1(d) - d)).sum(dim)
+    return (weights * (expm1(d) - d)).sum(dim)
 
 
 def _relative(logits: Tensor, labels: Tensor, dim: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import expectation, soften
+from distill.losses._softened import expectation, expm1, soften
 
 FAMILY = "refined logits"
 
@@ -17,7 +17,7 @@ FAMILY = "refined logits"
 def _formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, eps: float, temperature: float) -> Tensor:
     log_q = F.log_softmax(soften(student, temperature), dim)
     log_p = F.log_softmax(soften(teacher, temperature), dim)
-    at_label = torch.expm1(eps * torch.log1p(log_p.gather(dim, labels).exp()))  # (p_y + 1)^eps - 1
+    at_label = expm1(eps * torch.log1p(log_p.gather(dim, labels).exp()))  # (p_y + 1)^eps - 1
     weights = (eps * log_p).exp().scatter(dim, labels, at_label)
     return -expectation(weights, log_q, dim)
 

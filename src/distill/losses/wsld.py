@@ -12,7 +12,7 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._blocks import ordinary_rows, quick_first
-from distill.losses._softened import expectation, harden, soften
+from distill.losses._softened import expectation, expm1, harden, soften
 
 FAMILY = "refined logits"
 
@@ -23,7 +23,7 @@ def _quick(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temper
     log_q = F.log_softmax(soften(student, temperature), dim)
     p = torch.softmax(soften(teacher, temperature), dim)
     ratio = _on_label(student.detach(), labels, dim) / (_on_label(teacher, labels, dim) + _EPS)
-    return harden(torch.expm1(-ratio), temperature) * (p * log_q).sum(dim)
+    return harden(expm1(-ratio), temperature) * (p * log_q).sum(dim)
 
 
 def _careful(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temperature: float) -> Tensor:
@@ -42,7 +42,7 @@ def _weight(of_student: Tensor, of_teacher: Tensor) -> Tensor:
     ratio = of_student / (of_teacher + _EPS)
     # A label that neither gives a probability: both cross-entropies grow alike, and their ratio tends to 1.
     ratio = ratio.masked_fill((of_student == math.inf) & (of_teacher == math.inf), 1.0)
-    return -torch.expm1(-ratio)
+    return -expm1(-ratio)
 
 
 _formula = quick_first(_quick, _careful)
