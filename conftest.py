@@ -7,7 +7,8 @@ import pytest
 from distill import _registry
 
 # They import Triton, which a machine without a GPU may lack, and which would make this process look for one.
-collect_ignore = ["src/distill/_engine/triton.py", "tests/support/triton_worker.py"]
+collect_ignore = [f"src/distill/_engine/{name}.py" for name in ("triton", "triton_topk")]
+collect_ignore += ["tests/support/triton_worker.py"]
 
 
 @pytest.fixture(autouse=True)

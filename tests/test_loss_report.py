@@ -103,7 +103,7 @@ def test_page_shows_every_table_and_picture():
     page = (ROOT / "docs/performance.md").read_text()
     for folder in FOLDERS:
         for name in ("setup.md", *(f"{table}.md" for table in loss_report.TABLES)):
-            assert f'--8<-- "results/performance/{folder.name}/{name}"' in page
+            assert f"{{include}} results/performance/{folder.name}/{name}\n" in page
         assert f"(results/performance/{folder.name}/vocabulary.png)" in page
         assert (folder / "vocabulary.png").is_file()
 

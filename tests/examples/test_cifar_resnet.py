@@ -229,6 +229,18 @@ def test_rejects_tensorboard_without_the_package(monkeypatch, capsys):
     assert 'the package tensorboard is missing; pip install -e ".[examples]"' in capsys.readouterr().err
 
 
+@pytest.fixture
+def _heard():
+    """Signals mean what they usually do, also where the tests run in the background of a shell, which ignores them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, answer in before.items():
+        signal.signal(number, answer)
+
+
+@pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_and_its_like_say_how_to_go_on(tmp_path, capsys, monkeypatch, number):
     def interrupted(*_):
@@ -241,6 +253,7 @@ def test_ctrl_c_and_its_like_say_how_to_go_on(tmp_path, capsys, monkeypatch, num
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.usefixtures("_heard")
 def test_after_ctrl_c_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
     steps = 0
 

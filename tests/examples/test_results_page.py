@@ -22,7 +22,7 @@ def test_page_shows_every_table_and_picture():
     assert FOLDERS
     page = (DOCS / "results.md").read_text()
     for folder in FOLDERS:
-        assert f'"results/{folder.name}/results.md' in page
+        assert f"{{include}} results/{folder.name}/results.md\n" in page
         assert f"(results/{folder.name}/curves.png)" in page
         assert (folder / "curves.png").is_file()
 

@@ -55,8 +55,8 @@ def can_fuse(loss: Formula, student: Tensor, teacher: Tensor, dim: int, options:
         mean: Whether PyTorch has a single operation for what is asked.
     """
     return (
-        student.numel() >= SMALL * loss.pays_from
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and student.numel() >= SMALL * loss.pays_from
         and (SHORT if mean else 1) <= student.shape[dim] <= LARGEST_ROW
         # Collecting the numbers of a row from all over the memory costs more than blocks save.
         and student.stride(dim) == teacher.stride(dim) == 1
@@ -208,12 +208,7 @@ class Call:
 
 
 def kernel_first(kernel: Callable[[], Any], block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Give a block function that takes the kernel where that can do the rows, for losses that are part of another.
-
-    Args:
-        kernel: As in `Rows`.
-        block: As in `Rows`.
-    """
+    """Give a block function that takes the kernel where that can do the rows, for losses that are part of another."""
 
     def run(student: Tensor, teacher: Tensor, *rest: Any, **options: Any) -> Tensor:
         *labels, factors, gradient, _ = rest
@@ -266,12 +261,15 @@ class _Fused(torch.autograd.Function):
             with torch.enable_grad():
                 value = ctx.call.plain(student, teacher, labels, mask)
             (gradient,) = torch.autograd.grad(value, student, upstream, create_graph=again)
-        elif gradient is None:
-            gradient = ctx.call.run(student, teacher, labels, ctx.call.weights(student, mask) * upstream[0])[1]
-        elif ctx.call.reduction == "none":
+            return gradient, None, None, None, None
+        early = student.dtype != torch.half
+        if gradient is None:  # with the same bits as the one that was formed early
+            counts = ctx.call.weights(student, mask)
+            gradient = ctx.call.run(student, teacher, labels, counts if early else counts * upstream[0])[1]
+        if early and ctx.call.reduction == "none":
             rows, counts = gradient.movedim(ctx.call.dim, -1), upstream[0].unsqueeze(-1)
             _clear_hidden(rows.mul_(counts), counts)
-        else:
+        elif early:
             scale(gradient, upstream[0])
         return gradient, None, None, None, None
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from distill._checks import check_tensor, is_integer, ordinary
 from distill.losses._gather import gather_batches, is_alone
-from distill.losses._vectors import normalize
+from distill.losses._vectors import normalize_each
 
 
 def move_entries(memory: Tensor, own: Tensor, embeddings: Tensor, kept: Tensor | None, momentum: float) -> None:
@@ -20,7 +20,7 @@ def move_entries(memory: Tensor, own: Tensor, embeddings: Tensor, kept: Tensor |
     """
     with torch.no_grad():
         entries = memory[own]
-        moved = normalize(momentum * entries + (1 - momentum) * embeddings, dim=1).to(memory.dtype)
+        moved = normalize_each(momentum * entries + (1 - momentum) * embeddings, dim=1).to(memory.dtype)
         moves = moved.isfinite().all(1)
         if kept is not None:
             moves = moves & kept

@@ -21,7 +21,7 @@ from distill.losses._base import BatchLoss
 from distill.losses._batches import count, select
 from distill.losses._memory import by_class, make_ordinary, move_entries
 from distill.losses._random import drawing
-from distill.losses._vectors import normalize
+from distill.losses._vectors import normalize_each
 
 FAMILY = "relations"
 
@@ -78,7 +78,7 @@ def crd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07, mas
             "student and teacher must have the same number of values per sample, "
             f"got {student.shape[1]} and {teacher.shape[1]}"
         )
-    return _in_batch(normalize(student, dim=1), normalize(teacher, dim=1), kept, temperature)
+    return _in_batch(normalize_each(student, dim=1), normalize_each(teacher, dim=1), kept, temperature)
 
 
 def _in_batch(student: Tensor, teacher: Tensor, kept: Tensor | None, temperature: float) -> Tensor:
@@ -328,7 +328,7 @@ def _embed(embedding: nn.Linear, features: Tensor, side: str) -> Tensor:
         )
     dtype = torch.promote_types(features.dtype, embedding.weight.dtype)
     with without_autocast(features):
-        return normalize(F.linear(features.to(dtype), embedding.weight.to(dtype), embedding.bias.to(dtype)), dim=1)
+        return normalize_each(F.linear(features.to(dtype), embedding.weight.to(dtype), embedding.bias.to(dtype)), dim=1)
 
 
 def _scores(anchors: Tensor, memory: Tensor, entries: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from distill.losses._layers import check_device
 from distill.losses._memory import enter, make_ordinary
 from distill.losses._sizes import EMBEDDINGS
 from distill.losses._softened import divergence_of_logits
-from distill.losses._vectors import normalize
+from distill.losses._vectors import normalize_each
 
 FAMILY = "embeddings"
 
@@ -80,7 +80,11 @@ def queue_kl_loss(student: Tensor, teacher: Tensor, *, queue: Tensor, temperatur
     if queue.device != student.device:
         raise ValueError(f"the queue must be on the device of the embeddings, {student.device}, got {queue.device}")
     return _compare(
-        normalize(student, dim=1), normalize(teacher, dim=1), normalize(queue.detach(), dim=1), None, temperature
+        normalize_each(student, dim=1),
+        normalize_each(teacher, dim=1),
+        normalize_each(queue.detach(), dim=1),
+        None,
+        temperature,
     )
 
 
@@ -182,10 +186,10 @@ class QueueKLLoss(SampleLoss):
         with without_autocast(student):
             weight, bias = self.projector.weight.to(student.dtype), self.projector.bias.to(student.dtype)
             projected = nn.functional.linear(student, weight, bias)
-        theirs = normalize(teacher, dim=1)
+        theirs = normalize_each(teacher, dim=1)
         if self.training:
             make_ordinary(self)
             enter(self.queue, self.entered, theirs, None if mask is None else mask != 0)
         filled = torch.arange(self.queue_size, device=student.device) < self.entered
         # What enters later must not change what backward needs.
-        return _compare(normalize(projected, dim=1), theirs, self.queue.clone(), filled, self.temperature)
+        return _compare(normalize_each(projected, dim=1), theirs, self.queue.clone(), filled, self.temperature)
