@@ -30,6 +30,7 @@ PLAIN_COMMANDS = (  # shown with their defaults
     "examples/sentence_encoder.py",
     "examples/causal_lm.py",
     "examples/balance.py",
+    "benchmarks/neighbours.py",
 )
 COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND_LINES = [
