@@ -92,27 +92,22 @@ def run(folder: Path, steps: int, growth: float) -> tuple[list[Tensor], list[str
     order = torch.Generator().manual_seed(5)
     warm, before, faults = max(1, steps // 10), (0.0, 0), []
     gc.collect()
-    gc.disable()  # what a collection finds at the end was in a cycle
+    gc.disable()  # so that our own collections find all that was left in cycles
+    kept = 0
     try:
-        for step in range(steps):
+        for step in range(1, steps + 1):
             ids = torch.randint(SAMPLES, (BATCH,), generator=order)
             target = {"task": labels[ids], "memory": ids}
             optimizer.zero_grad()
             loss = distiller(inputs[ids], target, teacher_inputs=(ids, inputs[ids])).loss
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            if step + 1 == warm:
-                gc.collect()
+            if step % 100 == 0 or step in (warm, steps):
+                kept += tensors_in_cycles()
+            if step == warm:
                 before = memory(), len(gc.get_objects())
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        gc.collect()
-        kept = sum(isinstance(thing, Tensor) for thing in gc.garbage)
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.collect()
         grown, objects = memory() - before[0], len(gc.get_objects()) - before[1]
     finally:
-        gc.set_debug(0)
         gc.enable()
     print(
         f"{steps - warm} steps after the first {warm}: {grown:+.1f} MB, {objects:+d} objects, {kept} tensors in cycles"
@@ -124,6 +119,17 @@ def run(folder: Path, steps: int, growth: float) -> tuple[list[Tensor], list[str
     if kept:
         faults.append(f"no tensor must be in a cycle, but {kept} were")
     return [tensor.clone() for tensor in distiller.state_dict().values()], faults
+
+
+def tensors_in_cycles() -> int:
+    """Collect what was left in cycles, and count the tensors among it."""
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.collect()
+    gc.set_debug(0)
+    found = sum(isinstance(thing, Tensor) for thing in gc.garbage)
+    gc.garbage.clear()
+    gc.collect()
+    return found
 
 
 def memory() -> float:

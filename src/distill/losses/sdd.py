@@ -206,7 +206,7 @@ class SDDLoss(Loss):
             check_mask(check_tensor("mask", mask), student.shape[:1], student.device)
             student, teacher = hide(student, mask), hide(teacher, mask)
         ours = self._regions(student, weight, bias)
-        theirs = self._regions(teacher, teacher_weight.detach(), teacher_bias)
+        theirs = self._regions(teacher, teacher_weight, teacher_bias)
         values = sdd_loss(ours, theirs.detach(), target, loss=self.loss, complementary=self.complementary, mask=mask)
         reduction = self.reduction if denominator is None else "sum"
         return divide(reduce(values, reduction, mask), denominator)
