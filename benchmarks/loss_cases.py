@@ -1,6 +1,6 @@
 """What `losses.py` measures: every case is a loss, a shape and a dtype, and two or more ways to compute it.
 
-A new loss needs one entry in `PLAIN`: its form in `plain_forms.py`, and inputs where logits do not do.
+A new loss needs one entry in `PLAIN`: its form in `plain_forms/`, and inputs where logits do not do.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import distill
-import plain_forms
 from loss_report import COMPILED, EAGER, FIRST, FLOOR, LIGER, OURS, PUBLISHED
-from plain_forms import Form
+from plain_forms import embeddings, logits, maps, relations
+from plain_forms.form import Form
 
 Shape = tuple[int, ...]
 Inputs = tuple[Any, ...]  # student and teacher, a tensor or a tuple of tensors each, and what else the loss takes
@@ -203,63 +203,63 @@ def _queue_module(shape: Shape) -> nn.Module:
 
 
 def _matryoshka_module(shape: Shape) -> nn.Module:
-    return distill.MatryoshkaLoss(distill.CosineLoss(), plain_forms.halved(shape[1]))
+    return distill.MatryoshkaLoss(distill.CosineLoss(), embeddings.halved(shape[1]))
 
 
 PLAIN: dict[str, Plain] = {
-    "akl": Plain(plain_forms.akl),
-    "alm": Plain(plain_forms.alm, CHUNKS, log_likelihoods),
-    "alpha_beta": Plain(plain_forms.alpha_beta, make=lambda _: distill.AlphaBetaLoss(*plain_forms.AB)),
-    "at": Plain(plain_forms.at, MAPS),
-    "cc": Plain(plain_forms.cc, FEATURES),
-    "cosine": Plain(plain_forms.cosine, FEATURES),
-    "crd": Plain(plain_forms.crd, FEATURES, wide_and_indices, _crd_module,
-                 learned=True, published=plain_forms.crd_published, random=True),
-    "ctkd": Plain(plain_forms.ctkd, learned=True),
-    "cwd": Plain(plain_forms.cwd, MAPS),
-    "dist": Plain(plain_forms.dist),
-    "dkd": Plain(plain_forms.dkd, inputs=pair_and_labels),
-    "fgd": Plain(plain_forms.fgd, MAPS, wide_and_boxes, _widths(distill.FGDLoss), learned=True),
-    "fsp": Plain(plain_forms.fsp, (128, 32, 16, 16), two_stages),
-    "gram": Plain(plain_forms.gram, TOKENS),
-    "hint": Plain(plain_forms.hint, MAPS, twice_as_wide, _widths(distill.HintLoss), learned=True),
-    "ickd": Plain(plain_forms.ickd, MAPS),
-    "js": Plain(plain_forms.js),
-    "kl": Plain(plain_forms.kl),
-    "linear_logit": Plain(plain_forms.linear_logit, FEATURES, twice_as_wide, _linear_module, learned=True),
+    "akl": Plain(logits.akl),
+    "alm": Plain(logits.alm, CHUNKS, log_likelihoods),
+    "alpha_beta": Plain(logits.alpha_beta, make=lambda _: distill.AlphaBetaLoss(*logits.AB)),
+    "at": Plain(maps.at, MAPS),
+    "cc": Plain(relations.cc, FEATURES),
+    "cosine": Plain(embeddings.cosine, FEATURES),
+    "crd": Plain(relations.crd, FEATURES, wide_and_indices, _crd_module,
+                 learned=True, published=relations.crd_published, random=True),
+    "ctkd": Plain(logits.ctkd, learned=True),
+    "cwd": Plain(maps.cwd, MAPS),
+    "dist": Plain(logits.dist),
+    "dkd": Plain(logits.dkd, inputs=pair_and_labels),
+    "fgd": Plain(maps.fgd, MAPS, wide_and_boxes, _widths(distill.FGDLoss), learned=True),
+    "fsp": Plain(maps.fsp, (128, 32, 16, 16), two_stages),
+    "gram": Plain(maps.gram, TOKENS),
+    "hint": Plain(maps.hint, MAPS, twice_as_wide, _widths(distill.HintLoss), learned=True),
+    "ickd": Plain(maps.ickd, MAPS),
+    "js": Plain(logits.js),
+    "kl": Plain(logits.kl),
+    "linear_logit": Plain(logits.linear_logit, FEATURES, twice_as_wide, _linear_module, learned=True),
     "logit": Plain(F.mse_loss),
-    "logit_std": Plain(plain_forms.logit_std),
-    "margin_mse": Plain(plain_forms.margin_mse, SCORES),
-    "matryoshka": Plain(plain_forms.matryoshka, FEATURES, make=_matryoshka_module),
-    "mft": Plain(plain_forms.mft, inputs=pair_and_labels),
-    "mgd": Plain(plain_forms.mgd, MAPS, twice_as_wide, _widths(distill.MGDLoss), learned=True, random=True),
-    "nkd": Plain(plain_forms.nkd, inputs=pair_and_labels),
-    "nst": Plain(plain_forms.nst, MAPS, published=plain_forms.nst_published),
-    "ofa": Plain(plain_forms.ofa, inputs=pair_and_labels),
-    "ofd": Plain(plain_forms.ofd, MAPS, twice_as_wide, _ofd_module, learned=True),
-    "pearson": Plain(plain_forms.pearson, MAPS),
-    "pkt": Plain(plain_forms.pkt, FEATURES),
-    "queue_kl": Plain(plain_forms.queue_kl, FEATURES, twice_as_wide, _queue_module, learned=True),
-    "review": Plain(plain_forms.review, (128, 16, 32, 32), three_stages, _review_module, learned=True),
-    "reverse_kl": Plain(plain_forms.reverse_kl),
-    "rkd": Plain(plain_forms.rkd, FEATURES, published=plain_forms.rkd_published),
-    "sampled_reverse_kl": Plain(plain_forms.sampled_reverse_kl, inputs=pair_and_labels),
-    "score_kl": Plain(plain_forms.score_kl, SCORES),
-    "sdd": Plain(plain_forms.sdd, MAPS, wide_and_labels, _sdd_module, learned=True),
-    "sigmoid_kl": Plain(plain_forms.sigmoid_kl),
-    "skd": Plain(plain_forms.skd),
-    "skew_kl": Plain(plain_forms.skew_kl),
-    "skew_reverse_kl": Plain(plain_forms.skew_reverse_kl),
-    "sp": Plain(plain_forms.sp, MAPS),
-    "srd": Plain(plain_forms.srd, FEATURES, twice_as_wide, _widths(distill.SRDLoss), learned=True),
-    "todi": Plain(plain_forms.todi),
-    "token_similarity": Plain(plain_forms.token_similarity, TOKENS),
-    "ttm": Plain(plain_forms.ttm),
-    "tvd": Plain(plain_forms.tvd),
-    "uld": Plain(plain_forms.uld),
-    "vid": Plain(plain_forms.vid, MAPS, twice_as_wide, _widths(distill.VIDLoss), learned=True),
-    "wsld": Plain(plain_forms.wsld, inputs=pair_and_labels),
-    "wttm": Plain(plain_forms.wttm),
+    "logit_std": Plain(logits.logit_std),
+    "margin_mse": Plain(embeddings.margin_mse, SCORES),
+    "matryoshka": Plain(embeddings.matryoshka, FEATURES, make=_matryoshka_module),
+    "mft": Plain(logits.mft, inputs=pair_and_labels),
+    "mgd": Plain(maps.mgd, MAPS, twice_as_wide, _widths(distill.MGDLoss), learned=True, random=True),
+    "nkd": Plain(logits.nkd, inputs=pair_and_labels),
+    "nst": Plain(maps.nst, MAPS, published=maps.nst_published),
+    "ofa": Plain(logits.ofa, inputs=pair_and_labels),
+    "ofd": Plain(maps.ofd, MAPS, twice_as_wide, _ofd_module, learned=True),
+    "pearson": Plain(maps.pearson, MAPS),
+    "pkt": Plain(relations.pkt, FEATURES),
+    "queue_kl": Plain(embeddings.queue_kl, FEATURES, twice_as_wide, _queue_module, learned=True),
+    "review": Plain(maps.review, (128, 16, 32, 32), three_stages, _review_module, learned=True),
+    "reverse_kl": Plain(logits.reverse_kl),
+    "rkd": Plain(relations.rkd, FEATURES, published=relations.rkd_published),
+    "sampled_reverse_kl": Plain(logits.sampled_reverse_kl, inputs=pair_and_labels),
+    "score_kl": Plain(embeddings.score_kl, SCORES),
+    "sdd": Plain(maps.sdd, MAPS, wide_and_labels, _sdd_module, learned=True),
+    "sigmoid_kl": Plain(logits.sigmoid_kl),
+    "skd": Plain(logits.skd),
+    "skew_kl": Plain(logits.skew_kl),
+    "skew_reverse_kl": Plain(logits.skew_reverse_kl),
+    "sp": Plain(relations.sp, MAPS),
+    "srd": Plain(relations.srd, FEATURES, twice_as_wide, _widths(distill.SRDLoss), learned=True),
+    "todi": Plain(logits.todi),
+    "token_similarity": Plain(maps.token_similarity, TOKENS),
+    "ttm": Plain(logits.ttm),
+    "tvd": Plain(logits.tvd),
+    "uld": Plain(logits.uld),
+    "vid": Plain(maps.vid, MAPS, twice_as_wide, _widths(distill.VIDLoss), learned=True),
+    "wsld": Plain(logits.wsld, inputs=pair_and_labels),
+    "wttm": Plain(logits.wttm),
 }  # fmt: skip
 
 

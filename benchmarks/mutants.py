@@ -17,6 +17,7 @@ import collections
 import csv
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,18 +34,7 @@ import coverage
 from mutation import Mutant, mutants
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = [
-    "src",
-    "tests",
-    "examples",
-    "benchmarks",
-    "docs",
-    "conftest.py",
-    "pyproject.toml",
-    "CHANGELOG.md",
-    "README.md",
-]
-COPIED += ["CITATION.cff", "CONTRIBUTING.md", "Makefile", "constraints.txt"]
+_SOUND = set[str]()  # tests that were seen to pass without a mutant
 MARKS = "not compile and not subprocess and not study"
 FIELDS = ["file", "line", "operator", "change", "verdict", "tests", "seconds"]
 FIRST = 40  # tests that are tried first; only a mutant that survives them meets all that run its line
@@ -57,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time, each with one thread")
     parser.add_argument("--only", default="", help="a part of the path of the files to change")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds of a mutant; more counts as found")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of a mutant; more decides nothing")
     parser.add_argument("--work", type=Path, default=ROOT / ".mutants", help="keeps the coverage")
     parser.add_argument("--out", type=Path, required=True, help="folder of mutants.csv and mutants.md")
     options = parser.parse_args(arguments)
@@ -127,14 +117,11 @@ def key(path: Path, mutant: Mutant) -> tuple[str, str, str, str]:
 
 
 def copy_tree(folder: Path) -> Path:
-    """Copy what the tests need."""
-    folder.mkdir()
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
-            shutil.copy(source, folder / name)
+    """Copy what git knows."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, listed.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 
@@ -151,6 +138,8 @@ def run_mutant(copy: Path, path: Path, mutant: Mutant, tests: coverage.CoverageD
                 verdict, ran = run_tests(copy, part, limit), ran + len(part)
     finally:
         (copy / path).write_text(source, encoding="utf-8")
+    if verdict == "found":
+        check_sound(copy, limit)
     file, line, operator, change = key(path, mutant)
     seconds = f"{time.monotonic() - start:.1f}"
     values = [file, int(line), operator, change, verdict, ran, seconds]
@@ -187,13 +176,22 @@ def run_tests(copy: Path, ids: Sequence[str], limit: float) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return "found (time)"
+            return "time"
     if code == 0:
         return "survived"
     if code == 1:
         return "found"
     text = (copy / "output.txt").read_text(errors="replace")
     return "found (import)" if "Error" in text else f"exit {code}"
+
+
+def check_sound(copy: Path, limit: float) -> None:
+    """Raise SystemExit if what has just failed fails without the mutant, too: it would find any."""
+    output = (copy / "output.txt").read_text(errors="replace")
+    failed = set(re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)) - _SOUND
+    if failed and run_tests(copy, sorted(failed), limit) != "survived":
+        raise SystemExit(f"these tests fail without any mutant: {', '.join(sorted(failed))}")
+    _SOUND.update(failed)
 
 
 def read(table: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
@@ -222,9 +220,9 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| operator | mutants | found |", "|---|---|---|"]
     lines += [f"| {name} | {sum(count.values())} | {count[True]} |" for name, count in sorted(counted.items())]
     found = sum(count[True] for count in counted.values())
-    lines += [f"| all | {len(rows)} | {found} |", "", "Survivors:", ""]
+    lines += [f"| all | {len(rows)} | {found} |", "", "Not found:", ""]
     lines += [
-        f"- `{row['file']}:{row['line']}` {row['operator']}: `{row['change']}`"
+        f"- `{row['file']}:{row['line']}` {row['operator']}: `{row['change']}` ({row['verdict']})"
         for row in rows
         if not row["verdict"].startswith("found")
     ]

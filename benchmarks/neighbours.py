@@ -22,7 +22,7 @@ import torch
 import distill
 from loss_cases import PLAIN, pair
 from measure import describe_machine, quartiles, settle_allocator, time_steps, wall_clock
-from plain_forms import Form
+from plain_forms.form import Form
 
 OURS, EAGER = "ours", "eager"
 

@@ -1,4 +1,4 @@
-"""Many steps of one Distiller: memory must stay flat, no cycles may be left, and a second run must give the same bits.
+"""Many steps of one Distiller: memory stays flat, nothing is left behind, and a second run gives the same bits.
 
 The Distiller has what keeps state or could leave something behind: taps on a module's second call and on an input,
 a copy of what is overwritten, adapters that learn, a learned loss, a queue, a memory of all samples, a loss of a whole

@@ -15,6 +15,7 @@ from distill._checks import check_classes, check_count, check_inputs
 from distill._distiller.evaluate import call
 from distill._distiller.stand_ins import Listener, listen
 from distill._reduction import reduce
+from distill._table import Entries, table
 
 __all__ = ["TapShape", "TapShapes", "agreement", "tap_shapes"]
 
@@ -45,7 +46,7 @@ class TapShape:
         return self.outputs[0] if self.outputs else None
 
 
-class TapShapes(Mapping[str, TapShape]):
+class TapShapes(Entries[TapShape]):
     """What `tap_shapes` gives: a `TapShape` by path, in the order of `named_modules()`; prints as a table.
 
     Attributes:
@@ -54,20 +55,8 @@ class TapShapes(Mapping[str, TapShape]):
     """
 
     def __init__(self, entries: Mapping[str, TapShape], order: Mapping[str, int] | None = None) -> None:
-        self._entries = dict(entries)
+        super().__init__(entries)
         self.order = dict(order or {})
-
-    @override
-    def __getitem__(self, path: str) -> TapShape:
-        return self._entries[path]
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._entries)
 
     @override
     def __repr__(self) -> str:
@@ -83,9 +72,7 @@ class TapShapes(Mapping[str, TapShape]):
                     ", ".join(name for name, is_so in which.items() if is_so),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return table(rows)
 
 
 def tap_shapes(model: nn.Module, inputs: Any, *, depth: int | None = None) -> TapShapes:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from distill._checks import widen
 from distill._distiller.terms import DistillerOutput
+from distill._table import Entries, table
 
 __all__ = ["GradientReport", "TermGradient", "gradient_report"]
 
@@ -33,7 +34,7 @@ class TermGradient:
     cosines: Mapping[str, float]
 
 
-class GradientReport(Mapping[str, TermGradient]):
+class GradientReport(Entries[TermGradient]):
     """What `gradient_report` gives: a `TermGradient` by the name of the term; prints as a table.
 
     Attributes:
@@ -43,20 +44,8 @@ class GradientReport(Mapping[str, TermGradient]):
     """
 
     def __init__(self, entries: Mapping[str, TermGradient], *, norm: float, reached: int, given: int) -> None:
-        self._entries = dict(entries)
+        super().__init__(entries)
         self.norm, self.reached, self.given = norm, reached, given
-
-    @override
-    def __getitem__(self, name: str) -> TermGradient:
-        return self._entries[name]
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._entries)
 
     @override
     def __repr__(self) -> str:
@@ -64,10 +53,8 @@ class GradientReport(Mapping[str, TermGradient]):
         for name, entry in self.items():
             cells = [f"{entry.weight:.4g}", f"{entry.norm:.4g}", f"{entry.share:.3f}"]
             rows.append([name, *cells, *(f"{entry.cosines[other]:.3f}" for other in self)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
         last = f"norm of the total {self.norm:.4g}, at {self.reached} of {self.given} tensors: those all terms reach"
-        return "\n".join([*lines, last])
+        return f"{table(rows)}\n{last}"
 
 
 def gradient_report(out: DistillerOutput, parameters: nn.Module | Tensor | Iterable[Tensor]) -> GradientReport:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from distill._checks import check_count
 from distill._distiller.terms import Term
+from distill._table import table
 from distill.adapt import NHWC, Select, Tokens, TokensToMap
 from distill.diagnostics import TapShapes, tap_shapes
 from distill.losses.hint import HintLoss
@@ -109,9 +110,7 @@ class LayerPairs(Sequence[LayerPair]):
             )
             needed = f"{pair.overwritten}: copy=True" if pair.overwritten else ""
             rows.append((pair.stage, *sides[0], *sides[1], needed))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return table(rows)
 
 
 def pair_layers(

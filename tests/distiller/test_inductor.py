@@ -1,18 +1,16 @@
 """The Distiller through torch.compile's own backend, which turns it into C++: needs a compiler."""
 
 import copy
-import shutil
 
 import pytest
 import torch
 
+from compilers import needs_compiler
 from distill import Distiller, KLLoss, LogitLoss, Term
 from models import Net, batch
 
 pytestmark = [
-    pytest.mark.skipif(
-        not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler on the CPU"
-    ),
+    needs_compiler,
     pytest.mark.filterwarnings("ignore:.torch.jit"),  # inductor's own imports
 ]
 

@@ -1,6 +1,7 @@
 """Tests of the command examples/cifar_resnet.py, on the bundled digits."""
 
 import csv
+import importlib.util
 import io
 import json
 import re
@@ -222,7 +223,7 @@ def test_rejects_options_that_cannot_be_run_before_anything_is_trained(tmp_path,
 
 
 def test_rejects_tensorboard_without_the_package(monkeypatch, capsys):
-    monkeypatch.setattr(cifar_resnet.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
         plan("--tensorboard")
     assert stopped.value.code == 2

@@ -2,11 +2,11 @@
 
 import copy
 import math
-import shutil
 
 import pytest
 import torch
 
+from compilers import needs_compiler
 from contract import gradient, make_pair
 from distill import CCLoss, CRDLoss, DISTLoss, ICKDLoss, PearsonLoss, PKTLoss, RKDLoss, SPLoss, crd_loss
 
@@ -270,7 +270,7 @@ def test_a_memory_compiles_with_a_mask_for_every_batch_size_and_a_changed_option
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:.torch.jit")  # inductor's own imports
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="needs a C++ compiler")
+@needs_compiler
 def test_the_memory_of_crd_compiles_to_code():
     loss, student, teacher, target = case("crd_memory", torch.float32)
     loss = loss.float()

@@ -2,12 +2,12 @@
 
 import functools
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from compilers import needs_compiler
 from contract import assert_loss_contract, gradient, make_pair
 from distill import JSLoss, js_loss, kl_loss, reverse_kl_loss
 from divergences import (
@@ -154,7 +154,7 @@ def test_takes_little_memory(form, monkeypatch):
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.filterwarnings("ignore:.torch.jit")  # inductor's own imports
 def test_compiles_with_dynamic_shapes_and_after_a_change_of_beta(form):
     if form == "blocks":  # what is compiled is the formula

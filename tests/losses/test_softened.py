@@ -1,11 +1,11 @@
 """What the divergences share: values and derivatives where a probability is 0, and digits near agreement."""
 
 import math
-import shutil
 
 import pytest
 import torch
 
+from compilers import needs_compiler
 from contract import gradient, make_pair
 from distill import KLLoss, LogitLoss, ReverseKLLoss
 from distill.losses import kl, reverse_kl
@@ -202,7 +202,7 @@ def test_the_two_forms_of_the_formula_agree_to_the_second_derivative(module, bui
     assert module._ROWS is build.rows
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler")
+@needs_compiler
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own imports, and what it calls
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_compiled_keeps_its_digits_near_agreement():
