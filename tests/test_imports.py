@@ -55,6 +55,14 @@ def test_imports_flow_one_way(name):
         assert not siblings, f"{name} must not import another loss: what two share stands in a file with an underscore"
 
 
+def test_no_files_import_each_other():
+    left = {name: imports(path) - {""} for name, path in FILES.items()}
+    while free := [name for name, wanted in left.items() if not wanted & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"each of these is in a circle of imports, or needs one that is: {sorted(left)}"
+
+
 def test_files_are_short_and_folders_say_what_they_are():
     assert {name: lines for name, path in FILES.items() if (lines := path.read_text().count("\n")) > 350} == {}
     for folder in {path.parent for path in FILES.values()}:

@@ -21,7 +21,7 @@ from distill._engine.fused import Call
 from distill._engine.linear import linear_rows
 from distill._engine.products import Side
 from distill._engine.squared.heads import check_vocabulary
-from distill._engine.topk import check_fits, loss_of
+from distill._engine.topk import check_fits
 from distill._hidden import IGNORED, check_compared, check_hidden, find_labels, flat_mask, labelled_share
 from distill._reduction import Reduction, check_denominator, divide
 from distill.losses._base import RowLoss
@@ -185,7 +185,7 @@ class LinearLoss(LossOfHeads):
         if isinstance(teacher, TopK):
             check_fits(teacher, student.shape, student.device)
             known = teacher.reshape(-1)
-            engine, options = loss_of(engine, known, size, flat, options)
+            engine, options = engine.of_topk(known, size, flat, options)
             theirs, classes = known.rows(dtype, flat)
         else:
             theirs = self._teacher(student, teacher, size)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill._checks import check_classes, check_inputs, check_labels, ordinary, widen
 from distill._engine import fused
 from distill._engine.blocks import block_by_autograd
-from distill._engine.topk import from_topk
+from distill._engine.topk import check_rows, merged, ready_student, refusal
 from distill._reduction import Reduction, check_mask, hide, reduce
 from distill.topk import TopK
 
@@ -64,6 +66,26 @@ class Rows:
         block = self.block or functools.partial(block_by_autograd, self.formula)
         return block if self.kernel is None else fused.kernel_first(self.kernel, block)
 
+    def of_topk(
+        self, topk: TopK, classes: int, mask: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Rows, dict[str, Any]]:
+        """The loss that takes the rows of a `TopK`, and its options.
+
+        Raises:
+            TypeError: If the loss takes no `TopK`.
+            ValueError: If it takes none with drawn classes, and as `check_rows`.
+        """
+        if not self.topk:
+            raise TypeError(refusal("the loss"))
+        if topk.samples and self.sampled is None:
+            raise ValueError(
+                f"only kl takes a TopK with classes drawn from the rest, since others are biased by it, got {topk}"
+            )
+        check_rows(topk, classes, mask, options["temperature"])
+        if topk.samples and self.sampled is not None:
+            return self.sampled, {**options, "samples": topk.samples}
+        return dataclasses.replace(self, **merged(self.formula), mean=None, labels=True), options
+
     def values(
         self,
         student: Tensor,
@@ -109,10 +131,11 @@ class Rows:
         """
         loss, labels = self, None
         if isinstance(teacher, TopK):
-            given = from_topk(self, student, teacher, dim=dim, mask=mask, options=options)
-            loss, student, teacher, labels, options, dtype = given
-            dim = -1
+            student, dim = ready_student(student, teacher, dim=dim, mask=mask), -1
             mask = None if mask is None else ordinary(mask)
+            loss, options = self.of_topk(teacher, student.shape[-1], mask, options)
+            dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+            teacher, labels = teacher.rows(dtype, mask)
         else:
             dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim, columns=dim in (None, -1))
             teacher = teacher.detach()

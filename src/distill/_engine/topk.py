@@ -6,53 +6,35 @@ classes is theirs; that for the class of the rest goes to the others by their sh
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill._checks import check_classes, check_tensor, may_look, ordinary
+from distill._checks import check_classes, check_tensor, may_look
 from distill._engine.blocks import block_by_autograd, redo
 from distill._merged import merge_rest
 from distill._reduction import check_mask
 from distill.topk import TopK
 
-if TYPE_CHECKING:
-    from distill._engine.rows import Rows
-
 _TINY = 1e-30  # a probability whose logarithm float32 still has all digits of
 _AGREE = 16  # roundings within which two log-probabilities are the same number
 
 
-class Given(NamedTuple):
-    """What a loss of rows computes with, in place of itself and a `TopK`."""
-
-    loss: Rows
-    student: Tensor  # the classes last
-    teacher: Tensor  # (..., k + 1)
-    indices: Tensor  # (..., k)
-    options: dict[str, Any]
-    dtype: torch.dtype
-
-
-def from_topk(
-    loss: Rows, student: Tensor, topk: TopK, *, dim: int | None, mask: Tensor | None, options: dict[str, Any]
-) -> Given:
-    """Check a student and a `TopK`, and make of a loss of rows one that takes them.
+def ready_student(student: Tensor, topk: TopK, *, dim: int | None, mask: Tensor | None) -> Tensor:
+    """Check a student and a mask beside a `TopK`, and bring the student's classes to the last dimension.
 
     Args:
-        loss: The loss.
         student: `(..., C)`, or with the C classes along `dim`.
         topk: The teacher.
         dim: The dimension of the classes; None: the last, of at most three.
-        mask: Bool or weights, `(...)`: what it hides may be anything.
-        options: The options of the loss.
+        mask: Bool or weights, `(...)`.
 
     Raises:
-        TypeError: If the student is no tensor, or the loss takes no `TopK`.
-        ValueError: If shapes, devices, classes, temperature or mask do not fit.
+        TypeError: If the student is no tensor.
+        ValueError: If shapes, devices or mask do not fit.
     """
     if not check_tensor("student", student).is_floating_point():
         raise ValueError(f"student must be floating-point, got {student.dtype}")
@@ -64,10 +46,7 @@ def from_topk(
     check_fits(topk, student.shape, student.device)
     if mask is not None:
         check_mask(mask, topk.shape, topk.device)
-        mask = ordinary(mask)
-    loss, options = loss_of(loss, topk, student.shape[-1], mask, options)
-    dtype = torch.promote_types(torch.promote_types(student.dtype, topk.dtype), torch.float32)
-    return Given(loss, student, *topk.rows(dtype, mask), options, dtype)
+    return student
 
 
 def check_fits(topk: TopK, shape: torch.Size, device: torch.device) -> None:
@@ -81,28 +60,20 @@ def check_fits(topk: TopK, shape: torch.Size, device: torch.device) -> None:
         raise ValueError(f"student and TopK must be on the same device, got {device} and {topk.device}")
 
 
-def loss_of(
-    loss: Rows, topk: TopK, classes: int, mask: Tensor | None, options: dict[str, Any]
-) -> tuple[Rows, dict[str, Any]]:
-    """The loss that takes the rows of a `TopK`, and its options; raise an error if it takes none, or not these."""
-    if not loss.topk:
-        raise TypeError(refusal("the loss"))
-    if topk.samples and loss.sampled is None:
+def check_rows(topk: TopK, classes: int, mask: Tensor | None, temperature: float) -> None:
+    """Raise ValueError if a `TopK` has another temperature than a loss, or rows that a student's classes do not have.
+
+    What the mask hides may be anything.
+    """
+    if temperature != topk.temperature:
         raise ValueError(
-            f"only kl takes a TopK with classes drawn from the rest, since others are biased by it, got {topk}"
-        )
-    if options["temperature"] != topk.temperature:
-        raise ValueError(
-            f"the temperature of a TopK must be the loss's, {options['temperature']}, got {topk.temperature}: the rest "
+            f"the temperature of a TopK must be the loss's, {temperature}, got {topk.temperature}: the rest "
             "is known at one temperature only"
         )
     if topk.indices.shape[-1] - topk.samples > classes:
         raise ValueError(f"a TopK must have at most as many classes as the student, {classes}, got k={topk.k}")
     if may_look(topk.indices):
         (topk if mask is None else topk[mask.detach() != 0]).check(classes)
-    if topk.samples and loss.sampled is not None:
-        return loss.sampled, {**options, "samples": topk.samples}
-    return merged(loss), options
 
 
 def refusal(who: str) -> str:
@@ -113,10 +84,11 @@ def refusal(who: str) -> str:
     )
 
 
-def merged(loss: Rows) -> Rows:
+def merged(plain: Callable[..., Tensor]) -> dict[str, Any]:
     """A divergence as one of a student's logits `(..., C)` and a teacher of `(..., k + 1)` log-probabilities.
 
-    The classes `(..., k)` come as labels do.
+    The classes `(..., k)` come as labels do. `plain` is the divergence's formula; formula, block and kernel are for
+    `Rows`.
     """
 
     def formula(student: Tensor, teacher: Tensor, indices: Tensor, *, dim: int, **options: Any) -> Tensor:
@@ -133,7 +105,7 @@ def merged(loss: Rows) -> Rows:
         rounding = _AGREE * torch.finfo(log_q.dtype).eps
         equal = (log_p - log_q).detach().abs() < rounding * (1 + log_q.detach().abs())
         log_p = torch.where(equal, log_q.detach(), log_p)
-        return loss.formula(log_q * temperature, log_p * temperature, dim=dim, **options)
+        return plain(log_q * temperature, log_p * temperature, dim=dim, **options)
 
     def block(
         student: Tensor,
@@ -168,4 +140,4 @@ def merged(loss: Rows) -> Rows:
 
         return functools.partial(run, of_merged)
 
-    return dataclasses.replace(loss, formula=formula, block=block, kernel=kernel, mean=None, labels=True)
+    return {"formula": formula, "block": block, "kernel": kernel}
