@@ -218,6 +218,7 @@ PLAIN: dict[str, Plain] = {
     "ctkd": Plain(logits.ctkd, learned=True),
     "cwd": Plain(maps.cwd, MAPS),
     "dist": Plain(logits.dist),
+    "dist_plus": Plain(maps.dist_plus, MAPS),
     "dkd": Plain(logits.dkd, inputs=pair_and_labels),
     "fgd": Plain(maps.fgd, MAPS, wide_and_boxes, _widths(distill.FGDLoss), learned=True),
     "fsp": Plain(maps.fsp, (128, 32, 16, 16), two_stages),

@@ -117,6 +117,14 @@ def pearson(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(standardise(student), standardise(teacher)) * (0.5 - 0.5 / student[:, 0].numel())
 
 
+def dist_plus(student: Tensor, teacher: Tensor) -> Tensor:
+    def correlation(ours: Tensor, theirs: Tensor, dim: int) -> Tensor:
+        ours, theirs = ours - ours.mean(dim, keepdim=True), theirs - theirs.mean(dim, keepdim=True)
+        return F.cosine_similarity(ours, theirs, dim).mean()
+
+    return 2 - correlation(student, teacher, 1) - correlation(student.sum(1), teacher.sum(1), 0)
+
+
 def ickd(student: Tensor, teacher: Tensor) -> Tensor:
     def correlation(maps: Tensor) -> Tensor:
         channels = maps.flatten(2)

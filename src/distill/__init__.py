@@ -20,6 +20,7 @@ from distill.losses.crd import CRDLoss, crd_loss
 from distill.losses.ctkd import CTKDLoss, ctkd_loss, ctkd_strength
 from distill.losses.cwd import CWDLoss, cwd_loss
 from distill.losses.dist import DISTLoss, dist_loss
+from distill.losses.dist_plus import DISTPlusLoss, dist_plus_loss
 from distill.losses.dkd import DKDLoss, dkd_loss
 from distill.losses.fgd import FGDLoss, fgd_loss
 from distill.losses.fsp import FSPLoss, fsp_loss
@@ -91,6 +92,7 @@ __all__ = [
     "CosineLoss",
     "CrossEntropyLoss",
     "DISTLoss",
+    "DISTPlusLoss",
     "DKDLoss",
     "Distiller",
     "DistillerOutput",
@@ -162,6 +164,7 @@ __all__ = [
     "ctkd_strength",
     "cwd_loss",
     "dist_loss",
+    "dist_plus_loss",
     "dkd_loss",
     "fgd_loss",
     "fingerprint",

@@ -11,7 +11,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from contract import make_pair
-from distill import CCLoss, CRDLoss, DISTLoss, ICKDLoss, PearsonLoss, PKTLoss, RKDLoss, SKDLoss, SPLoss, SRDLoss
+from distill import (
+    CCLoss,
+    CRDLoss,
+    DISTLoss,
+    DISTPlusLoss,
+    ICKDLoss,
+    PearsonLoss,
+    PKTLoss,
+    RKDLoss,
+    SKDLoss,
+    SPLoss,
+    SRDLoss,
+)
 
 N = 8
 FEATURES = (N, 6), (N, 7)
@@ -35,6 +47,7 @@ LOSSES = {
     "crd with a memory": (lambda **options: contrast(20, **options), FEATURES),
     "dist": (DISTLoss, ((N, 6), (N, 6))),
     "dist of tokens": (DISTLoss, ((N, 3, 6), (N, 3, 6))),
+    "dist_plus": (DISTPlusLoss, MAPS),
     "ickd": (ICKDLoss, MAPS),
     "pearson": (PearsonLoss, MAPS),
     "skd": (SKDLoss, ((N, 6), (N, 6))),
@@ -52,7 +65,7 @@ class Step(nn.Module):
         self.scale, self.shift, self.loss = nn.Parameter(torch.full((6,), 1.5)), nn.Parameter(torch.rand(6)), loss
 
     def forward(self, inputs: Tensor, teacher: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        maps = isinstance(self.loss, (ICKDLoss, PearsonLoss))
+        maps = isinstance(self.loss, (DISTPlusLoss, ICKDLoss, PearsonLoss))
         student = inputs.mT if maps else inputs
         student = (student * self.scale + self.shift).tanh()
         return self.loss(student.mT if maps else student, teacher, target, mask=mask)
