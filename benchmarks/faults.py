@@ -3,18 +3,23 @@
     python benchmarks/faults.py                       # everything; an hour on 2 cores
     python benchmarks/faults.py --only damage,lines   # minutes
     python benchmarks/faults.py --kills 20            # fewer kills
+    python benchmarks/faults.py --log faults.jsonl    # keeps each try: the same command goes on where it was stopped
 
 Each part prints one line: how often it was tried, and how each try ended. The command exits with 1 if any ended badly:
-with other weights than a run that nobody disturbs, with a traceback, with a file half written or left behind.
-Only for Linux: it forks. docs/reliability.md has the figures.
+with other weights than a run that nobody disturbs, with a traceback, with a file half written or left behind, with a
+process that goes on. Only for Linux: it forks. docs/reliability.md has the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import io
+import itertools
+import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -23,12 +28,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # as the first optimizer does: a fork then has it
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("examples", "tests/support")]
 
@@ -38,6 +44,9 @@ from cifar.states import identity  # noqa: E402
 from cifar.training import Run, train  # noqa: E402
 from cifar_runs import make_config, make_data  # type: ignore[import-not-found]  # noqa: E402  # of the tests
 
+Ends = Counter[str]  # how tries ended; what is not in order is in capitals
+Tries = Iterator[Ends]
+OPERATIONS = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.utime", "fsync")
 COMMAND = ["--student", "8", "--teacher", "8", "--epochs", "2", "--device", "cpu", "--threads", "1"]
 BAD: dict[str, list[str]] = {
     "--student": ["", "0", "-20", "21", "20.0", "1e3", "nan", "999999998", "9" * 5000, "\u0662\u0660x", "20 20"],
@@ -163,10 +172,8 @@ def small(out: Path) -> None:
         train(config, data, out)
 
 
-def kill_at_random(count: int, jobs: int, where: Path) -> Counter[str]:
-    """Kill the command at random moments, three times in a row; then let it come to its end."""
-    ends: Counter[str] = Counter()
-    draw = random.Random(jobs)
+def kill_at_random(count: int, jobs: int, where: Path, before: Sequence[Ends]) -> Tries:
+    """Kill the command at random moments, up to three times in a row; then let it come to its end."""
 
     def command(out: Path) -> int:
         return forked(lambda: cifar_resnet.main([*COMMAND, "--jobs", str(jobs), "--out", str(out)]))
@@ -174,66 +181,119 @@ def kill_at_random(count: int, jobs: int, where: Path) -> Counter[str]:
     begin = time.monotonic()
     os.waitpid(command(where / "whole"), 0)
     takes, expected = time.monotonic() - begin, weights(where / "whole")
-    kills = 0
-    while kills < count:
-        out = where / f"killed{kills}"
+    kills = sum(ends["kills"] for ends in before)
+    for number in itertools.count(len(before)):
+        if kills >= count:
+            return
+        draw, out, ends = random.Random(f"{jobs} {number}"), where / f"killed{number}", Counter[str]()
         for _ in range(min(3, count - kills)):
             pid = command(out)
             time.sleep(draw.uniform(0, takes))
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            kills += 1
-        _, status = os.waitpid(command(out), 0)
-        same = os.waitstatus_to_exitcode(status) == 0 and weights(out) == expected
-        ends["bitwise equal" if same else "OTHER"] += 1
-        ends["LEFT BEHIND"] += bool(leftovers(out))
-        shutil.rmtree(out)
-    return ends
+            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGKILL:  # it had come to its end before
+                break
+            ends["kills"] += 1
+        kills += ends["kills"]
+        yield ends + went_on(out, command(out), expected)
 
 
-def kill_at_operations(where: Path) -> Counter[str]:
-    """Kill a run at each of its operations on files, one after the other; then let it come to its end."""
-    ends: Counter[str] = Counter()
-    small(where / "whole")
+def kill_at_operations(jobs: int, where: Path, before: Sequence[Ends]) -> Tries:
+    """Kill the command at each of its operations on files, one after the other; then let it come to its end.
+
+    With two jobs, two processes train, and one that started them writes the tables. The one that is about to do the
+    operation is killed; the others must end, and lose nothing.
+    """
+    command_that_dies(jobs, where / "whole", 0)
     expected = weights(where / "whole")
+    for operation in itertools.count(len(before) + 1):
+        out = where / f"operation{operation}"
+        if not command_that_dies(jobs, out, operation):
+            return
+        yield Counter(kills=1) + went_on(out, forked(lambda out=out: small_command(jobs, out)), expected)  # type: ignore[misc]
 
-    def dying(out: Path, operation: int) -> None:
-        seen = 0
 
-        def hook(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal seen
-            if event in ("open", "os.rename", "os.remove", "os.mkdir", "fsync"):
-                seen += event == "fsync" or str(out) in str(arguments[0])
-                if seen == operation:
+def small_command(jobs: int, out: Path) -> int:
+    """The command itself, on a few random images."""
+    replaced = {
+        "cifar_resnet.load_dataset": make_data(128, 128),
+        "cifar.crew.load_dataset": make_data(128, 128),
+        "cifar.report.draw_picture": b"which takes longer than everything else",
+        # What is replaced here must be replaced in the workers too.
+        "cifar.crew.multiprocessing.get_context": multiprocessing.get_context("fork"),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(mock.patch(name, return_value=value))
+        return cifar_resnet.main([*COMMAND, "--jobs", str(jobs), "--out", str(out)])
+
+
+def command_that_dies(jobs: int, out: Path, operation: int) -> bool:
+    """Run the command, and kill whichever of its processes is about to do its n-th operation on a file.
+
+    Args:
+        jobs: How many runs are trained side by side.
+        out: The output folder; what is done elsewhere does not count.
+        operation: The number of the operation, from 1; 0 for none.
+
+    Returns:
+        Whether it has that many operations.
+    """
+    # Each operation takes one byte, in whichever process: no lock that somebody could die with.
+    orders, written = os.pipe()
+    os.set_blocking(orders, False)
+    os.write(written, b"." * (operation - 1) + b"x" * (operation > 0))
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event in OPERATIONS and (event == "fsync" or str(out) in str(arguments[0])):
+            with contextlib.suppress(BlockingIOError):
+                if os.read(orders, 1) == b"x":
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        fsync = os.fsync
+    fsync = os.fsync
 
-        def counted(file: int) -> None:
-            hook("fsync", ())
-            fsync(file)
+    def counted(file: int) -> None:
+        hook("fsync", ())
+        fsync(file)
 
-        mock.patch.object(os, "fsync", counted).start()
+    def dying() -> int:
         sys.addaudithook(hook)
-        small(out)
+        with mock.patch.object(os, "fsync", counted):
+            return small_command(jobs, out)
 
-    operation = 1
-    while True:
-        out = where / f"operation{operation}"
-        pid = forked(lambda out=out, operation=operation: dying(out, operation))  # type: ignore[misc]
-        killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        small(out)
-        ends["bitwise equal" if weights(out) == expected else "OTHER"] += 1
-        ends["LEFT BEHIND"] += bool(leftovers(out))
-        shutil.rmtree(out)
-        if not killed:
-            return ends
-        operation += 1
+    os.waitpid(forked(dying), 0)
+    left = b""
+    with contextlib.suppress(BlockingIOError):
+        left = os.read(orders, 1 << 16)
+    os.close(orders)
+    os.close(written)
+    return b"x" not in left
 
 
-def damage(count: int, where: Path) -> Counter[str]:
+def went_on(out: Path, pid: int, expected: dict[str, str]) -> Ends:
+    """Wait for a command that goes on after a kill, and say how it ended."""
+    ends: Ends = Counter()
+    same = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and weights(out) == expected
+    ends["bitwise equal" if same else "OTHER"] += 1
+    ends["LEFT BEHIND"] += bool(leftovers(out))
+    ends["PROCESSES LEFT"] += not all_ended()
+    shutil.rmtree(out)
+    return +ends
+
+
+def all_ended(seconds: float = 120.0) -> bool:
+    """Whether what a killed command had started comes to its end by itself; this process inherits it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.05)
+        except ChildProcessError:
+            return True
+    return False
+
+
+def damage(count: int, where: Path, before: Sequence[Ends] = ()) -> Tries:
     """Damage checkpoints, networks and numbers; each must be refused by name, or have lost nothing."""
-    ends: Counter[str] = Counter()
     data, config = make_data(128, 128), make_config(epochs=2)
     small(where)
     run = Run(config, data, _teacher(where))
@@ -245,7 +305,7 @@ def damage(count: int, where: Path) -> Counter[str]:
     sound["checkpoint"] = _checkpoint(where / "stopped")
     kept = identity(torch.load(io.BytesIO(sound["checkpoint"]), weights_only=True)["model"])
     changes = list(WRONG.values())
-    for seed in range(count):
+    for seed in range(len(before), count):
         kind = ("checkpoint", "checkpoint", "weights", "result")[seed % 4]
         path = getattr(files, kind)
         if kind == "checkpoint" and seed % 8 == 0:
@@ -259,17 +319,17 @@ def damage(count: int, where: Path) -> Counter[str]:
                 state = files.load_checkpoint(config)
                 with unusable(path):
                     run.load_state(state or {})
-                ends["read, nothing lost" if identity((state or {})["model"]) == kept else "SILENT"] += 1
+                end = "read, nothing lost" if identity((state or {})["model"]) == kept else "SILENT"
             else:
                 files.load_result(config)
-                ends["read, nothing lost"] += 1
+                end = "read, nothing lost"
         except CheckpointError:
-            ends["refused by name"] += 1
+            end = "refused by name"
         except Exception as error:
-            ends[f"RAISED {type(error).__name__}"] += 1
+            end = f"RAISED {type(error).__name__}"
         if kind != "checkpoint":
             path.write_bytes(sound[kind])
-    return ends
+        yield Counter([end])
 
 
 def _teacher(where: Path) -> dict[str, torch.Tensor]:
@@ -295,12 +355,11 @@ def _checkpoint(out: Path) -> bytes:
     return path.read_bytes()
 
 
-def bad_lines(count: int, where: Path) -> Counter[str]:
+def bad_lines(count: int, where: Path, before: Sequence[Ends] = ()) -> Tries:
     """Give the command options that it must refuse before anything is trained."""
-    ends: Counter[str] = Counter()
     lines = [[option, value] for option, values in BAD.items() for value in values]
     lines += [[option] for option in BAD if option not in ("--tensorboard", "--no-baseline", "--reproduce")]
-    for line in random.Random(0).sample(lines, min(count, len(lines))):
+    for line in random.Random(0).sample(lines, min(count, len(lines)))[len(before) :]:
         told = io.StringIO()
         out = [] if line[0] == "--out" else ["--out", str(where / "lines")]
         try:
@@ -311,9 +370,9 @@ def bad_lines(count: int, where: Path) -> Counter[str]:
         except BaseException as error:
             code = f"{type(error).__name__}"
         named = "error:" in told.getvalue() and "Traceback" not in told.getvalue()
-        ends["refused by name" if code in (1, 2) and named else f"ENDED WITH {code} {line[:2]}"[:80]] += 1
+        ends = Counter(["refused by name" if code in (1, 2) and named else f"ENDED WITH {code} {line[:2]}"[:80]])
         ends["TRAINED"] += (where / "lines" / "weights").exists()
-    return ends
+        yield +ends
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -330,25 +389,56 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200, help="half of them with 2 jobs; default: 200")
     parser.add_argument("--damaged", type=int, default=1000, help="default: 1000")
     parser.add_argument("--lines", type=int, default=150, help="default: 150")
+    parser.add_argument("--log", type=Path, help="a file that each try is added to; the tries in it are not done again")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    parts: dict[str, list[tuple[str, Callable[[Path], Counter[str]]]]] = {
-        "lines": [("bad command lines", lambda where: bad_lines(args.lines, where))],
-        "damage": [("damaged files", lambda where: damage(args.damaged, where))],
-        "operations": [("kills at each operation on a file", kill_at_operations)],
-        "kills": [
-            (f"{args.kills // 2} random kills, --jobs {jobs}", functools.partial(kill_at_random, args.kills // 2, jobs))
-            for jobs in (1, 2)
+    inherit_orphans()
+    both, half = (1, 2), args.kills // 2
+    parts: dict[str, list[tuple[str, Callable[[Path, Sequence[Ends]], Tries]]]] = {
+        "lines": [("bad command lines", functools.partial(bad_lines, args.lines))],
+        "damage": [("damaged files", functools.partial(damage, args.damaged))],
+        "operations": [
+            (f"kills at each operation on a file, --jobs {jobs}", functools.partial(kill_at_operations, jobs))
+            for jobs in both
         ],
+        "kills": [(f"random kills, --jobs {jobs}", functools.partial(kill_at_random, half, jobs)) for jobs in both],
     }
     bad = 0
     for name in parts:
         for title, part in parts[name] if name in args.only.split(",") else []:
+            before = read_log(args.log, title)
+            ends, told = sum(before, Counter[str]()), time.monotonic()
             with tempfile.TemporaryDirectory() as where:
-                ends = +part(Path(where))
+                for end in part(Path(where), before):
+                    ends += end
+                    if args.log is not None:
+                        with args.log.open("a") as log:
+                            log.write(json.dumps({"part": title, "ends": end}) + "\n")
+                    if time.monotonic() - told > 10:
+                        told = time.monotonic()
+                        print(f"{time.strftime('%H:%M:%S')} {title}: {in_words(ends)}", file=sys.stderr, flush=True)
             bad += sum(number for end, number in ends.items() if end.split()[0].isupper())
-            print(f"{title}: " + ", ".join(f"{number} {end}" for end, number in sorted(ends.items())), flush=True)
+            print(f"{title}: {in_words(ends)}", flush=True)
     return bool(bad)
+
+
+def in_words(ends: Ends) -> str:
+    """How often each end was met."""
+    return ", ".join(f"{number} {end}" for end, number in sorted(ends.items())) or "none"
+
+
+def read_log(path: Path | None, title: str) -> list[Ends]:
+    """How the tries of a part ended that an earlier command has made."""
+    if path is None or not path.exists():
+        return []
+    return [Counter(made["ends"]) for made in map(json.loads, path.open()) if made["part"] == title]
+
+
+def inherit_orphans() -> None:
+    """Become the parent of the processes that a killed command leaves, so that they can be waited for."""
+    set_child_subreaper = 36
+    if ctypes.CDLL(None, use_errno=True).prctl(set_child_subreaper, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "the system lets no process inherit orphans")
 
 
 if __name__ == "__main__":

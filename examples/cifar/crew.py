@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # the second is not there on Windows
     from multiprocessing.context import ForkServerContext, SpawnContext
 
 # Imported once, by the process that the workers are forked from: a worker then starts in a tenth of a second.
-PRELOADED = ["torch", "sklearn.datasets", "scipy.special", "matplotlib.figure", "tqdm", "distill"]
+# PyTorch imports its compiler with the first optimizer.
+PRELOADED = ["torch", "torch._dynamo", "sklearn.datasets", "scipy.special", "matplotlib.figure", "tqdm", "distill"]
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # What a run may stop with for reasons that its message explains.
 EXPECTED = (CheckpointError, NonFiniteLossError, ImportError, OSError, ValueError)
