@@ -19,6 +19,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -157,11 +158,42 @@ def forked(call: Callable[[], int | None]) -> int:
         return pid
     code = 1
     try:
+        os.setsid()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
         code = call() or 0
     finally:
         os._exit(code)
+
+
+def wait(pid: int, limit: float = math.inf) -> tuple[float, int]:
+    """Wait for a command, and kill it when it and its workers have used so much processor time.
+
+    Not so many seconds: how many it takes depends on what else the machine does.
+
+    Returns:
+        The time that they used, and the exit code.
+    """
+    used = 0.0
+    while used < limit:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return used, os.waitstatus_to_exitcode(status)
+        used = max(used, _used(pid))
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    return used, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _used(session: int) -> float:
+    """Seconds of processor time of a command and what it started."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def small(out: Path) -> None:
@@ -178,20 +210,16 @@ def kill_at_random(count: int, jobs: int, where: Path, before: Sequence[Ends]) -
     def command(out: Path) -> int:
         return forked(lambda: cifar_resnet.main([*COMMAND, "--jobs", str(jobs), "--out", str(out)]))
 
-    begin = time.monotonic()
-    os.waitpid(command(where / "whole"), 0)
-    takes, expected = time.monotonic() - begin, weights(where / "whole")
+    takes, _ = wait(command(where / "whole"))
+    expected = weights(where / "whole")
     kills = sum(ends["kills"] for ends in before)
     for number in itertools.count(len(before)):
         if kills >= count:
             return
         draw, out, ends = random.Random(f"{jobs} {number}"), where / f"killed{number}", Counter[str]()
-        for _ in range(min(3, count - kills)):
-            pid = command(out)
-            time.sleep(draw.uniform(0, takes))
-            os.kill(pid, signal.SIGKILL)
-            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGKILL:  # it had come to its end before
-                break
+        for row in range(min(3, count - kills)):  # the second has less to do
+            if wait(command(out), draw.uniform(0, takes / (1 + row)))[1] != -signal.SIGKILL:
+                break  # it came to its end before
             ends["kills"] += 1
         kills += ends["kills"]
         yield ends + went_on(out, command(out), expected)
@@ -260,7 +288,7 @@ def command_that_dies(jobs: int, out: Path, operation: int) -> bool:
         with mock.patch.object(os, "fsync", counted):
             return small_command(jobs, out)
 
-    os.waitpid(forked(dying), 0)
+    wait(forked(dying))
     left = b""
     with contextlib.suppress(BlockingIOError):
         left = os.read(orders, 1 << 16)
@@ -272,7 +300,7 @@ def command_that_dies(jobs: int, out: Path, operation: int) -> bool:
 def went_on(out: Path, pid: int, expected: dict[str, str]) -> Ends:
     """Wait for a command that goes on after a kill, and say how it ended."""
     ends: Ends = Counter()
-    same = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and weights(out) == expected
+    same = wait(pid)[1] == 0 and weights(out) == expected
     ends["bitwise equal" if same else "OTHER"] += 1
     ends["LEFT BEHIND"] += bool(leftovers(out))
     ends["PROCESSES LEFT"] += not all_ended()
@@ -351,7 +379,7 @@ def _checkpoint(out: Path) -> bytes:
         mock.patch("cifar.training.save_state", save_and_die).start()
         small(out)
 
-    os.waitpid(forked(until_the_first_epoch), 0)
+    wait(forked(until_the_first_epoch))
     return path.read_bytes()
 
 
