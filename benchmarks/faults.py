@@ -158,7 +158,6 @@ def forked(call: Callable[[], int | None]) -> int:
         return pid
     code = 1
     try:
-        os.setsid()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
         code = call() or 0
@@ -180,20 +179,19 @@ def wait(pid: int, limit: float = math.inf) -> tuple[float, int]:
         if ended:
             return used, os.waitstatus_to_exitcode(status)
         used = max(used, _used(pid))
-        time.sleep(0.02)
+        time.sleep(0.03)
     os.kill(pid, signal.SIGKILL)
     return used, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _used(session: int) -> float:
-    """Seconds of processor time of a command and what it started."""
-    ticks = 0
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+def _used(pid: int) -> float:
+    """Seconds of processor time of a command and of what it has started."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has just ended
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(_used(int(child)) for child in children)
 
 
 def small(out: Path) -> None:

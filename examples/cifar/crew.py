@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 
 from cifar.checkpoints import CheckpointError, RunFiles
+from cifar.claims import Claims
 from cifar.data import Dataset, load_dataset
 from cifar.engine import Mode
 from cifar.progress import Overview
@@ -31,6 +33,7 @@ if TYPE_CHECKING:  # the second is not there on Windows
 # PyTorch imports its compiler with the first optimizer.
 PRELOADED = ["torch", "torch._dynamo", "sklearn.datasets", "scipy.special", "matplotlib.figure", "tqdm", "distill"]
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+LOOK = 1.0  # seconds between two looks at what other commands do
 # What a run may stop with for reasons that its message explains.
 EXPECTED = (CheckpointError, NonFiniteLossError, ImportError, OSError, ValueError)
 
@@ -80,13 +83,15 @@ def train_all(
 ) -> None:
     """Train every run that is not done yet; a student waits for its teacher.
 
+    A run that another command trains in the same folder is left to it, and waited for after all others.
+
     Args:
         runs: The runs; they start in this order, except that one which has to wait lets others go first.
         place: Where and how.
         datasets: The data sets by name, on the device; for runs in this process.
         jobs: How many runs are trained side by side. 1 trains them in this process.
         overview: Shows how far everything is.
-        finished: Called with each run that has come to its end, in this process.
+        finished: Called with each run that this command has brought to its end, in this process.
 
     Raises:
         RunError: If a run in a process of its own stops before its end; the others are stopped too, and lose the epoch
@@ -94,47 +99,102 @@ def train_all(
             after these.
         CheckpointError, NonFiniteLossError, ImportError, OSError, ValueError: As `train`, for a run in this process.
     """
-    diverged = []
-    if jobs == 1:
-        for run in runs:
-            data = datasets[run.dataset]
-            try:
-                train(run, data, place.out, tensorboard=place.tensorboard, mode=place.mode, overview=overview)
-            except NonFiniteLossError as error:
-                if run.method == "teacher":
-                    raise
-                diverged.append(f"{overview.names[run.run_id]}: {error}")
-                overview.drop(run, diverged[-1])
-            else:
-                finished(run)
-        _raise_if_any(diverged)
-        return
-    waiting = [run for run in runs if RunFiles.of(place.out, run).load_result(run) is None]
-    with overview.bar(), _Processes(place) as processes:
-        while waiting or processes.active:
-            for run in [run for run in waiting if _has_teacher(run, place.out)][: jobs - len(processes.active)]:
-                waiting.remove(run)
-                processes.start(run, overview.names[run.run_id])
-            if not processes.active:
-                raise RunError(f"{waiting[0].run_id} waits for the teacher of another command; run it first")
-            for run, message in processes.messages():
-                if isinstance(message, str):
-                    diverged.append(message)
-                    overview.drop(run, message)
-                elif message is None:
-                    finished(run)
+    diverged: list[str] = []
+
+    def lost(run: RunConfig, message: str) -> None:
+        diverged.append(message)
+        overview.drop(run, message)
+
+    with Claims(place.out) as claims:
+        queue = _Queue(runs, place.out, claims, overview)
+        if jobs == 1:
+            for run in queue.wait():
+                data = datasets[run.dataset]
+                try:
+                    train(run, data, place.out, tensorboard=place.tensorboard, mode=place.mode, overview=overview)
+                except NonFiniteLossError as error:
+                    if run.method == "teacher":
+                        raise
+                    lost(run, f"{overview.names[run.run_id]}: {error}")
                 else:
-                    overview.show(run, *message)
-    _raise_if_any(diverged)
-
-
-def _raise_if_any(diverged: Sequence[str]) -> None:
+                    finished(run)
+                queue.end(run)
+        else:
+            with overview.bar(), _Processes(place) as processes:
+                _side_by_side(queue, processes, jobs, overview, finished, lost)
     if diverged:
         raise RunError("; ".join(diverged))
 
 
-def _has_teacher(run: RunConfig, out: Path) -> bool:
-    return run.teacher is None or RunFiles.of(out, run.teacher_config()).result.exists()
+def _side_by_side(
+    queue: _Queue,
+    processes: _Processes,
+    jobs: int,
+    overview: Overview,
+    finished: Callable[[RunConfig], None],
+    lost: Callable[[RunConfig, str], None],
+) -> None:
+    while queue.left or processes.active:
+        while len(processes.active) < jobs and (run := queue.next()) is not None:
+            processes.start(run, overview.names[run.run_id])
+        if not processes.active:
+            if queue.left:
+                time.sleep(LOOK)
+            continue
+        for run, message in processes.messages():
+            if message is not None and not isinstance(message, str):
+                overview.show(run, *message)
+                continue
+            if message is None:
+                finished(run)
+            else:
+                lost(run, message)
+            queue.end(run)
+
+
+class _Queue:
+    """The runs of a command that are not done; those that another command trains come last."""
+
+    def __init__(self, runs: Sequence[RunConfig], out: Path, claims: Claims, overview: Overview) -> None:
+        self.left = dict.fromkeys(runs)
+        self._open = dict.fromkeys(runs)  # those not under way in this command
+        self._out, self._claims, self._overview = out, claims, overview
+        self._told: set[tuple[RunConfig, str]] = set()
+
+    def next(self) -> RunConfig | None:
+        """Claim the first run that can be trained now, and return it; None if there is none."""
+        for run in list(self._open):
+            if RunFiles.of(self._out, run).load_result(run) is not None:
+                self._overview.show(run, run.epochs)
+                del self._open[run], self.left[run]
+            elif run.teacher is not None and run.teacher_config() in self.left:
+                continue
+            elif self._claims.take(run):
+                del self._open[run]
+                return run
+            else:
+                self._tell(run)
+        return None
+
+    def wait(self) -> Iterator[RunConfig]:
+        """Yield every run as soon as it can be trained here."""
+        while self.left:
+            if (run := self.next()) is not None:
+                yield run
+            elif self.left:
+                time.sleep(LOOK)
+
+    def end(self, run: RunConfig) -> None:
+        """Note that a run is done, or will not be."""
+        del self.left[run]
+        self._claims.release(run)
+
+    def _tell(self, run: RunConfig) -> None:
+        if (told := (run, self._claims.holder(run))) not in self._told:
+            self._told.add(told)
+            name = self._overview.names[run.run_id]
+            tqdm.write(f"{name}: is being trained by {told[1]}; other runs go first", file=sys.stdout)
+            sys.stdout.flush()
 
 
 class _Processes:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-_DAY = 24 * 3600.0  # seconds after which nobody still writes a file
+DAY = 24 * 3600.0  # seconds after which nobody still writes a file
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]*)\.(?P<pid>\d+)\.[0-9a-f]{16}\.tmp|.+\.\d+\.tmp")  # then: format 1
 
 
@@ -50,7 +50,7 @@ def temporary_name(name: str) -> str:
     Returns:
         A hidden name that says which process of which machine writes.
     """
-    return f".{name[:120]}.{_host()}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
+    return f".{name[:120]}.{host()}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
 
 
 def remove_leftovers(out: Path) -> None:
@@ -70,15 +70,31 @@ def _abandoned(path: Path) -> bool:
     match = _TEMPORARY.fullmatch(path.name)
     if match is None:  # nobody's of ours
         return False
-    if os.name == "posix" and match["host"] == _host():
-        try:
-            os.kill(int(match["pid"]), 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, OverflowError):
-            pass
-    return time.time() - path.stat().st_mtime > _DAY
+    if match["host"] == host() and has_ended(int(match["pid"])):
+        return True
+    return time.time() - path.stat().st_mtime > DAY
 
 
-def _host() -> str:
+def has_ended(pid: int) -> bool:
+    """Say whether a process of this machine is known to have ended.
+
+    Args:
+        pid: Its number.
+
+    Returns:
+        False also where nobody can tell: on Windows the question would end it.
+    """
+    if os.name != "posix" or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
+
+
+def host() -> str:
+    """Return the name of this machine, of letters, digits and hyphens."""
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:60]

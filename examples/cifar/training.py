@@ -359,6 +359,8 @@ def train(
             while len(run.history) < config.epochs:
                 progress.log(run.train_epoch(progress))
                 save_state(files.checkpoint, config, run.state())
+    if (finished := files.load_result(config)) is not None:  # another process was quicker; students may have its bits
+        return finished
     result = run.result()
     files.finish(config, run.model.student.state_dict(), result)
     return result
