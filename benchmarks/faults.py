@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -151,14 +152,14 @@ def leftovers(out: Path) -> list[str]:
     return [str(path) for path in (*out.rglob("*.tmp"), *out.glob("checkpoints/*"))]
 
 
-def forked(call: Callable[[], int | None]) -> int:
-    """Call a function in a fork of this process, whose output nobody sees; gives its process number."""
+def forked(call: Callable[[], int | None], log: str | Path = os.devnull) -> int:
+    """Call a function in a fork of this process, whose output a file gets; gives its process number."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
     code = 1
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
         os.dup2(1, 2)
         code = call() or 0
     finally:
@@ -295,6 +296,28 @@ def command_that_dies(jobs: int, out: Path, operation: int) -> bool:
     return b"x" not in left
 
 
+def pairs(count: int, where: Path, before: Sequence[Ends]) -> Tries:
+    """Start two commands on one folder; one of them is killed every other time. The other must do what is left.
+
+    Where none is killed, no epoch may be trained twice.
+    """
+    takes, _ = wait(forked(lambda: small_command(1, where / "whole")))
+    expected = weights(where / "whole")
+    for number in range(len(before), count):
+        draw, out, log = random.Random(f"pair {number}"), where / f"pair{number}", where / f"log{number}"
+        killed, other = (forked(functools.partial(small_command, jobs, out), log) for jobs in draw.sample([1, 2], 2))
+        ends: Ends = Counter(pairs=1)
+        if number % 2:
+            ends["kills"] += wait(killed, draw.uniform(0, takes / 2))[1] == -signal.SIGKILL
+        ends["OTHER"] += wait(other)[1] != 0 or weights(out) != expected
+        # The killed one may have died after the other's end: what it leaves is for the next command to remove.
+        ends += went_on(out, forked(functools.partial(small_command, 1, out)), expected)
+        if not ends["kills"]:
+            epochs = Counter(re.findall(r"^(.+ epoch [ \d]+)/", log.read_text(), re.MULTILINE))
+            ends["EPOCHS TWICE OR NEVER"] += len(epochs) != 3 * 2 or set(epochs.values()) != {1}
+        yield +ends
+
+
 def went_on(out: Path, pid: int, expected: dict[str, str]) -> Ends:
     """Wait for a command that goes on after a kill, and say how it ended."""
     ends: Ends = Counter()
@@ -411,8 +434,9 @@ def main(arguments: list[str] | None = None) -> int:
         0, or 1 if any try ended badly.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="kills,operations,damage,lines", help="parts, with commas between them")
+    parser.add_argument("--only", default="kills,operations,pairs,damage,lines", help="parts, with commas between them")
     parser.add_argument("--kills", type=int, default=200, help="half of them with 2 jobs; default: 200")
+    parser.add_argument("--pairs", type=int, default=40, help="of commands; default: 40")
     parser.add_argument("--damaged", type=int, default=1000, help="default: 1000")
     parser.add_argument("--lines", type=int, default=150, help="default: 150")
     parser.add_argument("--log", type=Path, help="a file that each try is added to; the tries in it are not done again")
@@ -427,6 +451,7 @@ def main(arguments: list[str] | None = None) -> int:
             (f"kills at each operation on a file, --jobs {jobs}", functools.partial(kill_at_operations, jobs))
             for jobs in both
         ],
+        "pairs": [("two commands on one folder", functools.partial(pairs, args.pairs))],
         "kills": [(f"random kills, --jobs {jobs}", functools.partial(kill_at_random, half, jobs)) for jobs in both],
     }
     bad = 0

@@ -228,6 +228,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     overview = Overview(runs, {run.run_id for run in finished})
     train_all(runs, place, datasets, jobs=args.jobs, overview=overview, finished=report)
     report(runs[-1])
+    remove_leftovers(args.out)  # of another command, killed meanwhile
     print(f"\n{(args.out / 'results.md').read_text(encoding='utf-8')}")
     print(f"Table: {args.out / 'results.md'}  curves: {args.out / 'curves.png'}  networks: {args.out / 'weights'}")
     return 0

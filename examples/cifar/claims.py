@@ -42,19 +42,17 @@ class Claims:
 
     def __enter__(self) -> Claims:
         """Remove what killed commands left, and begin to renew."""
-        for path in self._folder.glob("*.claim"):
-            if self._abandoned(path):
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
+        self._clean()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give back every claim."""
+        """Give back every claim, and remove those of commands that were killed meanwhile."""
         self._end.set()
         self._thread.join()
         for path in list(self._held):
             self._drop(path)
+        self._clean()
 
     def take(self, run: RunConfig) -> bool:
         """Claim a run, unless another command has.
@@ -104,6 +102,12 @@ class Claims:
 
     def _path(self, run: RunConfig) -> Path:
         return self._folder / f"{run.run_id}.claim"
+
+    def _clean(self) -> None:
+        for path in self._folder.glob("*.claim"):
+            if self._abandoned(path):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def _drop(self, path: Path) -> None:
         self._held.discard(path)

@@ -91,6 +91,8 @@ def test_what_an_ended_process_has_claimed_does_not_stay(tmp_path):
     paths = [claim(tmp_path, pid=ENDED), claim(tmp_path, make_config(seed=5))]
     with Claims(tmp_path):
         assert [path.exists() for path in paths] == [False, True]
+        claim(tmp_path, pid=ENDED)  # killed meanwhile
+    assert [path.exists() for path in paths] == [False, True]
 
 
 @pytest.mark.parametrize(("content", "limit"), [(None, SILENT), ("", EMPTY), ("{not JSON", SILENT), ("[]", SILENT)])

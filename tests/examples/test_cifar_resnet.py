@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 import cifar_resnet
 from cifar import engine
+from cifar.files import temporary_name
 from cifar.settings import RECIPES
 
 COMMAND = Path(cifar_resnet.__file__)
@@ -80,13 +82,17 @@ def test_without_a_terminal_the_output_is_plain_lines_one_per_epoch(first):
     assert (first[0] / "results.md").read_text().strip() in text
 
 
-def test_the_same_command_again_trains_nothing(first, capsys):
+def test_the_same_command_again_trains_nothing(first, capsys, monkeypatch):
     out, _ = first
+    left = out / temporary_name("results.md").replace(f".{os.getpid()}.", ".999999999.")
+    # Another command is killed while it writes its report.
+    monkeypatch.setattr(cifar_resnet, "measure_agreement", lambda *_: left.write_text("half"))
     before = {path: path.stat().st_mtime_ns for path in (*out.glob("runs/*"), *out.glob("weights/*"))}
     assert run(out, "--epochs", "2") == 0
     text = capsys.readouterr().out
     assert "3 (3 done)" in text
     assert trained(text) == []
+    assert not left.exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
