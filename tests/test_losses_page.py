@@ -124,7 +124,7 @@ def test_the_family_tree_has_every_loss_once_and_every_family():
         {**losses_page.members(), "new": ["kl"]},
         {**losses_page.families(), "new": ("losses/new", "new")},
     )
-    assert ">new</tspan>" in family_tree.render(members, families)  # a branch of its own
+    assert ">new</div>" in family_tree.render(members, families)  # a branch of its own
 
 
 def test_a_name_is_a_link_where_it_is_first_mentioned_under_a_heading():
