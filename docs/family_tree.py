@@ -23,7 +23,8 @@ def render(members: Mapping[str, Sequence[str]], families: Mapping[str, tuple[st
     parts = []
     for label, words in groups.items():
         boxes = "".join(_box(*families[word], members[word]) for word in words)
-        parts.append(f'<div class="branch"><div class="compared">{label}</div><div class="families">{boxes}</div></div>')
+        side = f'<div class="compared">{label}</div><div class="families">{boxes}</div>'
+        parts.append(f'<div class="branch">{side}</div>')
     return f'<div class="family-tree">{"".join(parts)}</div>'
 
 

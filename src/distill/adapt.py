@@ -1,4 +1,4 @@
-"""Modules that bring a tensor into the shape a loss wants: the adapters of a `Term`."""
+"""Modules that give a tensor the shape that a loss needs: the adapters of a `Term`."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def calibrate(
     Published weights belong to other networks: the value and the gradient of most losses on features change with the
     width, the depth and the scale of the layers. Shares do not. The task loss keeps its weight, so that the learning
     rate keeps its meaning; the other weights follow from it. The gradients change as training goes on: call it again
-    where the shares should hold later too, such as after a warm-up. A weight also multiplies the gradient of what a
-    loss learns itself: a small published share of such a loss may be small for that reason.
+    where the shares should hold later too, such as after a warm-up. A weight also multiplies the gradients of the
+    loss's own parameters: a loss with parameters may have a small published share for that reason.
 
     Nothing else changes: not the parameters and their `.grad`, not a buffer (a batch norm's statistics, a queue), nor
     the random numbers that follow, nor train or eval mode. The modules run in the modes they are in, so call it in

@@ -76,7 +76,7 @@ class TapShapes(Entries[TapShape]):
 
 
 def tap_shapes(model: nn.Module, inputs: Any, *, depth: int | None = None) -> TapShapes:
-    """Run a model once and say what each of its modules is given and gives: what to look at when writing paths.
+    """Run a model once and list the input and output shapes of its modules: the paths that a `Term` can name.
 
     The model runs in eval mode and without gradients. Its modes and buffers are afterwards as they were. On the device
     `"meta"` a model of any size needs neither weights nor time: build it and the inputs under `torch.device("meta")`.

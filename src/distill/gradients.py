@@ -58,10 +58,11 @@ class GradientReport(Entries[TermGradient]):
 
 
 def gradient_report(out: DistillerOutput, parameters: nn.Module | Tensor | Iterable[Tensor]) -> GradientReport:
-    """Say how large the terms' gradients are, how much each counts, and whether they agree.
+    """Measure how large the terms' gradients are, how much each counts, and whether they agree.
 
-    A term with a share near 0 hardly trains the student, one with a share near 1 drowns the others. A cosine below 0
-    says that two terms pull against each other. To be called before `out.loss.backward()`, which frees the graph.
+    A term with a share near 0 hardly trains the student; one with a share near 1 leaves the others without effect. A
+    cosine below 0 means that the gradients of two terms oppose each other. Call it before `out.loss.backward()`, which
+    frees the graph.
 
     Args:
         out: What the Distiller's call gave, with its graph.

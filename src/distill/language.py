@@ -52,7 +52,7 @@ def next_tokens(labels: Tensor, ignore_index: int = -100, *, segments: Tensor | 
 
 
 def align_tokens(student_offsets: Tensor, teacher_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut a text into the shortest chunks at whose ends tokens of both tokenizers end.
+    """Cut a text into the shortest chunks that end where tokens of both tokenizers end.
 
     It runs on the CPU, token by token: do it where the batches are made.
 
@@ -157,7 +157,7 @@ def _boundaries(tokens: list[list[int]]) -> list[tuple[int, int, int]]:
 def chunk_log_probs(
     log_probs: Tensor, chunks: Tensor, mask: Tensor | None = None, *, num_chunks: int
 ) -> tuple[Tensor, Tensor]:
-    """Add up the logarithms of the tokens' probabilities by chunk.
+    """Add up the tokens' log-probabilities in each chunk.
 
     Args:
         log_probs: What the model gives the next token at each position, `(B, T)`: at position t that of token t + 1, as

@@ -30,7 +30,7 @@ from distill.topk import TopK
 
 
 class LinearLoss(LossOfHeads):
-    """Any loss of rows on the logits of two heads, from hidden states, without holding the logits.
+    """Any loss on logits, computed from hidden states and two heads without holding the logits.
 
     It gives what `loss(student_head(h_s), teacher_head(h_t), target, mask=mask)` gives, plus `cross_entropy` times the
     cross-entropy of the student's logits. Values and the gradients of the hidden states and of the student's head come

@@ -20,16 +20,16 @@ _ROUNDED = 1e-3  # what a row may be off one, for log-probabilities that somebod
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
 class TopK:
-    """A teacher's k largest log-probabilities, and the logarithm of all the rest together.
+    """A teacher's k largest log-probabilities, and the log-probability of all other classes together.
 
-    It stands for the teacher's logits in `kl`, `reverse_kl`, `js`, `skew_kl`, `skew_reverse_kl`, `tvd` and
+    Use it in place of the teacher's logits in `kl`, `reverse_kl`, `js`, `skew_kl`, `skew_reverse_kl`, `tvd` and
     `alpha_beta`: these compare k + 1 classes, the k given ones and one for all others, in student and teacher alike.
     Where student and teacher agree the gradient is 0, which it is not if the teacher is normalised over its k classes
     and the student is left whole. With k = C it is the loss of all logits; with fewer classes it is at most that (for
     `alpha_beta` only if the exponents sum to 1).
 
-    What a row must be is checked where it is used on a CPU. On a GPU, which would have to be waited for, only `check`
-    looks.
+    On a CPU the values are checked at each use. On a GPU a check has to wait for the device, so there only `check` does
+    it.
 
     Args:
         indices: The classes, `(..., k)`, integers, different within a row, in any order.

@@ -53,7 +53,7 @@ from distill.task import CrossEntropyLoss
 
 
 class Distiller(nn.Module):
-    """Runs a frozen teacher and a student on the same inputs, and adds the losses up.
+    """Runs a student and a frozen teacher on the same inputs, and adds up their losses.
 
         loss = task_weight * task_loss(student, target) + sum_k weight_k * loss_k(student_k, teacher_k, target)
 

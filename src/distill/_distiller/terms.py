@@ -87,7 +87,7 @@ class Term:
 
 
 class DistillerOutput(NamedTuple):
-    """What a Distiller's call gives.
+    """The result of a Distiller's call.
 
     Attributes:
         loss: The total, a scalar to call `backward()` on.
@@ -105,7 +105,7 @@ class DistillerOutput(NamedTuple):
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher gave, with what was tapped inside it: for `teacher_output=`, or from a function as teacher.
+    """A teacher's output and features: for `teacher_output=`, or the result of a function that is the teacher.
 
     Attributes:
         output: What the teacher returned; None where only features are compared.

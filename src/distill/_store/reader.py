@@ -23,9 +23,9 @@ from distill.topk import TopK
 
 
 class StoredTeacher(nn.Module):
-    """A teacher whose answers were written by `TeacherWriter`: asked with ids, it gives what is stored.
+    """A teacher that returns the outputs which a `TeacherWriter` stored, by the ids of the samples.
 
-    It stands where a live teacher stands: `Distiller(student, StoredTeacher(folder), ...)`, called with
+    Use it in place of a live teacher: `Distiller(student, StoredTeacher(folder), ...)`, called with
     `teacher_inputs=ids`, `(ids, tokens)` or `(ids, tokens, mask)`. Paths of terms find the features that were stored
     under them. It has no parameters and nothing in its `state_dict()`. `.to()` says where its answers go and in which
     dtype; until then they are on the CPU, as stored. Copies and pickles open the folder again, so that workers of a

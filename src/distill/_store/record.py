@@ -15,7 +15,7 @@ from distill._distiller.terms import TeacherOutput
 
 @torch.no_grad()
 def record(model: nn.Module, inputs: Any, at: Sequence[str] = ()) -> TeacherOutput:
-    """Run a teacher and keep what the taps of a `Term` would see: what `TeacherWriter.add` takes.
+    """Run a teacher and return its output and features as a `Term` would see them, for `TeacherWriter.add`.
 
     Args:
         model: The teacher, in eval mode.

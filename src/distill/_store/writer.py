@@ -24,11 +24,11 @@ from distill.topk import TopK
 
 
 class TeacherWriter:
-    """Writes what a teacher gives for each sample into a folder, from which `StoredTeacher` reads it.
+    """Writes a teacher's outputs into a folder, sample by sample, for `StoredTeacher` to read.
 
-    What was added before `flush()` returned is there whatever happens to the process. A writer that was killed goes on
-    where it was: open the folder again with the same options, and add what `missing` says. Several processes may write
-    into one folder, each with a writer of its own.
+    Samples added before `flush()` returned are safe, whatever happens to the process. To go on after a kill, open the
+    folder again with the same options and add the samples that `missing` names. Several processes may write into one
+    folder, each with its own writer.
 
     Args:
         folder: Where to write; made if it is not there.

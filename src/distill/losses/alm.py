@@ -18,7 +18,7 @@ _EPS = 1e-6  # what the authors take off, so that a chunk of which the student i
 
 
 def alm_loss(student: Tensor, teacher: Tensor, *, temperature: float = 100.0) -> Tensor:
-    """Cross-entropy of how likely student and teacher find the same piece of text, one value per chunk.
+    """Cross-entropy of the probabilities that student and teacher give to the same text, one value per chunk.
 
         P = exp(t / T - 1e-6),  Q = exp(s / T - 1e-6)
         loss = -P log Q - (1 - P) log(1 - Q)

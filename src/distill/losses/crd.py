@@ -134,20 +134,10 @@ class CRDLoss(BatchLoss):
         h_ij = exp(z_ij) / (exp(z_ij) + K m)
         loss = -1/N * sum_i [log h_ii + sum_{j drawn} log(1 - h_ij)], plus the same of t_i against memory_s
 
-    After each training forward the entries of the batch become `momentum * entry + (1 - momentum) * embedding`,
-    divided by their norm. With M samples, K m = K/M * Z of the paper's code, Z = M m being its normalising constant. In
-    eval mode the memory and m stay. An entry that would not be finite stays as it was, and m is that of the first batch
-    that has one: a NaN shows in the value of its batch alone.
-
-    With a memory, `target` is where in the training set the samples stand, integers `(N,)`; or `(N, 2)` with something
-    else, such as the labels of the task loss, in column 0 and the indices in column 1. (The task loss of a Distiller
-    then takes column 0 of its target too.) The samples that a mask hides neither count nor move the memory, and their
-    indices may be anything; the generator moves on as without a mask.
-
-    The parameters `student_embedding` and `teacher_embedding` are to be trained with the student. Under
-    DistributedDataParallel each process has a memory of its own: give it `broadcast_buffers=False`, or the memory of
-    the first is sent to all in every forward. With `gather` each process moves the entries of all samples, so the
-    memories stay the same; give each process a generator in the same state, so that they draw the same negatives.
+    With a memory, `target` is the index of each sample in the training set, integers `(N,)`. Or it is `(N, 2)`, with
+    the indices in column 1 and something else, such as the labels of the task loss, in column 0. (The task loss of a
+    Distiller then takes column 0 of its target too.) Samples that a mask hides neither count nor change the memory, and
+    their indices may be anything; the generator advances as without a mask.
 
     Args:
         student_dim: Values per sample of the student.
@@ -178,6 +168,16 @@ class CRDLoss(BatchLoss):
         torch.Size([])
 
     Notes:
+        After each training forward the entries of the batch become `momentum * entry + (1 - momentum) * embedding`,
+        divided by their norm. In eval mode the memory and m stay. An entry that would not be finite stays as it was,
+        and m is that of the first batch that has a finite one: a NaN affects the value of its batch only. With M
+        samples, K m = K/M * Z of the paper's code, where Z = M m is its normalising constant.
+
+        Train the parameters `student_embedding` and `teacher_embedding` with the student. Under DistributedDataParallel
+        each process has its own memory: give it `broadcast_buffers=False`, or the memory of the first process is sent
+        to all in every forward. With `gather` each process updates the entries of all samples, so the memories stay
+        equal; give each process a generator in the same state, so that they draw the same negatives.
+
         Published with weight 0.8 on pooled features at these defaults, and with `labels` (the CIFAR-100 benchmark of
         the paper, whose negatives are samples of other classes).
 

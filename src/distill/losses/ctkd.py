@@ -23,8 +23,8 @@ def ctkd_loss(student: Tensor, teacher: Tensor, *, temperature: Tensor, dim: int
         p = softmax(t / T),  q = softmax(s / T)
         loss = T^2 * KL(p || q)
 
-    It is `kl` but for the temperature. `CTKDLoss` owns that: it learns to make the loss larger, while the student
-    learns to make it smaller, at first a little and later in full.
+    This is `kl` with a temperature that has a gradient. `CTKDLoss` owns the temperature and trains it to make the
+    loss larger, while the student makes it smaller: at first a little, later in full.
 
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
@@ -108,11 +108,11 @@ def ctkd_strength(epoch: float, epochs: float = 10.0) -> float:
 
 @register_loss("ctkd")
 class CTKDLoss(SampleLoss):
-    """Divergence of the softened distributions at a temperature that learns to make it larger; see `ctkd_loss`.
+    """Divergence of the softened distributions, at a temperature trained to make it larger; see `ctkd_loss`.
 
-    The temperature is `low + span * sigmoid(raw)`, and `raw` a parameter that belongs into the optimizer of the
-    student, without weight decay. Its gradient is turned round and multiplied by `strength`, so that the same step that
-    lessens the loss for the student increases it for the temperature. Set the strength in each epoch:
+    The temperature is `low + span * sigmoid(raw)`. Put the parameter `raw` into the student's optimizer, without weight
+    decay. Its gradient is reversed and multiplied by `strength`, so that the same step decreases the loss for the
+    student and increases it for the temperature. Set the strength in each epoch:
 
         loss.strength = ctkd_strength(epoch)
 

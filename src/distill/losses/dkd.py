@@ -161,7 +161,7 @@ def dkd_loss(
 
 @register_loss("dkd")
 class DKDLoss(RowLoss):
-    """Decoupled divergence: target class and the others with a weight each; see `dkd_loss` for the formula.
+    """Decoupled divergence: separate weights for the labelled class and the others; see `dkd_loss` for the formula.
 
     Args:
         alpha: Weight of the target-class part, zero or positive.

@@ -38,9 +38,9 @@ def fgd_loss(
         loss = alpha * sum_hw f_hw D_hw + beta * sum_hw b_hw D_hw + gamma * [sum |P(s) - P(t)| + sum |Q(s) - Q(t)|]
                + delta * sum_chw (R(s) - R(t))^2
 
-    Where the teacher looks counts more; every object counts alike, whatever its size, and so does the background. R
-    adds to each position what a learned attention over all positions collects; `FGDLoss` owns it, and the 1x1
-    convolution that brings the student to the teacher's channels.
+    Positions with a large attention of the teacher count more. Every object counts equally, whatever its size, and so
+    does the background. R adds to each position what a learned attention over all positions collects; `FGDLoss` owns
+    it, and the 1x1 convolution that brings the student to the teacher's channels.
 
     Args:
         student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.

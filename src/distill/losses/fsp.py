@@ -17,7 +17,7 @@ FAMILY = "maps"
 
 
 def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean squared difference of the matrices that lead from one layer to another, one value per sample.
+    """Mean squared difference of the products of two layers' channels (FSP matrices), one value per sample.
 
         G(f, g)_ij = 1/(HW) * sum_hw f_i g_j,  f and g two layers of one network
         loss = 1/(C1 C2) * sum_ij (G(s)_ij - G(t)_ij)^2
@@ -82,7 +82,7 @@ def _flow(first: Tensor, second: Tensor) -> Tensor:
 
 @register_loss("fsp")
 class FSPLoss(SampleLoss):
-    """Mean squared difference of the matrices that lead from one layer to another; see `fsp_loss` for the formula.
+    """Mean squared difference of the products of two layers' channels; see `fsp_loss` for the formula.
 
     In a `Term`, `at=(("layer1", "layer2"), ("layer1", "layer2"))` names the student's two layers and the teacher's.
 

@@ -58,7 +58,7 @@ _ROWS = dataclasses.replace(ROWS, topk=True, sampled=Rows(_sampled_formula, bloc
 
 
 def kl_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 4.0, dim: int | None = None) -> Tensor:
-    """Divergence of the student's softened distribution from the teacher's, one value per sample.
+    """Kullback-Leibler divergence of the student's softened distribution from the teacher's, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T)
         loss = T^2 * KL(p || q) = T^2 * sum_c p_c (log p_c - log q_c)
@@ -107,13 +107,7 @@ def kl_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 4.0
 
 @register_loss("kl")
 class KLLoss(RowLoss):
-    """Divergence of the softened distributions, T^2 KL(teacher || student); see `kl_loss` for the formula.
-
-    With large inputs the gradient is formed already in the forward, which costs one tensor of the student's
-    size: evaluate under `torch.no_grad()`.
-
-    Leave student, teacher and mask as they are until backward: to change one in place is an error with large inputs and
-    may be one with small ones, but never gives a wrong gradient.
+    """Kullback-Leibler divergence of softened distributions, T^2 KL(teacher || student); see `kl_loss` for the formula.
 
     Args:
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
@@ -130,6 +124,13 @@ class KLLoss(RowLoss):
         >>> logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]])
         >>> loss(logits, logits)
         tensor(0.)
+
+    Notes:
+        With large inputs the gradient is computed in the forward pass and kept, which costs one tensor of the student's
+        size. So evaluate under `torch.no_grad()`.
+
+        Do not change student, teacher or mask in place before backward. With large inputs this is an error, with small
+        ones it may be one; it never gives a wrong gradient.
     """
 
     rows = _ROWS

@@ -41,7 +41,7 @@ def linear_logit_loss(
     teacher_scale: float = 1.0,
     method: Method = "auto",
 ) -> Tensor:
-    """`logit_loss` of two linear heads' logits, which are not formed unless that is cheapest, one value per sample.
+    """`logit_loss` of two linear heads, from their hidden states, without large logits, one value per sample.
 
         s = a_s (W_s h_s + b_s),  t = a_t (W_t h_t + b_t)
         loss = 1/V * sum_v (s_v - t_v)^2
@@ -58,15 +58,6 @@ def linear_logit_loss(
     them again. `"logits"` forms them all, for `logit_loss`: where they are small nothing is faster. `"auto"` takes the
     form whose estimated cost is lowest, as `LinearLogitLoss.plan` shows, and `"logits"` up to 2^23 of them (32 MB in
     float32) only.
-
-    The terms cancel as student and teacher agree. On a CPU, float32 inputs are computed in float32 as long as that is
-    enough, and otherwise in float64, values of `"gram"` in the last resort by `"factor"`: down to logits that differ by
-    1e-6 of their size, values err by less than 1e-3 and gradients by less than 1e-4 (benchmarks/agreement.py). On other
-    devices and in traced code both compute in float64. `"blocks"` and `"logits"` err as formed logits do. No value is
-    negative.
-
-    Differentiating twice and `torch.func` work, in memory for V times the hidden sizes (`"gram"`) or N times V
-    (`"blocks"`, `"logits"`); `torch.compile` traces all forms.
 
     Args:
         student_hidden: What the student's head sees, `(..., d_s)`. Any floating dtype.
@@ -102,6 +93,15 @@ def linear_logit_loss(
         tensor([1.])
 
     Notes:
+        The terms cancel as student and teacher agree. On a CPU, float32 inputs are computed in float32 where that is
+        enough, and otherwise in float64, the values of `"gram"` if need be by `"factor"`. Down to logits that differ by
+        1e-6 of their size, the error of values is below 1e-3 and that of gradients below 1e-4
+        (benchmarks/agreement.py). On other devices and in traced code both compute in float64. `"blocks"` and
+        `"logits"` have the error of logits. No value is negative.
+
+        Differentiating twice and `torch.func` work, in memory for V times the hidden sizes (`"gram"`) or N times V
+        (`"blocks"`, `"logits"`); `torch.compile` traces all forms.
+
         Scale: That of `logit_loss`, the mean over the classes.
 
     Reference:
@@ -143,20 +143,6 @@ class LinearLogitLoss(SampleLoss):
     head in, which the student trains, saves and moves. A copy or pickle of a Distiller refers to the head of the copied
     student; a copy of the loss alone has copies of the heads.
 
-    A head that does more than `W h + b` is refused where the loss is built: an adapter, a soft cap, a quantised weight.
-    What a *model* does to its logits after the head cannot be seen from the head. Give a constant factor (a
-    `logit_scale`, or one over `logits_scaling`) as `student_scale` or `teacher_scale`; where a model caps its logits,
-    compare formed ones with `LogitLoss`. A head that a model gets later (`resize_token_embeddings`, `model.lm_head =
-    ...`) is another module: build the loss anew with it. `check_models` notices.
-
-    While nothing in the student's head needs a gradient, the factor of both heads is kept between calls; with a head
-    that trains, the teacher's own Gram matrix. Each call reads the weights to see whether they still hold the numbers
-    from which it was computed, whoever wrote them since, and computes it again if not. On a GPU that waits for the
-    device. Nothing is kept inside `torch.compile`, `torch.func` and CUDA graphs; `forget()` frees what is.
-
-    With `"blocks"` a mean or sum forms the gradients already in the forward, as in `LogitLoss`, and keeps no
-    differences: evaluate under `torch.no_grad()`.
-
     Args:
         student_head: The student's head, (V, d_s).
         teacher_head: The teacher's head, (V, d_t); never trained by this loss.
@@ -180,6 +166,22 @@ class LinearLogitLoss(SampleLoss):
         >>> value = loss(student_hidden, teacher_hidden)
         >>> torch.allclose(value, LogitLoss()(student_head(student_hidden), teacher_head(teacher_hidden)))
         True
+
+    Notes:
+        A head that does more than `W h + b` is refused when the loss is built: an adapter, a soft cap, a quantised
+        weight. What a *model* does to its logits after the head cannot be seen from the head. Give a constant factor (a
+        `logit_scale`, or one over `logits_scaling`) as `student_scale` or `teacher_scale`. Where a model caps its
+        logits, compare the logits with `LogitLoss`. A head that a model gets later (`resize_token_embeddings`,
+        `model.lm_head = ...`) is another module: build a new loss with it. `check_models` raises an error for an old
+        one.
+
+        While nothing in the student's head needs a gradient, the factor of both heads is kept between calls; with a
+        head that trains, the teacher's Gram matrix. Each call reads the weights, and computes both again if a number
+        changed, whoever changed it. On a GPU this waits for the device. Nothing is kept inside `torch.compile`,
+        `torch.func` and CUDA graphs; `forget()` frees what is kept.
+
+        With `"blocks"` a mean or sum computes the gradients in the forward pass, as in `LogitLoss`, and keeps no
+        differences: evaluate under `torch.no_grad()`.
     """
 
     options = {  # noqa: RUF012 - declared in the base

@@ -59,12 +59,6 @@ class LogitLoss(RowLoss):
 
     It needs no argument, and `LogitLoss()` equals `torch.nn.MSELoss()` with the teacher detached.
 
-    With large inputs the gradient is formed already in the forward, which costs one tensor of the student's
-    size: evaluate under `torch.no_grad()`.
-
-    Leave student, teacher and mask as they are until backward: to change one in place is an error with large inputs and
-    may be one with small ones, but never gives a wrong gradient.
-
     Args:
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
         dim: The dimension of the `C` values.
@@ -80,6 +74,13 @@ class LogitLoss(RowLoss):
         >>> loss(student, torch.ones(2, 10)).backward()
         >>> student.grad[0, 0]
         tensor(-0.1000)
+
+    Notes:
+        With large inputs the gradient is computed in the forward pass and kept, which costs one tensor of the student's
+        size. So evaluate under `torch.no_grad()`.
+
+        Do not change student, teacher or mask in place before backward. With large inputs this is an error, with small
+        ones it may be one; it never gives a wrong gradient.
     """
 
     rows = ROWS

@@ -83,9 +83,9 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
     The student need not match the range of the teacher's logits, only how they compare: shifting or stretching either
     side's logits changes nothing.
 
-    A class at -inf has probability 0 and is none of those that are standardised: mean and standard deviation are those
-    of the finite logits. (A large negative number is a logit like any other. It counts in both, and next to it all
-    other logits are the same: mask classes with -inf.)
+    A class at -inf has probability 0 and is not standardised: mean and standard deviation are those of the finite
+    logits. (A large negative number is a logit like any other. It counts in both, and next to it all other logits are
+    the same: mask classes with -inf.)
 
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are

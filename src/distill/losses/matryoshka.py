@@ -26,7 +26,7 @@ def matryoshka_loss(
     of_teacher: bool = True,
     **given: Any,
 ) -> Tensor:
-    """Any loss, summed over leading dimensions of the embeddings, so that each of them is an embedding of its own.
+    """Any loss, summed over leading dimensions of the embeddings, so that each prefix is an embedding.
 
         loss = sum_d w_d * loss(s[..., :d], t[..., :d])
 

@@ -80,11 +80,6 @@ class MGDLoss(SampleLoss):
     optimizer. The masks are drawn anew at every call, in eval mode as well. The maps are `(N, student_channels, H, W)`
     and `(N, teacher_channels, H', W')`; of unequal size they are average-pooled to the smaller height and width first.
 
-    The `mask` of a call says which samples count. It is not the random masks.
-
-    The paper masks positions, and this class does; the authors' code for detection and segmentation does so too, but
-    their code for classification masks whole channels, with a ratio of 0.15.
-
     Args:
         student_channels: Channels of the student's map.
         teacher_channels: Channels of the teacher's map.
@@ -104,6 +99,12 @@ class MGDLoss(SampleLoss):
         >>> loss = MGDLoss(16, 32, generator=torch.Generator().manual_seed(0))
         >>> loss(torch.randn(4, 16, 8, 8), torch.randn(4, 32, 8, 8)).shape
         torch.Size([])
+
+    Notes:
+        The `mask` of a call selects samples. It has nothing to do with the random masks.
+
+        The paper masks positions, and this class does; the authors' code for detection and segmentation does so too,
+        but their code for classification masks whole channels, with a ratio of 0.15.
     """
 
     options = {  # noqa: RUF012 - declared in the base

@@ -92,7 +92,7 @@ def nkd_loss(
     temperature: float = 1.0,
     dim: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of the target under the teacher, and of the normalised other classes, one value per sample.
+    """Cross-entropy with the teacher, of the labelled class and of the normalised others, one value per sample.
 
         p = softmax(t),  q = softmax(s),  y the target
         p' = softmax of t / T over the classes other than y,  q' likewise of s / T

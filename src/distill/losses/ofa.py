@@ -34,7 +34,7 @@ def ofa_loss(
     temperature: float = 1.0,
     dim: int | None = None,
 ) -> Tensor:
-    """Cross-entropy with the teacher's probabilities, that of the label raised, one value per sample.
+    """Cross-entropy with the teacher's probabilities, with a larger one for the label, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T),  y the target,  m_c = 1 for c = y, else 0
         loss = -sum_c [(p_c + m_c)^eps - m_c] * log q_c
@@ -92,7 +92,7 @@ def ofa_loss(
 
 @register_loss("ofa")
 class OFALoss(RowLoss):
-    """Cross-entropy with the teacher's probabilities, that of the label raised; see `ofa_loss` for the formula.
+    """Cross-entropy with the teacher's probabilities, with a larger one for the label; see `ofa_loss` for the formula.
 
     Args:
         eps: The exponent, positive and finite. It may be changed between steps.

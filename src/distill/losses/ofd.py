@@ -66,8 +66,8 @@ def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:
         r = max(t, margin)                                              per channel, before the teacher's ReLU
         loss = sum_i { 0 if s_i <= r_i <= 0, else (s_i - r_i)^2 }       over channels and positions
 
-    Where the teacher is silent (r <= 0) the student only has to be silent too, not equally negative. The maximum is a
-    constant, and where s = r the slope is 0 from both sides: no gradient hangs on a tie.
+    Where the teacher's value is not positive (r <= 0) the student's only has to be at most r, not equal. The maximum
+    is a constant, and where s = r the slope is 0 from both sides, so ties have no effect.
 
     Args:
         student: The student's map before its ReLU, brought to the teacher's channels, `(N, C, ...)`. Any floating
@@ -123,9 +123,6 @@ class OFDLoss(SampleLoss):
     that a mask hides: it serves the loss only, and has no running state to keep. Its parameters must be in the
     optimizer.
 
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the batch norm take the statistics of all processes while the
-    loss is in training mode, on a CPU too.
-
     Args:
         student_channels: Channels of the student's map.
         teacher_channels: Channels of the teacher's map.
@@ -143,6 +140,10 @@ class OFDLoss(SampleLoss):
         >>> loss = OFDLoss(16, 32, ofd_margin(norm.weight, norm.bias))
         >>> loss(torch.randn(4, 16, 8, 8), norm(torch.randn(4, 32, 8, 8))).shape
         torch.Size([])
+
+    Notes:
+        `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the batch norm take the statistics of all processes while
+        the loss is in training mode, on a CPU too.
     """
 
     options = {"student_channels": check_count, "teacher_channels": check_count}  # noqa: RUF012 - declared in the base

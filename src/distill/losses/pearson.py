@@ -24,7 +24,7 @@ def pearson_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None
         x~ = (x - mean_c(x)) / (std_c(x) + 1e-6), mean and unbiased deviation over the M = NHW values of a channel
         loss = 1/2 * 1/(CM) * sum (s~ - t~)^2
 
-    It equals `(1 - 1/M) * (1 - r)`, but for the 1e-6, where r is Pearson's correlation of a channel of the student
+    Except for the 1e-6 it equals `(1 - 1/M) * (1 - r)`, where r is Pearson's correlation of a channel of the student
     with the same channel of the teacher, averaged over the channels: shift and scale of a channel do not count. It
     exists for a whole batch only, whose statistics it takes, so it has no values per sample. A constant channel becomes
     0, and so does one whose deviation is no more than the rounding of its mean. Maps may have one to three dimensions

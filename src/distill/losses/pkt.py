@@ -16,7 +16,7 @@ _EPS = 1e-7
 
 
 def pkt_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Divergence of the chances that student and teacher give samples of a batch to be neighbours.
+    """Divergence of the probabilities of samples of a batch to be neighbours, in the teacher and in the student.
 
         q_ij = k(s_i, s_j) / sum_j k(s_i, s_j),  k(a, b) = (1 + cosine(a, b)) / 2;  p_ij alike for the teacher
         loss = 1/N^2 * sum_ij p_ij log((p_ij + 1e-7) / (q_ij + 1e-7))
@@ -75,7 +75,7 @@ def _neighbours(features: Tensor, kept: Tensor | None = None) -> Tensor:
 
 @register_loss("pkt")
 class PKTLoss(BatchLoss):
-    """Divergence of the chances of samples to be neighbours; see `pkt_loss` for the formula.
+    """Divergence of the probabilities of samples to be neighbours; see `pkt_loss` for the formula.
 
     It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 

@@ -21,7 +21,7 @@ FAMILY = "embeddings"
 
 
 def queue_kl_loss(student: Tensor, teacher: Tensor, *, queue: Tensor, temperature: float = 0.07) -> Tensor:
-    """Divergence between how like each sample is to the embeddings of a queue, one value per sample.
+    """Divergence between the similarities of each sample to the embeddings in a queue, one value per sample.
 
         p_j = softmax over j of cos(t, z_j) / T,  q_j = softmax over j of cos(s, z_j) / T,  z_j the queue
         loss = KL(p || q)

@@ -46,7 +46,7 @@ _ROWS = Rows(_formula, block=_block, kernel=_kernel, topk=True, pays_from=1 / 4)
 def reverse_kl_loss(
     student: Tensor, teacher: Tensor | TopK, *, temperature: float = 1.0, dim: int | None = None
 ) -> Tensor:
-    """Divergence of the teacher's distribution from the student's, one value per sample.
+    """Reverse Kullback-Leibler divergence: of the teacher's distribution from the student's, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T)
         loss = T^2 * KL(q || p) = T^2 * sum_c q_c (log q_c - log p_c)
@@ -100,12 +100,6 @@ def reverse_kl_loss(
 class ReverseKLLoss(RowLoss):
     """Reverse divergence of the softened distributions, T^2 KL(student || teacher); see `reverse_kl_loss`.
 
-    With large inputs the gradient is formed already in the forward, which costs one tensor of the student's
-    size: evaluate under `torch.no_grad()`.
-
-    Leave student, teacher and mask as they are until backward: to change one in place is an error with large inputs and
-    may be one with small ones, but never gives a wrong gradient.
-
     Args:
         temperature: What both logits are divided by, positive and finite. It may be changed between steps.
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
@@ -121,6 +115,13 @@ class ReverseKLLoss(RowLoss):
         >>> logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]])
         >>> loss(logits, logits)
         tensor(0.)
+
+    Notes:
+        With large inputs the gradient is computed in the forward pass and kept, which costs one tensor of the student's
+        size. So evaluate under `torch.no_grad()`.
+
+        Do not change student, teacher or mask in place before backward. With large inputs this is an error, with small
+        ones it may be one; it never gives a wrong gradient.
     """
 
     rows = _ROWS

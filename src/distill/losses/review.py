@@ -82,13 +82,7 @@ class ReviewLoss(SampleLoss):
     the samples that a mask hides: it serves the loss only, and has no running state to keep. The parameters must be in
     the optimizer.
 
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the batch norms take the statistics of all processes while the
-    loss is in training mode, on a CPU too.
-
     It is called with two tuples of maps from shallow to deep, each `(N, C, H, W)`, or `(N, C)` for pooled features.
-
-    As published the maps are the outputs of the stages, the student's after the ReLU and the teacher's before it, and
-    the pooled features as the deepest level.
 
     Args:
         student_channels: Channels of the student's maps, from shallow to deep.
@@ -107,6 +101,13 @@ class ReviewLoss(SampleLoss):
         >>> teacher = torch.randn(4, 32, 8, 8), torch.randn(4, 64, 4, 4), torch.randn(4, 64)
         >>> loss(student, teacher).shape
         torch.Size([])
+
+    Notes:
+        `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the batch norms take the statistics of all processes while
+        the loss is in training mode, on a CPU too.
+
+        As published the maps are the outputs of the stages, the student's after the ReLU and the teacher's before it,
+        and the pooled features as the deepest level.
     """
 
     options = {  # noqa: RUF012 - declared in the base

@@ -39,7 +39,7 @@ def sampled_reverse_kl_loss(
     temperature: float = 1.0,
     dim: int | None = None,
 ) -> Tensor:
-    """Reverse divergence as one token shows it that the student sampled, one value per token.
+    """Reverse divergence, estimated from one token that the student sampled, one value per token.
 
         p = softmax(t / T),  q = softmax(s / T),  y the token, sampled from q
         loss = T^2 * (log q_y - log p_y)
@@ -48,8 +48,8 @@ def sampled_reverse_kl_loss(
     Over the draws of y the value is on average `KL(q || p)`, and the gradient that of it: the token is made less likely
     by how much worse it is than the student's tokens are on average. To differentiate the value itself would be wrong,
     since that gradient is 0 on average. The baseline changes nothing on average; where student and teacher are far
-    apart it takes away spread. Where the divergence is infinite nothing is taken off. With all logits of both at hand
-    `reverse_kl` has no spread at all; this loss is for comparing with what is published, and for recipes that weigh
+    apart it takes away spread. Where the divergence is infinite nothing is taken off. If you have all logits of both,
+    `reverse_kl` has no spread at all; use this loss to compare with published results, and in recipes that weight
     single tokens.
 
     Args:

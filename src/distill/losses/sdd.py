@@ -27,13 +27,13 @@ def sdd_loss(
     complementary: float = 2.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Any loss of logits, on the logits of the whole image and of its regions, one value per sample.
+    """Any loss on logits, applied to those of the whole image and of its regions, one value per sample.
 
         w_r = 2 where the teacher is right about region r and wrong about the image, or the other way round, else 1
         loss = 1/R * sum_r w_r * l(s_r, t_r, y)
 
-    Region 0 is the whole image. A region about which the teacher thinks otherwise than about the whole says what the
-    average hides, such as a second object. `SDDLoss` pools the maps over the regions and knows the classifiers.
+    Region 0 is the whole image. A region where the teacher's answer differs from that for the whole image shows what
+    the average hides, such as a second object. `SDDLoss` pools the maps over the regions and has the classifiers.
 
     Args:
         student: The student's logits of the regions, `(N, R, C)`. Any floating dtype; half and bfloat16 are computed in
@@ -105,7 +105,7 @@ def _check_scales(name: str, value: Sequence[int]) -> tuple[int, ...]:
 
 @register_loss("sdd")
 class SDDLoss(Loss):
-    """Any loss of logits, on what the classifiers say of the whole image and of its regions; see `sdd_loss`.
+    """Any loss on logits, applied to the logits of the whole image and of its regions; see `sdd_loss`.
 
     It compares the maps before the global pooling, which the mean over the regions and each network's own classifier
     turn into logits: `Term(SDDLoss(DKDLoss(), student.fc, teacher.fc), at="layer4")`. The classifiers are referred to,

@@ -37,7 +37,7 @@ def sigmoid_kl_loss(
     classes: Literal["sum", "mean", "none"] = "sum",
     dim: int | None = None,
 ) -> Tensor:
-    """Divergence of the student's probability of each class from the teacher's, where every class is a yes or no.
+    """Divergence of the probability of each class, for classes that do not exclude each other.
 
         p_c = sigmoid(t_c / T),  q_c = sigmoid(s_c / T)
         loss = T^2 * sum_c [p_c log(p_c / q_c) + (1 - p_c) log((1 - p_c) / (1 - q_c))]

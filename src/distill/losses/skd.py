@@ -27,7 +27,7 @@ def skd_loss(
     ridge: float = 0.1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Divergence of the predictions, and distance of how the samples' logits point, one value for the batch.
+    """Divergence of the predictions, and distance of the directions of the samples' logits, one value for the batch.
 
         instances = T^2 * mean over samples of KL(softmax(t / T) || softmax(s / T))
         D = (S S' - Z Z') / C,  S and Z the logits of student and teacher, each sample divided by its L2 norm
@@ -116,7 +116,7 @@ def _distances(student: Tensor, teacher: Tensor, kept: Tensor | None, ridge: flo
 
 @register_loss("skd")
 class SKDLoss(BatchLoss):
-    """Divergence of the predictions, and distance of how the samples' logits point; see `skd_loss` for the formula.
+    """Divergence of the predictions, and distance of the directions of logits; see `skd_loss` for the formula.
 
     It exists for a whole batch only, so it has no reduction, and its mask selects samples.
 

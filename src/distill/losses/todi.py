@@ -28,7 +28,7 @@ _ROWS = Rows(_formula)
 
 
 def todi_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0, dim: int | None = None) -> Tensor:
-    """Forward and reverse divergence, mixed class by class as the teacher says more or less, one value per sample.
+    """Forward and reverse divergence, mixed for each class by which side gives it more, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T),  a_c = sigmoid(log p_c - log q_c), a constant in the gradient
         loss = sum_c [a_c p_c log(p_c / q_c) + (1 - a_c) q_c log(q_c / p_c)]

@@ -14,7 +14,7 @@ FAMILY = "maps"
 
 
 def token_similarity_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07) -> Tensor:
-    """Divergence between how like each token is to the others of its image, one value per sample.
+    """Divergence between the similarities of each token to the tokens of its image, one value per sample.
 
         p_i = softmax over j of cos(t_i, t_j) / T,  q_i = softmax over j of cos(s_i, s_j) / T
         loss = 1/L * sum_i KL(p_i || q_i)

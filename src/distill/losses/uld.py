@@ -36,9 +36,9 @@ def uld_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim:
     nothing in common. It is the Wasserstein distance of two distributions if every token is as far from each other one.
     It lies between 0 and 2, and has no factor T^2.
 
-    The positions are the caller's affair: the authors compare the k-th token of the student's answer with the k-th of
-    the teacher's, and cut the longer one. Give logits that are cut so, or better those of positions where tokens of
-    both end at the same place (`align_tokens`).
+    The two sides must have corresponding positions. The authors compare the k-th token of the student's answer with the
+    k-th of the teacher's, and cut the longer one. Give logits that are cut in this way, or better those of positions
+    where tokens of both end at the same place (`align_tokens`).
 
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are

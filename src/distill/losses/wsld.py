@@ -84,7 +84,7 @@ _ROWS = Rows(_formula, block=ordinary_rows(_formula, _block), labels=True, pays_
 def wsld_loss(
     student: Tensor, teacher: Tensor, target: Tensor | None, *, temperature: float = 2.0, dim: int | None = None
 ) -> Tensor:
-    """Cross-entropy under the teacher, weighted by how the student does on the label, one value per sample.
+    """Cross-entropy with the teacher, each sample weighted by how the student does on its label, one value per sample.
 
         p = softmax(t / T),  q = softmax(s / T),  y the target
         w = 1 - exp(-CE_s / (CE_t + 1e-7)),  CE_s = -log softmax(s)_y,  CE_t = -log softmax(t)_y

@@ -22,7 +22,7 @@ _ROWS = Rows(_formula)
 
 
 def wttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.2, dim: int | None = None) -> Tensor:
-    """The loss of `ttm_loss`, each sample weighted by how unsure the teacher is of it, one value per sample.
+    """`ttm_loss`, with each sample weighted by the teacher's uncertainty, one value per sample.
 
         p = softmax(t),  q = softmax(s),  r_c = p_c^gamma / sum_j p_j^gamma
         loss = (sum_j p_j^gamma) * KL(r || q)
