@@ -17,12 +17,8 @@ from twins import STEMS, find_contracts
 
 # Made of what the others show under inductor, which takes up to a minute for each of them.
 TRACED = {"ctkd", "fgd", "gram", "ofa", "queue_kl", "sdd", "sigmoid_kl", "skd", "srd", "token_similarity"}
-# What they compute depends on the number of samples: each batch size is compiled anew.
-ANEW = ["crd", "fsp", "rkd"]
-# As those, but each size takes inductor a quarter of a minute: it sees one, the other backend both.
-SLOW = ["review"]
-OTHERS = [stem for stem in STEMS if stem not in {*TRACED, *ANEW, *SLOW}]
-GROUPS = [*(OTHERS[i::5] for i in range(5)), ANEW, SLOW]
+OTHERS = [stem for stem in STEMS if stem not in TRACED]
+GROUPS = [OTHERS[i::6] for i in range(6)]
 
 pytestmark = [
     pytest.mark.compile,
@@ -50,9 +46,8 @@ def _quick_code():
 def test_inductor(stems):
     together = Together(stems, [next(find_contracts(stem)) for stem in stems], "inductor")
     together.check(0)
-    if stems is not SLOW:
-        together.check(1)
-        assert together.traces == (2 if stems is ANEW else 1), "a batch size is compiled anew: see ANEW"
+    together.check(1)
+    assert together.traces == 1, "a batch size is compiled anew"
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -61,8 +56,9 @@ def test_mask_and_a_changed_option(stem):
     alone = Together([stem], [first], "aot_eager")
     if stem in TRACED or not HAS_COMPILER:
         alone.check(0)
-    if stem in TRACED or stem in SLOW or not HAS_COMPILER:
+    if stem in TRACED or not HAS_COMPILER:
         alone.check(1)
+        assert alone.traces == 1, "a batch size is compiled anew"
     alone.check(1, masked=True)
     if alone.change_options():  # what is compiled must notice
         alone.check(1, masked=True)

@@ -101,9 +101,9 @@ def test_gradient():
 
 def test_contract():
     assert_loss_contract(
-        lambda **options: Levels(ReviewLoss((3, 3, 3), (5, 5, 5), mid_channels=4, **options)),
+        lambda **options: Levels(ReviewLoss((3, 3, 3), (4, 4, 4), mid_channels=5, **options)),
         shape=(6, 3, 6, 6),
-        teacher_shape=(6, 5, 7, 4),
+        teacher_shape=(6, 4, 7, 5),
         maps=True,
         meet=True,
     )

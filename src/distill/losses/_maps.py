@@ -125,7 +125,7 @@ def check_tuples(student: Any, teacher: Any, *, number: int | None = None) -> No
                 raise TypeError(f"{must}, got {type(item).__name__} at {index}")
         if len(maps) != (number or max(1, len(maps))):
             raise ValueError(f"{must}, got {len(maps)}")
-    if len(student) != len(teacher) or len({tensor.shape[:1] for tensor in (*student, *teacher)}) > 1:
+    if len(student) != len(teacher) or any(tensor.shape[:1] != student[0].shape[:1] for tensor in (*student, *teacher)):
         raise ValueError(
             "student and teacher must be maps (N, C, ...) of the same N, as many on both sides, "
             f"got {[tuple(tensor.shape) for tensor in student]} and {[tuple(tensor.shape) for tensor in teacher]}"

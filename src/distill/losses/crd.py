@@ -106,7 +106,7 @@ def _contrast(scores: Tensor, log_mean: Tensor, counted: Tensor | None) -> Tenso
     counted, `(N, 1 + K)`, is no score; a row has as many others as are counted in it, and a row with none is no row.
     """
     if counted is None:
-        excess = scores - log_mean - math.log(scores.shape[1] - 1)
+        excess = scores - log_mean - _log(scores.shape[1] - 1, scores)
         return -(F.logsigmoid(excess[:, 0]) + F.logsigmoid(-excess[:, 1:]).sum(1)).mean()
     others = counted[:, 1:].sum(1, keepdim=True)
     excess = scores - log_mean - others.clamp_min(1).to(scores.dtype).log()
@@ -117,8 +117,13 @@ def _contrast(scores: Tensor, log_mean: Tensor, counted: Tensor | None) -> Tenso
 def _log_mean(scores: Tensor, counted: Tensor | None = None) -> Tensor:
     scores = scores.detach()
     if counted is None:
-        return scores.flatten().logsumexp(0) - math.log(scores.numel())
+        return scores.flatten().logsumexp(0) - _log(scores.numel(), scores)
     return scores.masked_fill(~counted, -math.inf).flatten().logsumexp(0) - count(counted).to(scores.dtype).log()
+
+
+def _log(number: int, like: Tensor) -> float | Tensor:
+    """The logarithm of a size; `math.log` would make a graph of this size alone."""
+    return like.new_full((), number).log() if torch.compiler.is_compiling() else math.log(number)
 
 
 def _check_momentum(name: str, momentum: float) -> float:

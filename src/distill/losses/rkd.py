@@ -173,10 +173,14 @@ class _AngleLoss(torch.autograd.Function):
 
 def _blocks(student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Anchors, the cosines (anchor, j, k) of student and teacher, and what the student's were multiplied by."""
-    angles = _ANGLES_CPU if student.device.type == "cpu" else _ANGLES
-    step = max(1, angles // len(student) ** 2)
+    # Blocks that stay in cache. Not for a graph: it has each block once more, and a compiler keeps none of them whole.
+    cached = student.device.type == "cpu" and not torch.compiler.is_compiling()
+    angles = _ANGLES_CPU if cached else _ANGLES
+    n = len(student)
+    # Asked before anything is divided: as long as one block is enough, `torch.compile` needs one graph for all sizes.
+    step = n if n * n * n <= angles else max(1, angles // n**2)
     inverses = _inverse_root(student), _inverse_root(teacher)
-    for start in range(0, len(student), step):
+    for start in (0,) if step == n else range(0, n, step):
         anchors = slice(start, start + step)
         (ours, scale), (theirs, _) = map(_cosines, (student, teacher), inverses, (anchors, anchors))
         yield anchors, ours, theirs, scale
