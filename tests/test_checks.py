@@ -1,9 +1,13 @@
 """The parts that losses share, where the losses' own tests do not reach."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
-from distill._checks import check_pair, check_positive, without_autocast
+from distill import KLLoss, TopK, kl_loss
+from distill._checks import check_fraction, check_not_negative, check_pair, check_positive, without_autocast
 from distill._reduction import hide, reduce
 
 
@@ -28,6 +32,40 @@ def test_check_positive_names_the_option():
     assert check_positive("gamma", 0.5) == 0.5
     with pytest.raises(ValueError, match=r"gamma must be positive and finite, got -0\.5"):
         check_positive("gamma", -0.5)
+
+
+@pytest.mark.parametrize("value", ["4", None, True, [4.0], 4j])
+def test_an_option_that_is_no_number_is_named(value):
+    for check in (check_positive, check_not_negative, check_fraction):
+        with pytest.raises(TypeError, match=rf"gamma must be a number, got {re.escape(repr(value))}"):
+            check("gamma", value)
+    with pytest.raises(TypeError, match="temperature must be a number, got"):
+        kl_loss(torch.ones(2, 3), torch.ones(2, 3), temperature=value)
+
+
+def test_an_option_may_be_a_number_of_another_library_or_a_tensor_of_one():
+    assert check_positive("gamma", np.float32(0.5)) == 0.5
+    assert check_positive("gamma", torch.tensor(0.5)) == 0.5
+    with pytest.raises(ValueError, match=r"gamma must be one number, got a tensor of shape \(2,\)"):
+        check_positive("gamma", torch.ones(2))
+
+
+@pytest.mark.parametrize("dim", ["a", 1.0, True])
+def test_a_dim_that_is_no_integer_is_named(dim):
+    teacher = TopK.of(torch.zeros(2, 3), k=2)
+    for call in (
+        lambda: KLLoss(dim=dim),
+        lambda: kl_loss(torch.ones(2, 3), torch.ones(2, 3), dim=dim),
+        lambda: kl_loss(torch.ones(2, 3), teacher, temperature=1.0, dim=dim),
+    ):
+        with pytest.raises(TypeError, match=rf"dim must be an integer or None, got {dim!r}"):
+            call()
+
+
+def test_floats_of_8_bits_are_refused():
+    narrow = torch.ones(2, 3).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"teacher must have 16 bits or more a number, got torch.float8_e4m3fn"):
+        check_pair(torch.ones(2, 3), narrow, dim=-1)
 
 
 def test_mean_divides_by_the_sum_of_weights_even_when_it_is_below_one():

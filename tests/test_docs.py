@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ COMMAND_LINES = [
 def test_code_on_the_page_runs_and_prints_what_it_says(page, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
+    if "SwinModel" in text and int(version("transformers").split(".")[0]) < 5:
+        pytest.skip("what the page shows of models is what transformers 5 makes them of")
     names = {"__name__": "page"}
     with torch.random.fork_rng():
         for block in BLOCK.finditer(text):

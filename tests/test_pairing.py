@@ -25,6 +25,11 @@ def vit(*, layers=4, width=16, patch=8, side=32):
     return seeded(lambda: hf.ViTForImageClassification(config), seed=1)
 
 
+def layers_of(model):
+    """What the layers of a ViT are called: before transformers 5 otherwise, and they gave tuples."""
+    return "vit.layers" if hasattr(model.vit, "layers") else "vit.encoder.layer"
+
+
 def swin(**options):
     sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 2], "num_heads": [1, 2, 2]}
     config = hf.SwinConfig(**{**sizes, "window_size": 4, "num_labels": 5, **options})
@@ -113,8 +118,8 @@ def test_a_vit_is_cut_into_as_many_shares_as_a_resnet_has_stages():
     student, teacher = ResNet(), vit(layers=8)
     x, _ = images(side=32)
     pairs = pair_layers(student, teacher, x)
-    assert paths(pairs) == [(f"depth {k}/4", f"layer{k}", f"vit.layers.{2 * k - 1}") for k in range(1, 5)]
-    assert repr(pairs[0].teacher_adapter) == "TokensToMap(prefix=1, grid=None)"
+    assert paths(pairs) == [(f"depth {k}/4", f"layer{k}", f"{layers_of(teacher)}.{2 * k - 1}") for k in range(1, 5)]
+    assert "TokensToMap(prefix=1, grid=None)" in repr(pairs[0].teacher_adapter)
     assert pairs[0].compared[1] == (4, 16, 4, 4)
     check_trains(student, teacher, pairs, x)
 
@@ -123,12 +128,13 @@ def test_two_vits_of_one_grid_compare_tokens_and_of_others_maps():
     student, teacher = vit(layers=3, width=8), vit(layers=6)
     x, _ = images(side=32)
     pairs = pair_layers(student, teacher, x, shares=3)
-    assert paths(pairs) == [(f"depth {k}/3", f"vit.layers.{k - 1}", f"vit.layers.{2 * k - 1}") for k in (1, 2, 3)]
-    assert repr(pairs[0].student_adapter) == "Tokens(1)"
+    layer = layers_of(teacher)
+    assert paths(pairs) == [(f"depth {k}/3", f"{layer}.{k - 1}", f"{layer}.{2 * k - 1}") for k in (1, 2, 3)]
+    assert "Tokens(1)" in repr(pairs[0].student_adapter)
     assert pairs[0].compared == ((4, 16, 8), (4, 16, 16))
     check_trains(student, teacher, pairs, x)
     other = pair_layers(vit(patch=4), teacher, x)
-    assert repr(other[0].student_adapter) == "TokensToMap(prefix=1, grid=None)"
+    assert "TokensToMap(prefix=1, grid=None)" in repr(other[0].student_adapter)
     assert other[0].compared == ((4, 16, 8, 8), (4, 16, 4, 4))
 
 
@@ -139,7 +145,7 @@ def test_pictures_that_are_no_squares_give_their_grid():
     )  # fmt: skip
     teacher = seeded(lambda: hf.ViTModel(config), seed=1)
     pairs = pair_layers(ResNet(), teacher, torch.zeros(2, 3, 16, 32))
-    assert repr(pairs[0].teacher_adapter) == "TokensToMap(prefix=1, grid=(2, 4))"
+    assert "TokensToMap(prefix=1, grid=(2, 4))" in repr(pairs[0].teacher_adapter)
     assert pairs[-1].compared[1] == (2, 16, 2, 4)
 
 

@@ -72,7 +72,7 @@ def processes(tmp_path_factory):
 @pytest.mark.parametrize("page", ["distributed", "accelerate"])
 def test_two_processes_take_the_steps_of_one(processes, page):
     one, *two = processes
-    assert len(one[page]) == {"distributed": 5, "accelerate": 1}[page]
+    assert len(one[page]) == {"distributed": 5 if recipes_worker.HAS_FSDP2 else 2, "accelerate": 1}[page]
     for place, alone in enumerate(one[page]):
         loss = sum(process[page][place]["loss"] for process in two) / 2
         torch.testing.assert_close(loss, alone["loss"], rtol=1e-6, atol=1e-6)
@@ -90,6 +90,7 @@ def test_no_state_has_a_teacher_and_what_learns_is_in_it(processes):
         assert "losses.hint.regressor.weight" in process["distributed"][0]["state"]
 
 
+@pytest.mark.skipif(not recipes_worker.HAS_FSDP2, reason="PyTorch 2.5 shards on GPUs only")
 def test_the_teacher_is_sharded_after_its_forward_but_for_the_head_of_linear_loss(processes):
     _, *two = processes
     for process in two:

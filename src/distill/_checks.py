@@ -1,21 +1,40 @@
 """What must hold of options, pairs of tensors and labels: each check says what must hold, then what was got."""
 
 import math
+import numbers
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_NUMBERS = (float, int)  # to ask for these first costs a call of a loss next to nothing
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError if `value` is no number, which a bool is not, or ValueError if it is a tensor of several."""
+    if type(value) in _NUMBERS:
+        return
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
+    elif not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
 
 def check_positive(name: str, value: float) -> float:
-    """Return `value` if it is positive and finite, else raise ValueError that names the option."""
+    """Return `value` if it is positive and finite, else raise an error that names the option."""
+    if type(value) not in _NUMBERS:
+        check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
     return value
 
 
 def check_not_negative(name: str, value: float) -> float:
-    """Return `value` if it is zero or positive and finite, else raise ValueError that names the option."""
+    """Return `value` if it is zero or positive and finite, else raise an error that names the option."""
+    if type(value) not in _NUMBERS:
+        check_number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be zero or positive and finite, got {value!r}")
     return value
@@ -42,10 +61,19 @@ def check_integer(name: str, value: int) -> int:
 
 
 def check_fraction(name: str, value: float, *, zero: bool = False) -> float:
-    """Return `value` if it is between 0 and 1, or with `zero` also 0, else raise ValueError that names the option."""
+    """Return `value` if it is between 0 and 1, or with `zero` also 0, else raise an error that names the option."""
+    if type(value) not in _NUMBERS:
+        check_number(name, value)
     if not (0 < value < 1 or (zero and value == 0)):
         must = "at least 0 and below 1" if zero else "above 0 and below 1"
         raise ValueError(f"{name} must be {must}, got {value!r}")
+    return value
+
+
+def check_dim(value: int | None) -> int | None:
+    """Return a dimension if it is an integer or None, else raise TypeError."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError(f"dim must be an integer or None, got {value!r}")
     return value
 
 
@@ -86,6 +114,9 @@ def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
         raise ValueError(f"student and teacher must not be empty, got shape {tuple(empty.shape)}")
     if student.dtype == teacher.dtype == torch.float32:
         return torch.float32
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if tensor.dtype.itemsize < 2:
+            raise ValueError(f"{name} must have 16 bits or more a number, got {tensor.dtype}; .float() widens it")
     return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
 
 
@@ -132,6 +163,8 @@ def check_inputs(student: Tensor, teacher: Tensor, *, dim: int, columns: bool = 
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}{hint}"
         )
     dtype = check_kinds(student, teacher)
+    if type(dim) is not int:
+        check_dim(dim)
     if not -student.ndim <= dim < student.ndim:
         raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
     return dtype

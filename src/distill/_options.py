@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 from typing_extensions import override
 
-from distill._checks import check_flag
+from distill._checks import check_dim, check_flag
 from distill._reduction import check_reduction
 
 
@@ -26,6 +26,8 @@ class Options(nn.Module):
         if name == "gather":
             value = check_flag(name, value)
         check = self.options.get(name)
+        if name == "dim" and check is None:
+            value = check_dim(value)
         value = value if check is None else check(name, value)
         if name in self.built and self.__dict__.get(name, value) != value:
             raise ValueError(f"{name} made the layers and must stay {self.__dict__[name]!r}, got {value!r}")
@@ -33,7 +35,7 @@ class Options(nn.Module):
 
     def given(self) -> dict[str, Any]:
         """The options of the formula, as they are now."""
-        return {name: getattr(self, name) for name in self.options}
+        return {name: getattr(self, name) for name in type(self).options}  # as torch.export reads it too
 
     @override
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 from workers import needs_gloo, run_workers
 
@@ -23,13 +24,15 @@ def test_two_processes_get_the_gradients_of_one_on_the_joined_batch(tmp_path):
         torch.testing.assert_close(process["distiller"], single["distiller"])
         scale = single["distiller"]["losses.hint.scale"]
         torch.testing.assert_close(process["student"], {**student, "scale": scale})
-        for refused in ("refused", "refused sharded"):
+        for refused in {"refused", "refused sharded"} & process.keys():
             assert "the learned part of term 'hint' must get the gradients of all processes" in process[refused]
-        assert "calibrate before they are" in process["refused calibration"]
         for ours, whole in zip(process["calibrated"], single["calibrated"], strict=True):
             assert ours == pytest.approx(whole, rel=1e-5)
-        torch.testing.assert_close(process["sharded"], single["distiller"])
-        torch.testing.assert_close(process["as one"], single["distiller"])
+        if hasattr(torch.distributed.fsdp, "fully_shard"):  # from PyTorch 2.6 on
+            torch.testing.assert_close(process["sharded"], single["distiller"])
+            torch.testing.assert_close(process["as one"], single["distiller"])
+            assert "calibrate before they are" in process["refused calibration"]
+            assert "refused sharded" in process
         assert process["size"] == sum(gradient.numel() for gradient in single["distiller"].values())
     assert first["calibrated"] == second["calibrated"]
     assert "losses.hint.scale" in first["distiller"]

@@ -64,6 +64,15 @@ def test_a_compiled_student_is_no_other_model():
     distiller(*batch(), student=torch.compile(distiller.student, backend="eager"))
 
 
+def test_functional_gradients_are_those_of_backward():
+    distiller = Distiller(Net(), Net(seed=1), Term(HintLoss(8, 8), at="body"))
+    x, target = batch()
+    weights = dict(distiller.named_parameters())
+    found = torch.func.grad(lambda values: torch.func.functional_call(distiller, values, (x, target)).loss)(weights)
+    distiller(x, target).loss.backward()
+    torch.testing.assert_close(found, {name: weight.grad for name, weight in weights.items()})
+
+
 def test_parameters_that_come_to_be_shared_are_found():
     student, teacher = Net(), Net(seed=1)
     distiller = Distiller(student, teacher, LogitLoss())

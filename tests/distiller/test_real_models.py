@@ -23,6 +23,11 @@ def hf():
     return transformers
 
 
+def first(value):
+    """Before transformers 5 some layers give a tuple."""
+    return value[0] if isinstance(value, tuple) else value
+
+
 def seeded(build, *, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -217,7 +222,7 @@ def test_llama_teaches_llama_hidden_states_attention_and_logits(hf):
         llama(hf, 16, 2, seed=1),
         {
             "logits": KLLoss(),
-            "hidden": Term(HintLoss(8, 16), at=("model.layers.0", "model.layers.1")),
+            "hidden": Term(HintLoss(8, 16), at=("model.layers.0", "model.layers.1"), student=first, teacher=first),
             "norm": Term(HintLoss(8, 16), at=lambda out: out.hidden_states[-1]),
             "attention": Term(HintLoss(2, 2), at=(lambda out: out.attentions[0], lambda out: out.attentions[1])),
             "tapped": Term(
@@ -252,7 +257,7 @@ def test_bert_teaches_bert(hf):
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     inputs = {"input_ids": ids(2, 6), "attention_mask": mask, "output_attentions": True}
     terms = {
-        "hidden": Term(HintLoss(8, 16), at=("encoder.layer.0", "encoder.layer.1")),
+        "hidden": Term(HintLoss(8, 16), at=("encoder.layer.0", "encoder.layer.1"), student=first, teacher=first),
         "attention": Term(
             HintLoss(2, 2), at=adapt.Select("attentions"), student=adapt.Select(0), teacher=adapt.Select(1)
         ),
@@ -269,7 +274,8 @@ def test_gpt2_teaches_gpt2_with_its_own_loss_as_the_task(hf):
         return seeded(lambda: hf.GPT2LMHeadModel(config), seed=seed)
 
     tokens = ids(2, 6)
-    terms = {"logits": KLLoss(), "block": Term(HintLoss(8, 16), at=("transformer.h.0", "transformer.h.1"))}
+    at = ("transformer.h.0", "transformer.h.1")
+    terms = {"logits": KLLoss(), "block": Term(HintLoss(8, 16), at=at, student=first, teacher=first)}
     distiller = Distiller(gpt2(8, 1, 0), gpt2(16, 2, 1), terms, task_loss=None)
     student_loss = distiller.student.eval()(input_ids=tokens, labels=tokens).loss
     out = step(distiller, {"input_ids": tokens, "labels": tokens})

@@ -17,8 +17,8 @@ from models import batch
 
 try:
     from torch.distributed.fsdp import fully_shard
-except ImportError:  # PyTorch 2.5
-    from torch.distributed._composable.fsdp import fully_shard
+except ImportError:  # PyTorch 2.5 shards on GPUs only
+    fully_shard = None
 
 
 class Regressor(nn.Module):
@@ -88,13 +88,23 @@ def main(rank: int, world: int, folder: Path) -> None:
     distiller(inputs[mine], target[mine], student=student).loss.backward()
     replicated = {**gradients(distiller.student), "scale": distiller.losses["hint"].module.scale.grad.clone()}
 
+    state = {"distiller": whole, "student": replicated, "size": buckets, "terms": out.terms, "shares": shares}
+    state |= {"refused": refused, "calibrated": calibrated}
+    if fully_shard is not None:
+        state |= shard(inputs[mine], target[mine], batches, world)
+    torch.save(state, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def shard(inputs, target, batches, world):
+    """The gradients under FSDP2, and what it refuses."""
     # The student's layers sharded over the processes in place, and so must be the loss that learns.
     distiller = build()
     mesh = init_device_mesh("cpu", (world,))
     for layer in (distiller.student[0], distiller.student[2], distiller.student):
         fully_shard(layer, mesh=mesh)
     try:
-        distiller(inputs[mine], target[mine])
+        distiller(inputs, target)
     except ValueError as error:
         refused_sharded = str(error)
     try:
@@ -102,20 +112,17 @@ def main(rank: int, world: int, folder: Path) -> None:
     except ValueError as error:
         refused_calibration = str(error)
     fully_shard(distiller.losses["hint"], mesh=mesh)
-    distiller(inputs[mine], target[mine]).loss.backward()
+    distiller(inputs, target).loss.backward()
     sharded = {name: gradient.full_tensor() for name, gradient in gradients(distiller).items()}
 
     # All of it sharded as one.
     distiller = build()
     fully_shard(distiller, mesh=mesh)
-    distiller(inputs[mine], target[mine]).loss.backward()
+    distiller(inputs, target).loss.backward()
     as_one = {name: gradient.full_tensor() for name, gradient in gradients(distiller).items()}
 
-    state = {"distiller": whole, "student": replicated, "sharded": sharded, "as one": as_one, "size": buckets}
-    state |= {"terms": out.terms, "shares": shares, "refused": refused, "refused sharded": refused_sharded}
-    state |= {"calibrated": calibrated, "refused calibration": refused_calibration}
-    torch.save(state, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    refusals = {"refused sharded": refused_sharded, "refused calibration": refused_calibration}
+    return {"sharded": sharded, "as one": as_one, **refusals}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
 """Small language models, rows of tokens and a Trainer's arguments, for the tests of one and of several processes."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from distill import Distiller, HintLoss, KLLoss, Term
 
 VOCABULARY = 31
+needs_packing = pytest.mark.skipif(
+    find_spec("transformers.masking_utils") is None,
+    reason="this transformers keeps packed sequences apart in flash attention only",
+)
 
 
 def llama(width: int, *, seed: int = 0, tied: bool = False) -> LlamaForCausalLM:

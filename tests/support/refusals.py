@@ -1,6 +1,7 @@
 """What every loss refuses, and with which words: a part of the contract."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,13 @@ def check_later_options(loss: nn.Module) -> None:
         with pytest.raises(ValueError, match=rf"{name} must be .*, got {value!r}"):
             setattr(loss, name, value)
         assert getattr(loss, name) == before
+    for name in numbers:
+        for value in ("4", [4.0]) if isinstance(getattr(loss, name), bool) else ("4", [4.0], True):
+            with pytest.raises((TypeError, ValueError), match=rf"{name} must be .*, got {re.escape(repr(value))}"):
+                setattr(loss, name, value)
+    if hasattr(loss, "dim"):
+        with pytest.raises((TypeError, ValueError), match=r"dim must be .*, got 1\.0"):
+            loss.dim = 1.0
 
 
 def check_classes(loss: nn.Module, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill._checks import is_function
+from distill._checks import check_number, is_function
 
 
 def ask_losses(losses: Iterable[Any], *, student: nn.Module, teacher: Any) -> None:
@@ -74,6 +74,7 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _storage(tensor: Tensor) -> tuple[str, int]:
     """What tells whether two tensors are the same memory; tensors without memory of their own are told by identity."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+    plain = plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # as in torch.func.grad
     pointer = tensor.untyped_storage().data_ptr() if plain else 0
     return ("storage", pointer) if pointer else ("object", id(tensor))
 
@@ -171,6 +172,7 @@ def freeze(teacher: Any) -> bool:
 
 def update_average(teacher: Any, student: nn.Module, decay: float) -> None:
     """Move the teacher's parameters towards the student's, and copy the buffers."""
+    check_number("decay", decay)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be between 0 and 1, got {decay!r}")
     if not isinstance(teacher, nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill._checks import check_classes, check_tensor, may_look
+from distill._checks import check_classes, check_dim, check_tensor, may_look
 from distill._engine.blocks import block_by_autograd, redo
 from distill._merged import merge_rest
 from distill._reduction import check_mask
@@ -40,7 +40,7 @@ def ready_student(student: Tensor, topk: TopK, *, dim: int | None, mask: Tensor 
         raise ValueError(f"student must be floating-point, got {student.dtype}")
     if student.numel() == 0:
         raise ValueError(f"student must not be empty, got shape {tuple(student.shape)}")
-    if dim is not None and not -student.ndim <= dim < student.ndim:
+    if check_dim(dim) is not None and not -student.ndim <= dim < student.ndim:
         raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
     student = student.movedim(check_classes(student, dim=dim), -1)
     check_fits(topk, student.shape, student.device)

@@ -57,7 +57,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         self.prepare = prepare or self._prepare
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # `compute_loss` divides by itself
         self._terms: dict[str, Tensor] = {}
-        self._logged_step, self._hooked = 0, False
+        self._logged_step, self._hooked, self._micro_batches = 0, False, 1
 
     def _prepare(self, batch: dict[str, Any]) -> tuple[Any, ...]:
         shifts = bool(getattr(self, "_loss_shifts_labels", False))
@@ -66,6 +66,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro_batches = len(batches)  # fewer at the end of an epoch
         masks = [self.prepare(dict(batch))[2] for batch in batches]
         counts = [mask.float().sum() for mask in masks if isinstance(mask, Tensor)]
         if len(counts) < len(batches):
@@ -82,7 +83,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         questions = asked[0] if asked else None
         out = self.distiller(given, target, mask=mask, denominator=count, student=model, teacher_inputs=questions)
         # What is no mean over the count is averaged over the micro-batches and processes.
-        share = 1 / (self.current_gradient_accumulation_steps * self.args.world_size) if model.training else 1
+        share = 1 / (self._micro_batches * self.args.world_size) if model.training else 1
         loss = out.loss if count is not None else out.loss * share
         parts = {**self.distiller.losses, "task": self.distiller.task_loss}
         for name, value in out.losses.items():

@@ -214,7 +214,7 @@ class RowLoss(SampleLoss):
         if isinstance(teacher, TopK):
             self.refuse_topk(teacher)
         reduction = self.reduction if denominator is None else self.reduction_over(denominator)
-        value = self.rows.reduced(
+        value = type(self).rows.reduced(
             student, teacher, target, dim=self.dim, reduction=reduction, mask=mask, **self.given()
         )
         return value if denominator is None else divide(value, denominator)

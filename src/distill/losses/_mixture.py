@@ -57,7 +57,7 @@ def from_mixture(student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int
     q = torch.softmax(soften(student, temperature), dim)
     p = torch.softmax(soften(teacher, temperature), dim)
     difference = q - p
-    tiny = torch.finfo(p.dtype).tiny
+    tiny = 8 * torch.finfo(p.dtype).tiny  # so that 1 / tiny is below 1e307, from where some log1p give infinity
     if not of_student and share > _LITTLE:  # log(m / p) as it stands: to divide by a constant is the cheaper way
         scale, terms = of_teacher, torch.log1p(difference / ((p + tiny) / (1 - share))) * -p
     else:

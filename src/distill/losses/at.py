@@ -5,6 +5,7 @@ import math
 from torch import Tensor
 from typing_extensions import override
 
+from distill._checks import check_number
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
@@ -83,6 +84,7 @@ def _attention(maps: Tensor, p: float) -> Tensor:
 
 
 def _check_p(name: str, value: float) -> float:
+    check_number(name, value)
     if not 1 <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least 1, got {value!r}")
     return value

@@ -78,7 +78,7 @@ def hint_loss(student: Tensor, teacher: Tensor, *, dim: int | None = None, posit
 
 
 def _check_dim(name: str, value: int | None) -> int | None:
-    if value not in (None, 1, -1):
+    if value not in (None, 1, -1) or (value is not None and type(value) is not int):
         raise ValueError(f"{name} must be 1 for maps, -1 for vectors, or None, got {value!r}")
     return value
 

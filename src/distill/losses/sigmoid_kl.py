@@ -186,5 +186,5 @@ class SigmoidKLLoss(RowLoss):
             return super().forward(student, teacher, target, mask=mask, denominator=denominator)
         reduction = self.reduction_over(denominator)
         student, teacher, dim = _apart(student, teacher, self.dim)
-        value = self.rows.reduced(student, teacher, dim=dim, reduction=reduction, mask=mask, **self.given())
+        value = type(self).rows.reduced(student, teacher, dim=dim, reduction=reduction, mask=mask, **self.given())
         return divide(value, denominator)

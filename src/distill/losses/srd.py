@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_tensors, make_ready, without_autocast
+from distill._checks import check_count, check_number, check_tensors, make_ready, without_autocast
 from distill._reduction import hide
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
@@ -75,6 +75,7 @@ def srd_loss(student: Tensor, teacher: Tensor, *, power: float = 4.0, mask: Tens
 
 
 def _check_power(name: str, value: float) -> float:
+    check_number(name, value)
     if not 1 <= value < float("inf"):
         raise ValueError(f"{name} must be at least 1 and finite, got {value!r}")
     return value
