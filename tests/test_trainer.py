@@ -93,6 +93,7 @@ def test_a_linear_loss_forms_no_logits_and_takes_the_same_step(tmp_path):
         torch.testing.assert_close(moved[name], 0.1 * parameter.grad, rtol=1e-4, atol=2e-7)
 
 
+@pytest.mark.filterwarnings("ignore:You are using .torch.load:FutureWarning")  # transformers' own, on PyTorch 2.5
 def test_what_learns_is_trained_saved_and_resumed_and_terms_are_logged(tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
     torch.manual_seed(0)

@@ -65,8 +65,9 @@ def test_a_compiled_student_is_no_other_model():
 
 
 def test_functional_gradients_are_those_of_backward():
-    distiller = Distiller(Net(), Net(seed=1), Term(HintLoss(8, 8), at="body"))
-    x, target = batch()
+    student, teacher = nn.Sequential(nn.Linear(4, 5)), nn.Sequential(nn.Linear(4, 5))
+    distiller = Distiller(student, teacher, {"kl": KLLoss(), "hint": Term(HintLoss(5, 5), at="0")})
+    x, target = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 4, 2])
     weights = dict(distiller.named_parameters())
     found = torch.func.grad(lambda values: torch.func.functional_call(distiller, values, (x, target)).loss)(weights)
     distiller(x, target).loss.backward()

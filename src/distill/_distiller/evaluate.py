@@ -39,7 +39,8 @@ def find_tensor(result: Any, output: Callable[[Any], Any] | None) -> Any:
     tensor = _logits(result) if output is None else output(result)
     if not isinstance(tensor, (Tensor, TopK)):
         what = "output= must give a tensor" if output else "a model's output must be a tensor or have .logits"
-        got = type(tensor if output else result).__name__
+        found = tensor if output else result
+        got = f"{type(found).__name__} of {[*found]}" if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(f"{what}, got {got}; output= takes a function that finds the tensor in it")
     return tensor
 

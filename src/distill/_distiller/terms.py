@@ -298,9 +298,10 @@ def adapted(value: Any, adapter: Adapter | None) -> Any:
         return adapter(value)
     for part in value if isinstance(value, (tuple, list)) and not hasattr(value, "_fields") else (value,):
         if not isinstance(part, (Tensor, TopK)):
+            where = "" if part is value else f"{type(value).__name__} with "
             raise ValueError(
-                f"what is compared must be a tensor or a tuple of tensors, got {type(part).__name__}; an adapter can "
-                "take it apart (adapt.Select), or tap a module inside it"
+                f"what is compared must be a tensor or a tuple of tensors, got {where}{type(part).__name__}; an "
+                "adapter can take it apart (adapt.Select), or tap a module inside it"
             )
     return value
 
