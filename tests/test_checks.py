@@ -62,6 +62,12 @@ def test_a_dim_that_is_no_integer_is_named(dim):
             call()
 
 
+def test_what_is_not_dense_is_refused():
+    dense = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"must be dense \(torch.strided\), got torch.sparse_coo and torch.strided"):
+        kl_loss(dense.to_sparse(), dense)
+
+
 def test_floats_of_8_bits_are_refused():
     narrow = torch.ones(2, 3).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"teacher must have 16 bits or more a number, got torch.float8_e4m3fn"):

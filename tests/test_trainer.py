@@ -11,6 +11,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from accelerate.state import AcceleratorState  # noqa: E402
 from transformers import LlamaForCausalLM, Trainer  # noqa: E402
 
 from distill import Distiller, DISTLoss, HintLoss, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
@@ -19,6 +20,12 @@ from language_models import VOCABULARY, arguments, build, llama, needs_packing, 
 from workers import run_workers  # noqa: E402
 
 WORKER = Path(__file__).parent / "support/tokens_worker.py"
+
+
+@pytest.fixture(autouse=True)
+def _forget_precision():
+    """Some versions of accelerate keep the mixed precision of the first Trainer for all others."""
+    AcceleratorState._reset_state()
 
 
 def change(distiller, before):

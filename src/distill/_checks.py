@@ -107,6 +107,11 @@ def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
     """Check what does not depend on the shapes, and return the dtype in which the loss is computed."""
     if not (student.is_floating_point() and teacher.is_floating_point()):
         raise ValueError(f"student and teacher must be floating-point, got {student.dtype} and {teacher.dtype}")
+    if not student.layout is teacher.layout is torch.strided:
+        raise ValueError(
+            f"student and teacher must be dense (torch.strided), got {student.layout} and {teacher.layout}; "
+            ".to_dense() makes a sparse tensor so, .values() a nested one"
+        )
     if student.device != teacher.device:
         raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
     if student.numel() == 0 or teacher.numel() == 0:

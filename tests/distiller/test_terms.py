@@ -160,7 +160,7 @@ def test_rejects_a_tensor_as_a_weight_set_later():
 def test_rejects_what_is_no_tensor_with_the_way_out():
     distiller = Distiller(Heads(), Heads(seed=1), {"a": Term(LogitLoss(), at="")}, task_loss=None)
     with pytest.raises(
-        ValueError, match=r"term 'a', student side: what is compared must be a tensor.*got tuple with dict.*Select"
+        ValueError, match=r"term 'a', student side: what is compared must be a tensor.*got dict.*Select"
     ):
         distiller(batch()[0])
 

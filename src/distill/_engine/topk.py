@@ -40,7 +40,8 @@ def ready_student(student: Tensor, topk: TopK, *, dim: int | None, mask: Tensor 
         raise ValueError(f"student must be floating-point, got {student.dtype}")
     if student.numel() == 0:
         raise ValueError(f"student must not be empty, got shape {tuple(student.shape)}")
-    if check_dim(dim) is not None and not -student.ndim <= dim < student.ndim:
+    check_dim(dim)
+    if dim is not None and not -student.ndim <= dim < student.ndim:
         raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
     student = student.movedim(check_classes(student, dim=dim), -1)
     check_fits(topk, student.shape, student.device)

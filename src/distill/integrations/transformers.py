@@ -69,7 +69,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         self._micro_batches = len(batches)  # fewer at the end of an epoch
         masks = [self.prepare(dict(batch))[2] for batch in batches]
         counts = [mask.float().sum() for mask in masks if isinstance(mask, Tensor)]
-        if len(counts) < len(batches):
+        if not counts or len(counts) < len(batches):  # some versions ask once more at the end of an epoch
             return batches, None
         return batches, self.accelerator.reduce(torch.stack(counts).sum().to(device))
 
