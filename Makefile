@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+TRITON := .venv/triton
 
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -9,13 +10,14 @@ export TMPDIR := $(CURDIR)/.venv/tmp
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo examples reproduce test coverage mutants lint docs bench format wheel release clean
+.PHONY: help demo examples reproduce test triton coverage mutants lint docs bench format wheel release clean
 
 help:
 	@echo "make demo    distil a small ResNet on handwritten digits, in less than a minute"
 	@echo "make examples  a classifier, a sentence encoder and a language model, each with a smaller student: minutes; fetches 120 MB"
 	@echo "make reproduce  the published CIFAR table: hours on a GPU, weeks on a CPU; stops and goes on"
 	@echo "make test    the tests, all of them"
+	@echo "make triton  the kernels for GPUs, in Triton's interpreter; on Linux"
 	@echo "make coverage  the tests that cover src, slower: each line must run"
 	@echo "make mutants  how many faults put into src on purpose the tests find: an hour; stops and goes on"
 	@echo "make lint    ruff and mypy"
@@ -47,6 +49,23 @@ examples: $(READY)
 # Two workers, each with one thread, so that two cores are never asked for more.
 test: $(READY)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal
+
+# An environment of its own, which has what .venv has, and Triton: with Triton, PyTorch looks for a GPU wherever it traces.
+$(TRITON)/ready: $(READY) .ci/triton.txt
+	rm -rf $(TRITON)
+	$(BIN)/python -m venv --without-pip $(TRITON)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> "$$($(TRITON)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+	$(BIN)/python -m pip --python $(TRITON)/bin/python install --quiet --requirement .ci/triton.txt
+	touch $@
+
+ifeq ($(shell uname -s),Linux)
+triton: $(TRITON)/ready
+	OMP_NUM_THREADS=1 $(TRITON)/bin/python -m pytest tests/engine/test_triton.py
+else
+triton:
+	@echo "Triton is for Linux: the kernels for GPUs are not tested here."
+endif
 
 # What is traced and the study would take much longer than without coverage, and cover nothing that the others do not.
 coverage: $(READY)
