@@ -6,8 +6,10 @@ seed, as many of each operator. Survivors are listed; each gets a test, or a rea
 
     python benchmarks/mutants.py --mutants 330 --jobs 2 --out docs/results/mutants
 
-The tests marked compile, subprocess and study are left out, and so is Triton. What was measured is kept in `--work` and
-`--out`: the same command goes on where it was stopped.
+The tests marked compile, subprocess and study are left out, and so is Triton. `reasons.csv` in `--out` says why a
+mutant may survive. What was measured is kept in `--work`: the same command goes on where it was stopped. Where a test
+has changed, the survivors are run again; where the source has, all are. A change of the source leaves the rest of the
+draw as it is.
 """
 
 from __future__ import annotations
@@ -15,28 +17,28 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
+import hashlib
 import os
-import random
-import re
+import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import coverage
 
+from forked import Forked, failed
 from mutation import Mutant, mutants
 
 ROOT = Path(__file__).resolve().parents[1]
-_SOUND = set[str]()  # tests that were seen to pass without a mutant
 MARKS = "not compile and not subprocess and not study"
-FIELDS = ["file", "line", "operator", "change", "verdict", "tests", "seconds"]
+NAMES = ["file", "line", "operator", "code", "change"]  # what names a mutant
+FIELDS = [*NAMES, "verdict", "tests", "seconds", "found by"]
 FIRST = 40  # tests that are tried first; only a mutant that survives them meets all that run its line
 
 
@@ -47,20 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time, each with one thread")
     parser.add_argument("--only", default="", help="a part of the path of the files to change")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds of a mutant; more decides nothing")
-    parser.add_argument("--work", type=Path, default=ROOT / ".mutants", help="keeps the coverage")
+    parser.add_argument("--limit", type=float, default=60.0, help="processor seconds of a mutant, and 0.3 a test")
+    parser.add_argument("--work", type=Path, default=ROOT / ".mutants", help="keeps what was measured")
     parser.add_argument("--out", type=Path, required=True, help="folder of mutants.csv and mutants.md")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    tests = which_tests(options.work / "coverage")
     chosen = draw(options.mutants, options.seed, options.only)
-    table = options.out / "mutants.csv"
-    done = read(table)
-    left = [pair for pair in chosen if key(*pair) not in done]
+    table = options.work / f"{digest('src')}.csv"
+    data = options.work / f"{digest('src', 'tests')}.coverage"
+    done = {key: row for key, row in read(table).items() if data.exists() or row["verdict"].startswith("found")}
+    tests = which_tests(data)
+    left = [pair for pair in chosen if name(*pair) not in done]
     print(f"{len(chosen)} mutants, {len(left)} to run", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool, tempfile.TemporaryDirectory() as folder:
-        copies = [copy_tree(Path(folder) / str(n)) for n in range(options.jobs)]
+        copies = copy_tree(Path(folder), options.jobs)
 
         def work(pair: tuple[Path, Mutant]) -> dict[str, Any]:
             copy = copies.pop()
@@ -70,12 +73,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 copies.append(copy)
 
         for row in pool.map(work, left):
-            done[row["file"], str(row["line"]), row["operator"], row["change"]] = row
-            write(table, [done[key(*pair)] for pair in chosen if key(*pair) in done])
+            done[tuple(str(row[field]) for field in NAMES)] = row
+            write(table, [done[name(*pair)] for pair in chosen if name(*pair) in done])
             print(*(row[field] for field in FIELDS), sep="  ", flush=True)
-    rows = [done[key(*pair)] for pair in chosen]
-    (options.out / "mutants.md").write_text(report(rows), encoding="utf-8")
-    print(report(rows))
+        rows = [done[name(*pair)] for pair in chosen]
+        check_sound(copies[0], rows, options.limit)
+        for copy in copies:
+            copy.close()
+    write(options.out / "mutants.csv", rows)
+    text = report(rows, read_reasons(options.out / "reasons.csv"), sys.argv[1:] if arguments is None else arguments)
+    (options.out / "mutants.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def digest(*folders: str) -> str:
+    """Name what the files of some folders contain."""
+    found = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def which_tests(data: Path) -> coverage.CoverageData:
@@ -96,12 +112,11 @@ def draw(count: int, seed: int, only: str) -> list[tuple[Path, Mutant]]:
     """Draw mutants of all operators in turn, so that the rare ones that matter are among them."""
     by_operator = collections.defaultdict(list)
     for path in sorted((ROOT / "src/distill").rglob("*.py")):
-        if path.name not in ("triton.py", "__init__.py") and only in str(path.relative_to(ROOT)):
+        if path.stem not in ("triton", "triton_topk", "__init__") and only in str(path.relative_to(ROOT)):
             for mutant in mutants(path.read_text(encoding="utf-8")):
                 by_operator[mutant.operator].append((path.relative_to(ROOT), mutant))
-    generator = random.Random(seed)
-    for group in by_operator.values():
-        generator.shuffle(group)
+    for group in by_operator.values():  # in an order that a change of another place leaves as it is
+        group.sort(key=lambda pair: hashlib.sha256(repr((seed, pair[0].name, name(*pair)[2:])).encode()).digest())
     chosen: list[tuple[Path, Mutant]] = []
     while len(chosen) < count and any(by_operator.values()):
         for operator in sorted(by_operator):
@@ -110,40 +125,46 @@ def draw(count: int, seed: int, only: str) -> list[tuple[Path, Mutant]]:
     return chosen
 
 
-def key(path: Path, mutant: Mutant) -> tuple[str, str, str, str]:
-    """What names a mutant in the table."""
+def name(path: Path, mutant: Mutant) -> tuple[str, ...]:
+    """What names a mutant in the table: the values of `NAMES`."""
     source = (ROOT / path).read_text(encoding="utf-8")
-    return path.as_posix(), str(mutant.line), mutant.operator, mutant.show(source)
+    return path.as_posix(), str(mutant.line), mutant.operator, mutant.code(source), mutant.show(source)
 
 
-def copy_tree(folder: Path) -> Path:
-    """Copy what git knows."""
+def copy_tree(folder: Path, count: int) -> list[Forked]:
+    """Copy what git knows, compiled, and start a process in each copy."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for name in filter(None, listed.split("\0")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    return folder
+    first = folder / "0"
+    for file in filter(None, listed.split("\0")):
+        (first / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, first / file)
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(first / "src")}
+    subprocess.run(command, check=True, cwd=first, env=environment, stdout=subprocess.DEVNULL)
+    for number in range(1, count):
+        shutil.copytree(first, folder / str(number))  # with the times of the files, so that what is compiled is valid
+    return [Forked(folder / str(number)) for number in range(count)]
 
 
-def run_mutant(copy: Path, path: Path, mutant: Mutant, tests: coverage.CoverageData, limit: float) -> dict[str, Any]:
+def run_mutant(copy: Forked, path: Path, mutant: Mutant, tests: coverage.CoverageData, limit: float) -> dict[str, Any]:
     """Put a mutant into the copy, run the tests of its line until one fails, and take it out."""
     source = (ROOT / path).read_text(encoding="utf-8")
     first, others = select(tests, path, mutant.line)
-    start = time.monotonic()
-    (copy / path).write_text(mutant.apply(source), encoding="utf-8")
+    changed = copy.folder / path
+    for compiled in (changed.parent / "__pycache__").glob(f"{changed.stem}.*"):
+        compiled.unlink()  # nothing compiles it again: it is never read in place of what was changed
+    seconds = copy.seconds
+    changed.write_text(mutant.apply(source), encoding="utf-8")
     try:
         verdict, ran = "survived" if first else "no test", 0
         for part in (first, others):
             if part and verdict == "survived":
-                verdict, ran = run_tests(copy, part, limit), ran + len(part)
+                verdict, ran = copy.run(part, limit + 0.3 * len(part)), ran + len(part)
     finally:
-        (copy / path).write_text(source, encoding="utf-8")
-    if verdict == "found":
-        check_sound(copy, limit)
-    file, line, operator, change = key(path, mutant)
-    seconds = f"{time.monotonic() - start:.1f}"
-    values = [file, int(line), operator, change, verdict, ran, seconds]
-    return dict(zip(FIELDS, values, strict=True))
+        changed.write_text(source, encoding="utf-8")
+    seconds = copy.seconds - seconds
+    by = min(failed(copy.output()), default="") if verdict == "found" else ""
+    return dict(zip(FIELDS, [*name(path, mutant), verdict, ran, f"{seconds:.1f}", by], strict=True))
 
 
 def select(tests: coverage.CoverageData, path: Path, line: int) -> tuple[list[str], list[str]]:
@@ -160,46 +181,27 @@ def select(tests: coverage.CoverageData, path: Path, line: int) -> tuple[list[st
     return first, [name for name in ids if name not in set(first)]
 
 
-def run_tests(copy: Path, ids: Sequence[str], limit: float) -> str:
-    """Run tests in a process of their own until one fails."""
-    listed = copy / "ids.txt"
-    listed.write_text("\n".join(ids), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "@ids.txt"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment["PYTHONPATH"] = str(copy / "src")
-    with (copy / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=copy, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return "time"
-    if code == 0:
-        return "survived"
-    if code == 1:
-        return "found"
-    text = (copy / "output.txt").read_text(errors="replace")
-    return "found (import)" if "Error" in text else f"exit {code}"
+def check_sound(copy: Forked, rows: Sequence[Mapping[str, Any]], limit: float) -> None:
+    """Raise SystemExit if a test that found a mutant fails without one, too: it would find any."""
+    tests = sorted({row["found by"] for row in rows} - {""})
+    if tests and copy.run(tests, limit + len(tests)) != "survived":
+        raise SystemExit(f"these tests fail without any mutant: {', '.join(failed(copy.output()))}")
 
 
-def check_sound(copy: Path, limit: float) -> None:
-    """Raise SystemExit if what has just failed fails without the mutant, too: it would find any."""
-    output = (copy / "output.txt").read_text(errors="replace")
-    failed = set(re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)) - _SOUND
-    if failed and run_tests(copy, sorted(failed), limit) != "survived":
-        raise SystemExit(f"these tests fail without any mutant: {', '.join(sorted(failed))}")
-    _SOUND.update(failed)
-
-
-def read(table: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
+def read(table: Path) -> dict[tuple[str, ...], dict[str, Any]]:
     """Read what an earlier run measured."""
     if not table.exists():
         return {}
     with table.open(encoding="utf-8", newline="") as file:
-        return {(row["file"], row["line"], row["operator"], row["change"]): row for row in csv.DictReader(file)}
+        return {tuple(row[field] for field in NAMES): row for row in csv.DictReader(file)}
+
+
+def read_reasons(table: Path) -> dict[tuple[str, ...], str]:
+    """Read why mutants may survive: by file, code and change, so that lines may move."""
+    if not table.exists():
+        return {}
+    with table.open(encoding="utf-8", newline="") as file:
+        return {(row["file"], row["code"], row["change"]): row["reason"] for row in csv.DictReader(file)}
 
 
 def write(table: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -212,20 +214,26 @@ def write(table: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     partial.replace(table)
 
 
-def report(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table by operator, and the survivors."""
+def report(rows: Sequence[Mapping[str, Any]], reasons: Mapping[tuple[str, ...], str], arguments: Sequence[str]) -> str:
+    """Return the table by operator, and the survivors with the reason of each."""
     counted: dict[str, collections.Counter[bool]] = collections.defaultdict(collections.Counter)
     for row in rows:
         counted[row["operator"]][row["verdict"].startswith("found")] += 1
     lines = ["| operator | mutants | found |", "|---|---|---|"]
-    lines += [f"| {name} | {sum(count.values())} | {count[True]} |" for name, count in sorted(counted.items())]
+    lines += [f"| {operator} | {sum(count.values())} | {count[True]} |" for operator, count in sorted(counted.items())]
     found = sum(count[True] for count in counted.values())
-    lines += [f"| all | {len(rows)} | {found} |", "", "Not found:", ""]
-    lines += [
-        f"- `{row['file']}:{row['line']}` {row['operator']}: `{row['change']}` ({row['verdict']})"
-        for row in rows
-        if not row["verdict"].startswith("found")
-    ]
+    lines += [f"| all | {len(rows)} | {found} |", ""]
+    survivors = [row for row in rows if not row["verdict"].startswith("found")]
+    explained = [reasons.get((row["file"], row["code"], row["change"]), "") for row in survivors]
+    lines += [f"{len(survivors)} were not found; {sum(map(bool, explained))} of them have a reason:", ""]
+    for row, reason in zip(survivors, explained, strict=True):
+        place = f"`{row['file'].removeprefix('src/distill/')}:{row['line']}`"
+        verdict = "" if row["verdict"] == "survived" else f" ({row['verdict']})"
+        lines += [f"- {place} `{row['code']}`: `{row['change']}`{verdict}. {reason or '**No reason yet.**'}"]
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    versions = f"Python {platform.python_version()}, PyTorch {metadata.version('torch')}"
+    command = f"python benchmarks/mutants.py {' '.join(arguments)}"
+    lines += ["", f"Run as `{command}`, revision {described.stdout.strip()}, {versions}."]
     return "\n".join(lines) + "\n"
 
 

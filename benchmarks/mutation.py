@@ -30,6 +30,12 @@ class Mutant:
         """Return the source with the change made."""
         return source[: self.start] + self.text + source[self.stop :]
 
+    def code(self, source: str) -> str:
+        """Return the line of the change, with the place in guillemets."""
+        begin, end = source.rfind("\n", 0, self.start) + 1, source.find("\n", self.stop)
+        parts = source[begin : self.start], "«", source[self.start : self.stop], "»", source[self.stop : end]
+        return " ".join("".join(parts).split())
+
     def show(self, source: str) -> str:
         """Return the change as a person reads it, on one line."""
         before = " ".join(source[self.start : self.stop].split())

@@ -95,6 +95,13 @@ def test_leaves_the_model_as_it_was():
         assert torch.equal(buffer, values[name]), name
 
 
+def test_builds_no_graph():
+    model, seen = nn.Linear(8, 3), []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    tap_shapes(model, torch.ones(2, 8))
+    assert seen == [False]
+
+
 def test_takes_inputs_as_the_distiller_does_and_names_what_is_no_tensor():
     x = batch()[0]
     assert tap_shapes(nn.Bilinear(6, 6, 3), (x, x))[""].shape == (4, 3)

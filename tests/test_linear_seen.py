@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from distill import Distiller, KLLoss, LinearCrossEntropyLoss, LinearLogitLoss, LinearLoss, Term
+from distill.losses import _seen
 from language_models import VOCABULARY, llama
 
 TOKENS = torch.arange(1, 13).view(2, 6)
@@ -127,6 +128,14 @@ def build(after, at="norm", **options):
     )
 
 
+def test_a_factor_is_found_where_squares_overflow_half_precision():
+    distiller = build(lambda logits: 2 * logits).half()
+    with torch.no_grad():
+        distiller.student.head.weight *= 1000
+    with pytest.raises(ValueError, match="those of the student are 2 times those of its head"):
+        distiller(torch.ones(3, 4, 5, dtype=torch.half))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_no_change_after_the_head_passes(dtype):
     x = torch.randn(3, 4, 5, dtype=dtype)
@@ -156,10 +165,14 @@ def test_a_soft_cap_is_found_once_logits_are_large():
             distiller(small)
 
 
+def test_a_slight_soft_cap_is_told_from_noise():
+    logits, noise = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    assert _seen._is_curve(30 * torch.tanh(2 * logits / 30), 2 * logits, 1e-3)
+    assert not _seen._is_curve(2 * logits + 1e-2 * noise, 2 * logits, 1e-3)
+
+
 def test_it_is_asked_at_calls_1_2_4_8(monkeypatch):
     distiller, x, calls = build(lambda logits: logits), torch.randn(3, 4, 5), []
-    from distill.losses import _seen
-
     monkeypatch.setattr(_seen, "_difference", lambda *args: calls.append(args))
     for _ in range(9):
         distiller(x)

@@ -1,5 +1,7 @@
 """The changes of a mutation run are those that it names, and nothing that no test could see."""
 
+from forked import failed
+from mutants import report
 from mutation import mutants
 
 SOURCE = '''
@@ -50,3 +52,21 @@ def test_a_change_is_found_at_the_line_where_its_statement_begins():
         mutant for mutant in mutants(SOURCE) if mutant.operator == "sign" and mutant.start > SOURCE.index("dim - 1")
     ]
     assert SOURCE.splitlines()[last.line - 1].startswith("    return temperature**2")
+
+
+def test_a_survivor_is_named_by_its_line_and_shown_with_its_reason():
+    codes = [mutant.code(SOURCE) for mutant in mutants(SOURCE) if mutant.operator == "sign"]
+    assert codes == ["return temperature**2 * (p * (s «-» t)).sum(", "dim «-» 1"]
+    row = {"file": "src/distill/losses/kl.py", "line": 3, "operator": "sign", "code": codes[1], "change": "- -> +"}
+    rows = [{**row, "verdict": verdict} for verdict in ("found", "survived", "time")]
+    text = report(rows, {("src/distill/losses/kl.py", codes[1], "- -> +"): "Because."}, ["--seed", "0"])
+    assert "| sign | 3 | 1 |" in text
+    assert "2 were not found; 2 of them have a reason:" in text
+    assert "- `losses/kl.py:3` `dim «-» 1`: `- -> +`. Because." in text
+    assert "2 were not found; 0 of them have a reason:" in (unknown := report(rows, {}, []))
+    assert "**No reason yet.**" in unknown
+
+
+def test_the_tests_that_failed_are_read_from_what_pytest_prints():
+    printed = "FAILED tests/a.py::test_b[x y] - AssertionError\nERROR tests/c.py\n1 failed in 3s"
+    assert failed(printed) == {"tests/a.py::test_b[x y]", "tests/c.py"}

@@ -48,6 +48,11 @@ def test_matches_the_definition(name, k):
     assert torch.equal(function(student, topk, temperature=T, **DIVERGENCES[name][0]), values)
 
 
+def test_a_student_that_gives_the_rest_nothing_is_infinitely_far_from_a_teacher_that_does():
+    student, teacher = torch.tensor([[0.0, 1.0, -INF, -INF]]), torch.tensor([[0.0, 0.0, -10.0, -10.0]])
+    assert KLLoss(temperature=1.0)(student, TopK.of(teacher, 2)) == INF
+
+
 @both_forms
 @each
 def test_gradient(name):

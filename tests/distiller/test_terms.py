@@ -110,6 +110,17 @@ def test_teachers_adapter_is_a_constant_that_follows_the_teacher():
     assert norm.running_mean.dtype == torch.float64
 
 
+def test_teachers_adapter_builds_no_graph():
+    seen = []
+
+    def adapter(features):
+        seen.append(torch.is_grad_enabled())
+        return features
+
+    Distiller(Net(), Net(seed=1), Term(LogitLoss(), at="body", teacher=adapter))(*batch())
+    assert seen == [False]
+
+
 def test_adapters_take_what_no_loss_takes_apart():
     class Pair(Net):
         def forward(self, x):

@@ -1,5 +1,6 @@
 """LinearLogitLoss in blocks: gradients that are formed together with the values."""
 
+import functools
 import itertools
 
 import pytest
@@ -68,6 +69,7 @@ def test_differentiates_twice(small_blocks, reduction):
 
         assert torch.autograd.gradcheck(call, (student, weight, column))
         assert torch.autograd.gradgradcheck(call, (student, weight, column))
+    assert torch.autograd.gradgradcheck(functools.partial(call, column=None), (student, weight))
 
 
 def test_logits_are_formed_once(small_blocks, monkeypatch):

@@ -208,3 +208,10 @@ def test_rejects_bad_weights(name, weight):
 
 def test_repr_shows_options():
     assert repr(RKDLoss(1.0, 2.0)) == "RKDLoss(distance_weight=1.0, angle_weight=2.0)"
+
+
+def test_as_many_anchors_at_a_time_as_fit(monkeypatch):
+    squares = torch.ones(6, 6)
+    for angles, steps in ((2 * 36, [2, 2, 2]), (36, [1] * 6), (5, [1] * 6), (5 * 36 + 35, [5, 1])):
+        monkeypatch.setattr(rkd, "_ANGLES_CPU", angles)
+        assert [len(ours) for _, ours, _, _ in rkd._blocks(squares, squares)] == steps
