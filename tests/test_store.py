@@ -255,6 +255,15 @@ def test_an_answer_belongs_to_one_augmented_view(tmp_path):
         asked([2, 0])
 
 
+def test_any_pairs_may_be_stored(tmp_path):
+    pairs, rows = [[7, 5], [0, 5], [3, 1]], random(3, 5)
+    asked = write(tmp_path, pairs, rows)
+    torch.testing.assert_close(asked([[3, 1], [7, 5], [0, 5]]), rows[[2, 0, 1]])
+    assert asked.ids().tolist() == sorted(pairs)
+    with pytest.raises(KeyError, match=r"every sample must be stored, got \[7, 1\]"):
+        asked([[7, 1]])
+
+
 def test_another_model_vocabulary_or_temperature_is_refused_with_both_values(tmp_path):
     model, other = nn.Linear(3, 20), nn.Linear(3, 20)
     write(tmp_path, [0], random(1, 20), model=model, k=4, temperature=2.0)

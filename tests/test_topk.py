@@ -89,8 +89,9 @@ def test_is_detached():
     student, teacher = make_pair(4, 9)
     teacher.requires_grad_()
     of = TopK.of(teacher, 3)
-    made = TopK(of.indices, teacher.log_softmax(-1).gather(-1, of.indices), teacher.logsumexp(-1).neg())
-    for tensor in (of.log_probs, of.log_tail, made.log_probs, made.log_tail, of.gather(teacher).log_probs):
+    given = teacher.log_softmax(-1).gather(-1, of.indices)
+    made, rest = TopK(of.indices, given, teacher.logsumexp(-1).neg()), TopK(of.indices, given).log_tail
+    for tensor in (of.log_probs, of.log_tail, made.log_probs, made.log_tail, rest, of.gather(teacher).log_probs):
         assert not tensor.requires_grad
     with torch.inference_mode():
         constant = TopK.of(teacher, 3, temperature=T)

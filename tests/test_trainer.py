@@ -155,7 +155,10 @@ def test_what_trains_without_labels_is_evaluated_without_labels(tmp_path):
     distiller.weights["task"] = 0.0
     batch = stack(unlabelled)
     expected = distiller.eval()(batch, mask=batch["attention_mask"].bool()).loss.item()
+    graphs = []
+    trainer.model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    assert not any(graphs)
 
 
 def test_students_without_keywords_get_the_same_gradient(tmp_path):
@@ -209,6 +212,17 @@ def test_relations_beside_means_over_tokens_and_batches_without_labels(tmp_path)
     assert torch.equal(mask, batch["attention_mask"].bool())
     goals = torch.rand(2)
     assert trainer.prepare({**inputs, "labels": goals})[1:] == (goals, None)
+
+
+def test_a_loss_of_the_batch_is_averaged_over_micro_batches_with_its_weight(tmp_path):
+    distiller = build({"kl": KLLoss(), "dist": Term(DISTLoss(), weight=3.0)})
+    trainer = DistillTrainer(distiller=distiller, args=arguments(tmp_path), train_dataset=rows(2))
+    trainer.current_gradient_accumulation_steps = 2
+    batch = stack(rows(2))
+    loss = trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=torch.tensor(20.0))
+    target, mask = next_tokens(batch.pop("labels"))
+    losses = distiller(batch, target, mask=mask, denominator=20.0).losses
+    torch.testing.assert_close(loss, losses["task"] + losses["kl"] + 3.0 / 2 * losses["dist"])
 
 
 def test_labels_are_shifted_for_subclasses_and_adapters_too(tmp_path):

@@ -156,6 +156,11 @@ def test_labels_along_a_dimension_in_between(name):
 
 
 @each_loss
+def test_blocks_are_not_left_to_autograd(name):
+    assert build(name).rows.block is not None
+
+
+@each_loss
 def test_labels_under_vmap(name):
     student, teacher = (x.detach() for x in make_pair(3, 6, 10))
     target = make_labels(3, 6)

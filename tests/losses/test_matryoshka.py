@@ -154,6 +154,8 @@ def test_rejects_a_narrow_teacher_a_function_as_a_module_and_what_is_no_flag():
         MatryoshkaLoss(cosine_loss, DIMS)
     with pytest.raises(ValueError, match="of_teacher must be True or False, got 1"):
         MatryoshkaLoss(CosineLoss(), DIMS, of_teacher=1)
+    with pytest.raises(ValueError, match="weights must be one for each of dims, got 2 for 3"):
+        MatryoshkaLoss(CosineLoss(), DIMS, (1.0, 0.5))
     loss = MatryoshkaLoss(CosineLoss(), DIMS)
     loss.weights = (1.0,)
     with pytest.raises(ValueError, match="weights must be one for each of dims, got 1 for 3"):
