@@ -289,6 +289,9 @@ def test_equal_weights_of_positions_are_no_weights():
     loss = HintLoss()
     torch.testing.assert_close(loss(student, teacher, mask=torch.ones(4, 2, 2)), loss(student, teacher))
     torch.testing.assert_close(loss(student, (teacher, torch.full((4, 2, 2), 0.3))), loss(student, teacher))
+    constant = torch.full((4, 2, 2), 0.3, requires_grad=True)
+    loss(student, (teacher, constant)).backward()
+    assert constant.grad is None
     per_position = hint_loss(student, teacher, positions=True)
     assert per_position.shape == (4, 2, 2)
     torch.testing.assert_close(per_position.mean((1, 2)), hint_loss(student, teacher))

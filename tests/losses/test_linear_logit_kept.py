@@ -8,7 +8,7 @@ import torch
 import distill.losses.linear_logit
 from contract import gradient
 from distill import LinearLogitLoss, LogitLoss
-from distill._engine.squared.kept import fingerprint
+from distill._engine.squared.kept import Kept, fingerprint
 from linear_heads import by_logits, heads, hidden
 
 
@@ -156,6 +156,12 @@ def test_teachers_gram_matrix_is_kept_until_its_weight_changes(change, monkeypat
     change(pair[1])
     torch.testing.assert_close(loss(*states), by_logits([copy.deepcopy(head).float() for head in pair], states))
     assert counter.calls == 2
+
+
+def test_what_is_kept_is_what_was_computed():
+    kept, results, weight = Kept(), iter("ab"), torch.ones(2)
+    assert [kept.get("name", [weight], lambda: next(results)) for _ in range(2)] == ["a", "a"]
+    assert kept.get("name", [weight + 1], lambda: next(results)) == "b"
 
 
 def test_forget_frees_what_is_kept(monkeypatch):
