@@ -32,6 +32,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 def fused(monkeypatch):
     """As if every input were large, in blocks of at most 64 elements or one row."""
     monkeypatch.setattr(engine, "SMALL", 0)
+    monkeypatch.setattr(engine, "FEW", 0)
     monkeypatch.setattr(engine, "SHORT", 1)
     monkeypatch.setattr(engine, "_block_elements", lambda device: 64)
 
@@ -40,6 +41,7 @@ def fused(monkeypatch):
 def form(request, monkeypatch):
     """Each of the two forms of a loss of rows, whatever the size: the plain formula, or blocks of a few rows."""
     monkeypatch.setattr(engine, "SMALL", 0 if request.param == "blocks" else math.inf)
+    monkeypatch.setattr(engine, "FEW", 0)
     monkeypatch.setattr(engine, "SHORT", 1)
     monkeypatch.setattr(engine, "_block_elements", lambda device: 16)
     return request.param

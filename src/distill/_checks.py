@@ -105,8 +105,9 @@ def check_tensors(student: Tensor, teacher: Tensor) -> None:
 
 def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
     """Check what does not depend on the shapes, and return the dtype in which the loss is computed."""
-    if not (student.is_floating_point() and teacher.is_floating_point()):
-        raise ValueError(f"student and teacher must be floating-point, got {student.dtype} and {teacher.dtype}")
+    ours, theirs = student.dtype, teacher.dtype
+    if not (ours.is_floating_point and theirs.is_floating_point):
+        raise ValueError(f"student and teacher must be floating-point, got {ours} and {theirs}")
     if not student.layout is teacher.layout is torch.strided:
         raise ValueError(
             f"student and teacher must be dense (torch.strided), got {student.layout} and {teacher.layout}; "
@@ -117,12 +118,12 @@ def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
     if student.numel() == 0 or teacher.numel() == 0:
         empty = student if student.numel() == 0 else teacher
         raise ValueError(f"student and teacher must not be empty, got shape {tuple(empty.shape)}")
-    if student.dtype == teacher.dtype == torch.float32:
+    if ours is theirs is torch.float32:  # what is asked for most costs least
         return torch.float32
-    for name, tensor in (("student", student), ("teacher", teacher)):
-        if tensor.dtype.itemsize < 2:
-            raise ValueError(f"{name} must have 16 bits or more a number, got {tensor.dtype}; .float() widens it")
-    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    for name, dtype in (("student", ours), ("teacher", theirs)):
+        if dtype.itemsize < 2:
+            raise ValueError(f"{name} must have 16 bits or more a number, got {dtype}; .float() widens it")
+    return torch.promote_types(torch.promote_types(ours, theirs), torch.float32)
 
 
 def make_ready(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,8 @@ def check_inputs(student: Tensor, teacher: Tensor, *, dim: int, columns: bool = 
         ValueError: If the shapes differ (they are never broadcast), an input is not floating-point, the devices
             differ, the tensors are empty, or `dim` is out of range.
     """
-    check_tensors(student, teacher)
+    if not (isinstance(student, Tensor) and isinstance(teacher, Tensor)):
+        check_tensors(student, teacher)
     if student.shape != teacher.shape:
         hint = _columns_hint(student, teacher) if columns else ""
         raise ValueError(

@@ -14,7 +14,7 @@ from distill._engine import fused as engine
 from distill._engine.rows import Rows
 from distill._reduction import REDUCTIONS, reduce, row_weights
 from distill.losses import _from_teacher, _mean_squares
-from rowwise import LOSSES, is_fused
+from rowwise import BY_AUTOGRAD, LOSSES, is_fused
 
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},
@@ -81,15 +81,17 @@ def test_equals_the_plain_form(name):
     loss = LOSSES[name][0].reduced
 
     @repeatable
-    @given(calls(classes=2 if LOSSES[name][0].softmax else 1))
-    def check(call):
+    @given(calls(classes=2 if LOSSES[name][0].softmax else 1), st.sampled_from([0, engine.FEW]))
+    def check(call, few):
         student, teacher, dim, reduction, mask, upstream = call
         options = {**LOSSES[name][1], "dim": dim, "reduction": reduction, "mask": mask}
-        # The oracle computes in float64; only its gradient comes back in the student's dtype.
-        plain, plain_gradient = value_and_gradient(loss, student, upstream, teacher.double(), **options)
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "SMALL", math.inf)
+            # The oracle computes in float64; only its gradient comes back in the student's dtype.
+            plain, plain_gradient = value_and_gradient(loss, student, upstream, teacher.double(), **options)
             patch.setattr(engine, "SMALL", 0)
             patch.setattr(engine, "SHORT", 1)
+            patch.setattr(engine, "FEW", few)
             patch.setattr(engine, "_block_elements", lambda device: 64)
             ours, our_gradient = value_and_gradient(loss, student, upstream, teacher, **options)
             assert is_fused(ours) is (student.stride(dim) == teacher.stride(dim) == 1)
@@ -128,13 +130,15 @@ def test_row_weights_are_the_derivative_of_reduce(reduction):
         torch.testing.assert_close(row_weights(values, reduction, mask), expected, rtol=1e-15, atol=0)
 
 
-def test_small_inputs_are_plain_and_large_ones_are_not():
-    for rows, logits, divergence in [(1, False, False), (1000, False, False), (1024, False, True), (6144, True, True)]:
+def test_a_closed_form_is_taken_from_the_first_row_on_and_a_single_operation_while_it_is_faster():
+    for rows, logits, by_autograd in [(1, False, False), (1000, False, False), (2048, False, True), (6144, True, True)]:
         student, teacher = make_pair(rows, 512, dtype=torch.float32)
         for loss in (LogitLoss(), KLLoss(), LogitLoss(reduction="sum"), logit_loss, kl_loss):
             value = loss(student, teacher)
-            assert is_fused(value) is (divergence if loss is kl_loss or isinstance(loss, KLLoss) else logits)
+            assert is_fused(value) is (loss is kl_loss or isinstance(loss, KLLoss) or logits)
             torch.testing.assert_close(value, loss(student.double(), teacher.double()).float())
+        alone = BY_AUTOGRAD.values(student, teacher, temperature=2.0)
+        assert is_fused(alone) is by_autograd
 
 
 def test_a_mean_of_short_rows_is_one_operation():
@@ -231,7 +235,7 @@ def test_values_that_nobody_counts_do_not_spoil_the_gradient(fused, build):
     teacher[0] = torch.nan
     values = build(reduction="none")(student, teacher)
     assert is_fused(values)
-    assert torch.equal(torch.autograd.grad(values, student, factors)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad(values, student, factors)[0], expected, rtol=1e-12, atol=1e-15)
 
 
 def test_shifted_logits_of_a_language_model(fused):

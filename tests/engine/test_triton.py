@@ -12,7 +12,7 @@ import torch
 
 from contract import gradient, make_pair
 from distill import KLLoss, LinearLoss, LogitLoss, ReverseKLLoss, TopK
-from distill._engine import fused as engine
+from distill._engine import kernels as engine
 from distill._engine.rows import Rows
 from distill.losses import _from_teacher, logit, reverse_kl
 

@@ -72,6 +72,7 @@ def test_strides_dtypes_masks_and_reductions_change_nothing(stem, monkeypatch):
         dtype = draw(st.sampled_from(dtypes)) if options["moves"] else torch.float64
         student, teacher = (side.detach().to(dtype) for side in pair(seed=draw(st.integers(0, 999))))
         target = options["target"]
+        monkeypatch.setattr(engine, "SMALL", math.inf)
         loss = build()
         plain = copy.deepcopy(loss).double() if options["moves"] else copy.deepcopy(loss)
         if dtype == torch.float64:
@@ -100,6 +101,7 @@ def test_strides_dtypes_masks_and_reductions_change_nothing(stem, monkeypatch):
             expected = plain(exact[kept], teacher.double()[kept], None if target is None else target[kept])
         if rows:
             monkeypatch.setattr(engine, "SMALL", draw(st.sampled_from([0, math.inf])))
+            monkeypatch.setattr(engine, "FEW", draw(st.sampled_from([0, 2**15])))
             monkeypatch.setattr(engine, "SHORT", 1)
             elements = draw(st.sampled_from([64, 16, 1000]))  # several rows, one, all
             monkeypatch.setattr(engine, "_block_elements", lambda device: elements)

@@ -23,6 +23,7 @@ from distill import (
     TVDLoss,
 )
 from distill._engine import fused as engine
+from distill._engine import kernels as choice
 from distill._engine import triton as kernels
 from distill._engine import triton_topk as kernels_of_topk
 from distill._engine.rows import Rows
@@ -34,8 +35,8 @@ LOSSES = [
     (ReverseKLLoss.rows, ReverseKLLoss(2.5), {"temperature": 2.5}),
 ]
 # As if these tensors were on a GPU.
-engine.SMALL, engine.SHORT = 0, 1
-engine._kernels = lambda x, dtype: kernels if dtype == torch.float32 else None
+engine.SMALL, engine.FEW, engine.SHORT = 0, 0, 1
+choice._kernels = lambda x, dtype: kernels if dtype == torch.float32 else None
 
 
 def no_blocks(*args, **options):

@@ -24,12 +24,13 @@ def block_by_autograd(
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved):
         student = student.detach().requires_grad_()
         values = formula(student, teacher, *operands, dim=-1, **options)
-        gradient.copy_(torch.autograd.grad(values, student, factors.view(-1))[0])
+        counts = factors.view(-1) if isinstance(factors, Tensor) else torch.full_like(values, factors)
+        gradient.copy_(torch.autograd.grad(values, student, counts)[0])
     return values.detach()
 
 
 def redo(
-    rows: Tensor,
+    rows: Tensor | None,
     values: Tensor,
     formula: Callable[..., Tensor],
     student: Tensor,
@@ -40,7 +41,7 @@ def redo(
     """Do some rows of a block once more with the formula, and return the values.
 
     Args:
-        rows: The indices of the rows that the quick form of a block cannot do.
+        rows: The indices of the rows that the quick form of a block cannot do; None for none.
         values: The values of all rows, `(R,)`, which are mended in place.
         formula: As in `Rows`.
         student: As in `Rows.block`.
@@ -50,8 +51,8 @@ def redo(
         options: What the formula takes.
     """
     *labels, factors, gradient = rest
-    if len(rows):
-        counts = None if factors is None else factors[rows]
+    if rows is not None and len(rows):
+        counts = factors[rows] if isinstance(factors, Tensor) else factors
         mended = torch.empty_like(gradient[rows])
         some = (x[rows] for x in (student, teacher, *labels))
         values[rows] = block_by_autograd(formula, *some, counts, mended, None, **options)

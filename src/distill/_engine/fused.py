@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +13,7 @@ from torch.autograd import forward_ad
 from typing_extensions import override
 
 from distill._checks import ordinary
+from distill._engine.kernels import run_kernel, scale
 from distill._reduction import Reduction, hide, reduce, row_weights
 
 
@@ -27,18 +24,24 @@ class Formula(Protocol):
     def formula(self) -> Callable[..., Tensor]: ...
 
     @property
-    def kernel(self) -> Callable[[], Any] | None: ...
+    def few(self) -> Callable[..., Tensor] | None: ...
 
     @property
-    def pays_from(self) -> float: ...
+    def kernel(self) -> Callable[[], Any] | None: ...
 
     @property
     def longer(self) -> int: ...
 
+    @property
+    def least(self) -> float: ...
+
+    def own_block(self) -> Callable[..., Tensor]: ...
+
     def in_blocks(self) -> Callable[..., Tensor]: ...
 
 
-SMALL = 2**20  # elements below which a few plain operations cost less than the fused form
+SMALL = 2**20  # elements below which a few plain operations cost less than what has no closed form of its gradient
+FEW = 2**15  # elements up to which the number of operations counts more than what they compute
 SHORT = 64  # columns below which summing row by row costs more than a single operation for the mean saves
 LARGEST_ROW = 2**21  # elements of a row above which the buffers of a block would no longer be small
 
@@ -55,12 +58,12 @@ def can_fuse(loss: Formula, student: Tensor, teacher: Tensor, dim: int, options:
         mean: Whether PyTorch has a single operation for what is asked.
     """
     return (
-        not torch.compiler.is_compiling()
-        and student.numel() >= SMALL * loss.pays_from
+        not torch.compiler.is_compiling()  # first: a size that is a symbol is not to be compared
+        and student.numel() >= SMALL * (loss.least if student.is_cpu else max(loss.least, 1.0))
         and (SHORT if mean else 1) <= student.shape[dim] <= LARGEST_ROW
         # Collecting the numbers of a row from all over the memory costs more than blocks save.
         and student.stride(dim) == teacher.stride(dim) == 1
-        and student.device.type in ("cpu", "cuda")
+        and (student.is_cpu or student.is_cuda)
         and type(student) in (Tensor, nn.Parameter)
         and type(teacher) in (Tensor, nn.Parameter)
         and not any(isinstance(option, Tensor) for option in options.values())  # it may want a gradient
@@ -71,38 +74,28 @@ def can_fuse(loss: Formula, student: Tensor, teacher: Tensor, dim: int, options:
 
 
 def run(
-    loss: Formula,
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    *,
-    dim: int,
-    dtype: torch.dtype,
-    reduction: Reduction,
     mask: Tensor | None,
-    options: dict[str, Any],
+    call: Call,
 ) -> Tensor:
     """Compute the loss of inputs that `can_fuse`.
 
     Args:
-        loss: The loss.
         student: The student's rows, checked.
         teacher: The teacher's rows, detached.
-        labels: For a loss that uses labels, one or some per row, checked, along `dim`.
-        dim: The dimension of a row.
-        dtype: The dtype to compute in.
-        reduction: As in `reduce`.
-        mask: As in `reduce`, checked; one that needs no gradient.
-        options: What the formula takes.
+        labels: For a loss that uses labels, one or some per row, checked, along the dimension of a row.
+        mask: As in `reduce`, checked, in the dtype of the loss; one that needs no gradient.
+        call: The loss, and everything else.
     """
-    call = Call(loss, options, dim, dtype, reduction)
     if torch.is_grad_enabled() and student.requires_grad:
         value: Tensor = _Fused.apply(student, teacher, labels, mask, call)  # type: ignore[no-untyped-call]
         return value
-    return reduce(call.run(student, teacher, labels)[0], reduction, mask)
+    return reduce(call.run(student, teacher, labels)[0], call.reduction, mask)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """One call of a loss, but for its tensors."""
 
@@ -121,38 +114,67 @@ class Call:
         values = self.loss.formula(*pair, *operands, dim=self.dim, **self.options)
         return reduce(values, self.reduction, mask)
 
-    def weights(self, student: Tensor, mask: Tensor | None) -> Tensor:
-        """Give what each row counts for in the reduced value."""
-        shape = student.movedim(self.dim, -1).shape[:-1]
-        if mask is None:
-            count = 1 / math.prod(shape) if self.reduction == "mean" else 1.0
-            return torch.full(shape, count, dtype=self.dtype, device=student.device)
-        return row_weights(mask, self.reduction, mask)
+    def weights(self, student: Tensor, mask: Tensor | None) -> Tensor | float:
+        """Give what each row counts for in the reduced value: one number where that is the same for all."""
+        if mask is not None:
+            return row_weights(mask, self.reduction, mask)
+        return student.shape[self.dim] / student.numel() if self.reduction == "mean" else 1.0
 
     def run(
         self,
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
-        factors: Tensor | None = None,
+        factors: Tensor | float | None = None,
         *,
         into: Tensor | None = None,
         elements: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Give the per-sample values and, if there are factors, the gradient for the student in its dtype.
 
-        A row whose factor is 0 gets a gradient of 0, whatever it holds. The gradient goes `into` a tensor if one is
-        given: the student's own, or one whose memory overlaps the student's by what earlier blocks have read. A block
-        has at most so many `elements`; None: by the device.
+        A row whose factor is 0 gets a gradient of 0, whatever it holds; one number is the factor of all. The gradient
+        goes `into` a tensor if one is given: the student's own, or one whose memory overlaps the student's by what
+        earlier blocks have read. A block has at most so many `elements`; None: by the device.
         """
+        if into is None and self._are_few(student, teacher):
+            return self._run_few(student.detach(), teacher, labels, factors)
         student, teacher = student.detach().movedim(self.dim, -1), teacher.movedim(self.dim, -1)
         labels = None if labels is None else labels.movedim(self.dim, -1)
+        if isinstance(factors, float):
+            factors = torch.full(student.shape[:-1], factors, dtype=self.dtype, device=student.device)
         values = torch.empty(student.shape[:-1], dtype=self.dtype, device=student.device)
         gradient = None if factors is None else torch.empty_like(student) if into is None else into
         more = () if labels is None else (labels,)
         if not run_kernel(self.loss.kernel, student, teacher, *more, values, factors, gradient, **self.options):
             self._run_blocks(student, teacher, labels, values, factors, gradient, elements)
         return values, None if gradient is None else gradient.movedim(-1, self.dim)
+
+    def _are_few(self, student: Tensor, teacher: Tensor) -> bool:
+        """Whether these are a few rows on a CPU, with nothing to cut, to copy or to move."""
+        return (
+            student.numel() <= FEW
+            and student.ndim == 2
+            and self.dim in (-1, 1)
+            and student.is_cpu
+            and student.dtype == teacher.dtype == self.dtype
+            and student.is_contiguous()
+            and teacher.is_contiguous()
+        )
+
+    def _run_few(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, factors: Tensor | float | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do what `_run_blocks` does for a few rows, where each operation shows."""
+        gradient, spare = torch.empty_like(student), torch.empty_like(student)
+        operands = () if labels is None else (labels,)
+        block = self.loss.few or self.loss.own_block()
+        if not isinstance(factors, Tensor):
+            values = block(student, teacher, *operands, factors, gradient, spare, **self.options)
+            return values, None if factors is None else gradient
+        counts = factors.unsqueeze(1)
+        values = block(student, teacher, *operands, counts, gradient, spare, **self.options)
+        _clear_hidden(gradient, counts)
+        return values, gradient
 
     def _run_blocks(
         self,
@@ -207,28 +229,6 @@ class Call:
             values[index] = part.view(values[index].shape)
 
 
-def kernel_first(kernel: Callable[[], Any], block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Give a block function that takes the kernel where that can do the rows, for losses that are part of another."""
-
-    def run(student: Tensor, teacher: Tensor, *rest: Any, **options: Any) -> Tensor:
-        *labels, factors, gradient, _ = rest
-        values = student.new_empty(len(student))
-        counts, out = (None, None) if factors is None else (factors.view(-1), gradient)
-        if run_kernel(kernel, student, teacher, *labels, values, counts, out, **options):
-            return values
-        return block(student, teacher, *rest, **options)
-
-    return run
-
-
-def run_kernel(kernel: Callable[[], Any] | None, student: Tensor, *rest: Any, **options: Any) -> bool:
-    """Let a kernel, if there is one, fill in values and gradient, and say whether it did; `rest` as in `triton.run`."""
-    _, *labels, values, _, _ = rest
-    if kernel is None or (kernels := _kernels(student, values.dtype)) is None:
-        return False
-    return bool((kernel() if labels else functools.partial(kernels.run, kernel()))(student, *rest, **options))
-
-
 class _Fused(torch.autograd.Function):
     """The reduced loss of large inputs.
 
@@ -255,19 +255,22 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         student, teacher, labels, mask = ctx.saved_tensors  # raises if one was changed in place
         teacher = ctx.teacher if teacher is None else teacher
+        call: Call = ctx.call
         gradient, ctx.gradient = ctx.gradient, None  # given away once: the receiver may write into it
         again = torch.is_grad_enabled()  # the gradient is to be differentiated again
         if again or torch._C._functorch.is_legacy_batchedtensor(upstream[0]):  # several at a time: is_grads_batched
             with torch.enable_grad():
-                value = ctx.call.plain(student, teacher, labels, mask)
+                value = call.plain(student, teacher, labels, mask)
             (gradient,) = torch.autograd.grad(value, student, upstream, create_graph=again)
             return gradient, None, None, None, None
         early = student.dtype != torch.half
         if gradient is None:  # with the same bits as the one that was formed early
-            counts = ctx.call.weights(student, mask)
-            gradient = ctx.call.run(student, teacher, labels, counts if early else counts * upstream[0])[1]
-        if early and ctx.call.reduction == "none":
-            rows, counts = gradient.movedim(ctx.call.dim, -1), upstream[0].unsqueeze(-1)
+            counts = call.weights(student, mask)
+            if not early:
+                counts = (counts * upstream[0]).expand(student.movedim(call.dim, -1).shape[:-1])
+            gradient = call.run(student, teacher, labels, counts)[1]
+        if early and call.reduction == "none":
+            rows, counts = gradient.movedim(call.dim, -1), upstream[0].unsqueeze(-1)
             _clear_hidden(rows.mul_(counts), counts)
         elif early:
             scale(gradient, upstream[0])
@@ -312,36 +315,3 @@ def _rows(x: Tensor, buffer: Tensor) -> Tensor:
     rows = buffer[: x.numel() // x.shape[-1]]
     rows.view(x.shape).copy_(x)
     return rows
-
-
-def scale(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply in place, but not by one: that would read and write the whole gradient for nothing."""
-    kernels = _kernels(gradient, factor.dtype)
-    if kernels is not None and gradient.is_contiguous():
-        kernels.scale(gradient, factor)
-    elif gradient.is_cuda or factor != 1:  # on a GPU the comparison would wait for the device
-        gradient.mul_(factor)
-
-
-def _kernels(x: Tensor, dtype: torch.dtype) -> ModuleType | None:
-    """Give the module of Triton kernels, where they can compute on this tensor in this dtype."""
-    return _import_triton(x.device) if x.is_cuda and dtype == torch.float32 else None
-
-
-@functools.cache
-def _import_triton(device: torch.device) -> ModuleType | None:
-    """Give the module of Triton kernels if they run on a device; only there is Triton imported at all."""
-    try:
-        kernels = importlib.import_module("distill._engine.triton")
-    except ImportError:
-        return None
-    try:
-        kernels.scale(torch.zeros(16, device=device), torch.ones((), device=device))
-    except Exception as error:  # whatever Triton raises for a GPU too old or a missing C compiler
-        warnings.warn(
-            f"Triton does not run on {device}, so that large losses take plain operations in blocks of rows: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return kernels

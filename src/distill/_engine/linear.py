@@ -15,7 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from distill._checks import may_look
-from distill._engine.fused import Call, scale
+from distill._engine.fused import Call
+from distill._engine.kernels import scale
 from distill._engine.products import Gradients, Side, chunk_rows, logits_dtype, multiply, product_dtype
 from distill._reduction import hide, reduce, row_weights
 
@@ -39,7 +40,7 @@ def under_softcap(rows: Any, softcap: float) -> Any:
             gradient.mul_(spare)
         return values
 
-    return replace(rows, block=block, kernel=None)
+    return replace(rows, block=block, few=None, kernel=None)
 
 
 def linear_rows(

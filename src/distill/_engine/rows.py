@@ -14,9 +14,12 @@ from torch import Tensor
 from distill._checks import check_classes, check_inputs, check_labels, ordinary, widen
 from distill._engine import fused
 from distill._engine.blocks import block_by_autograd
+from distill._engine.kernels import kernel_first
 from distill._engine.topk import check_rows, merged, ready_student, refusal
 from distill._reduction import Reduction, check_mask, hide, reduce
 from distill.topk import TopK
+
+_FIRST = 1 / fused.SMALL  # from the first element on
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,18 @@ class Rows:
             tensor follows: one int64 label per row, with a dimension of size 1 at `dim`.
         block: `block(student, teacher, factors, gradient, spare, **options)` gives the values `(R,)` of a block of rows
             `(R, C)`; with `labels` these, `(R, 1)`, come third. It only reads its inputs, and may use `gradient` and
-            `spare`, `(R, C)`, as it likes; but where `factors`, `(R, 1)`, is not None, it leaves in `gradient` the
-            values' gradient for the student, each row times its factor. None: autograd finds the gradient of the
-            formula, block by block.
+            `spare`, `(R, C)`, as it likes; but where `factors`, `(R, 1)` or one number for all, is not None, it leaves
+            in `gradient` the values' gradient for the student, each row times its factor. None: autograd finds the
+            gradient of the formula, block by block.
+        few: The same as `block`, for so few rows that each operation shows more than what it computes.
         kernel: A function that imports the kernel of `triton.py` that does the same on a GPU, and returns it; with
             `labels` it returns a function that is called as `triton.run` is, with the labels after the teacher. None:
             blocks there too.
         mean: `mean(student, teacher, **options)` gives the mean of the formula over all samples, where PyTorch has a
             single operation for it.
-        pays_from: How many times `fused.SMALL` elements there must be for the fused form to pay.
+        fused_from: From how many times `fused.SMALL` elements on the fused form pays on a CPU, and elsewhere from at
+            least 1. None: where there is a block function from the first element on, since to form the gradient with
+            the values takes fewer operations than to find it later; else from 1 on.
         longer: How many times as long as others' its blocks may be where none is copied: for a loss of so few passes
             that it gains nothing from the cache. Long blocks wait less often for a thread that another process delays.
         softmax: Whether the rows are logits, so that it must be clear along which dimension.
@@ -51,9 +57,10 @@ class Rows:
 
     formula: Callable[..., Tensor]
     block: Callable[..., Tensor] | None = None
+    few: Callable[..., Tensor] | None = None
     kernel: Callable[[], Any] | None = None
     mean: Callable[..., Tensor] | None = None
-    pays_from: float = 1
+    fused_from: float | None = None
     longer: int = 1
     softmax: bool = True
     classes: int = 2
@@ -61,10 +68,20 @@ class Rows:
     topk: bool = False
     sampled: Rows | None = None
 
+    @functools.cached_property
+    def least(self) -> float:
+        """From how many times `fused.SMALL` elements on the fused form pays on a CPU."""
+        if self.fused_from is not None:
+            return self.fused_from
+        return 1.0 if self.block is None else _FIRST
+
+    def own_block(self) -> Callable[..., Tensor]:
+        """The block function: its own, or the formula's by autograd."""
+        return self.block or functools.partial(block_by_autograd, self.formula)
+
     def in_blocks(self) -> Callable[..., Tensor]:
-        """The block function: its kernel on a GPU, else its own, or the formula's by autograd."""
-        block = self.block or functools.partial(block_by_autograd, self.formula)
-        return block if self.kernel is None else fused.kernel_first(self.kernel, block)
+        """The block function: on a GPU its kernel, if it has one and that takes the block."""
+        return self.own_block() if self.kernel is None else kernel_first(self.kernel, self.own_block())
 
     def of_topk(
         self, topk: TopK, classes: int, mask: Tensor | None, options: dict[str, Any]
@@ -84,7 +101,8 @@ class Rows:
         check_rows(topk, classes, mask, options["temperature"])
         if topk.samples and self.sampled is not None:
             return self.sampled, {**options, "samples": topk.samples}
-        return dataclasses.replace(self, **merged(self.formula), mean=None, labels=True), options
+        changed = {**merged(self.formula), "few": None, "mean": None, "labels": True, "fused_from": 1 / 4}
+        return dataclasses.replace(self, **changed), options
 
     def values(
         self,
@@ -147,16 +165,16 @@ class Rows:
                 labels = check_labels(target, student, dim=dim, mask=mask)
         operands = () if labels is None else (labels,)
         mean = loss.mean if reduction == "mean" and mask is None else None
-        if not fused.can_fuse(loss, student, teacher, dim, options, mean=mean is not None):
-            if mask is not None:
-                student, teacher = hide(student, mask, dim=dim), hide(teacher, mask, dim=dim)
-            student, teacher = widen(student, dtype), widen(ordinary(teacher), dtype)
-            if mean is not None:
-                return mean(student, teacher, **options)
-            return reduce(loss.formula(student, teacher, *operands, dim=dim, **options), reduction, mask)
-
-        run = functools.partial(fused.run, loss, student, teacher, labels, dim=dim, dtype=dtype, options=options)
-        if mask is not None and mask.requires_grad:  # weights that learn: the gradient needs the values
-            hidden = (mask.detach() != 0).to(dtype)
-            return reduce(run(reduction="none", mask=hidden), reduction, mask)
-        return run(reduction=reduction, mask=None if mask is None else mask.to(dtype))
+        if fused.can_fuse(loss, student, teacher, dim, options, mean=mean is not None):
+            if mask is None or not mask.requires_grad:
+                call = fused.Call(loss, options, dim, dtype, reduction)
+                return fused.run(student, teacher, labels, None if mask is None else mask.to(dtype), call)
+            # Weights that learn: the gradient needs the values.
+            call = fused.Call(loss, options, dim, dtype, "none")
+            return reduce(fused.run(student, teacher, labels, (mask.detach() != 0).to(dtype), call), reduction, mask)
+        if mask is not None:
+            student, teacher = hide(student, mask, dim=dim), hide(teacher, mask, dim=dim)
+        student, teacher = widen(student, dtype), widen(ordinary(teacher), dtype)
+        if mean is not None:
+            return mean(student, teacher, **options)
+        return reduce(loss.formula(student, teacher, *operands, dim=dim, **options), reduction, mask)

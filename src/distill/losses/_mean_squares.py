@@ -41,4 +41,4 @@ def _kernel() -> Any:
 
 
 # Up to some three million elements caches hold what the plain form writes, and it is faster.
-ROWS = Rows(_formula, block=_block, kernel=_kernel, mean=F.mse_loss, pays_from=3, longer=8, softmax=False)
+ROWS = Rows(_formula, block=_block, kernel=_kernel, mean=F.mse_loss, fused_from=3, longer=8, softmax=False)

@@ -1,18 +1,27 @@
 """Alpha-beta divergence: Wang et al., "ABKD: Pursuing a Proper Allocation of the Probability Mass" (ICML 2025)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill._checks import check_not_negative, check_positive, may_look
-from distill._engine.blocks import redo
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import compare_rows, expm1, expm1_rows, log_softmax_rows, not_negative, soften
+from distill.losses._softened import (
+    APART,
+    are_apart,
+    exp_rows,
+    expm1,
+    expm1_rows,
+    log_softmax_rows,
+    not_negative,
+    soften,
+)
 from distill.topk import TopK
 
 FAMILY = "logits"
@@ -20,6 +29,7 @@ FAMILY = "logits"
 _SMALL = 0.05  # an exponent below which the formula as it stands would drown in rounding
 _CLOSE = 0.01  # what must be left of the two sums of powers, or it loses too many digits
 _NEGLIGIBLE = 1e-30  # an exponent that changes no digit of anything, and with which float32 can no longer compute
+_LN_2 = math.log(2)
 _FAR = 40.0  # exp(-40) does not count beside 1
 
 
@@ -84,9 +94,11 @@ def _block(
     The gradient is (g - q sum g) / T with g = (q^(alpha + beta) - p^alpha q^beta) / alpha, one part of each term.
     """
     _check_exponents(alpha, beta)
-    options = {"alpha": alpha, "beta": beta, "temperature": temperature}
-    if math.isclose(alpha + beta, 1, rel_tol=1e-15) and min(alpha, beta) >= _SMALL and may_look(student):
-        return _block_of_shares(student, teacher, factors, gradient, spare, **options)
+    if min(alpha, beta) >= _SMALL and may_look(student):
+        options = {"alpha": alpha, "beta": beta, "temperature": temperature}
+        values = _apart(student, teacher, factors, gradient, spare, **options)
+        if values is not None:
+            return values
     log_q = log_softmax_rows(student, temperature, out=torch.empty_like(spare))
     q = torch.exp(log_q, out=gradient)
     log_p = log_softmax_rows(teacher, temperature, out=spare)
@@ -117,37 +129,37 @@ def _block(
     return values
 
 
-def _block_of_shares(
+def _apart(
     student: Tensor,
     teacher: Tensor,
-    factors: Tensor | None,
+    factors: Any,
     gradient: Tensor,
     spare: Tensor,
     *,
     alpha: float,
     beta: float,
     temperature: float,
-) -> Tensor:
-    """Do what `_block` does where the exponents sum to 1, in fewer passes: nothing of it is a power.
-
-    With d as in `compare_rows` and a = sum p (exp(beta d) - 1 - beta d), b = sum p (exp(d) - 1 - d), the sum of
-    p^alpha q^beta is (1 + a) / (1 + b)^beta. No digits are lost near agreement, where both are small.
-    """
-    d, p = gradient, spare
-    u, far = compare_rows(teacher, student, d, p, temperature=temperature)
-    power = torch.sub(u, d).mul_(p)
-    b = power.sum(-1, keepdim=True)
-    power = expm1_rows(d.mul_(beta), out=power)
-    a = torch.sub(power, d, out=d).mul_(p).sum(-1, keepdim=True)
-    less = expm1(a.log1p() - beta * b.log1p())
-    values = (less / (-alpha * beta)).clamp_(min=0).squeeze(-1)
-    if factors is not None:  # (1 + less) (q - p^alpha q^beta / (1 + less)) / (alpha T)
-        counts = factors * (1 + less) / (alpha * temperature)
-        u.sub_(b).mul_(counts / (1 + b))
-        power.sub_(a).mul_(counts / (1 + a))
-        torch.sub(u, power, out=gradient).mul_(p)
-    options = {"alpha": alpha, "beta": beta, "temperature": temperature}
-    return redo(far, values, _formula, student, teacher, factors, gradient, **options)
+) -> Tensor | None:
+    """Do what `_block` does with the formula as it stands, in fewer passes; None for rows that it leaves no digits."""
+    log_q = log_softmax_rows(student, temperature, out=gradient)
+    log_p = log_softmax_rows(teacher, temperature, out=spare)
+    total, of_student, of_teacher, power = alpha + beta, 1.0, 1.0, None
+    if not (one := math.isclose(total, 1, rel_tol=1e-15)):  # else p and q are their own powers
+        of_teacher = torch.exp2(log_p * (total / _LN_2)).sum(-1, keepdim=True)
+        power = torch.exp2(log_q * (total / _LN_2))
+        of_student = power.sum(-1, keepdim=True)
+    d = log_p.sub_(log_q)
+    if not are_apart(d.amax(-1), APART):
+        return None
+    both = torch.add(log_q if one else log_q * total, d, alpha=alpha, out=d)
+    of_both = exp_rows(both, out=both).sum(-1, keepdim=True)
+    values = (of_both / (-alpha * beta)).add_(of_teacher / (beta * total) + of_student / (alpha * total)).clamp_(min=0)
+    if factors is not None:  # (g - q sum g) / T with g = (q^(alpha + beta) - p^alpha q^beta) / alpha
+        q = exp_rows(log_q, out=log_q)
+        if power is not None:
+            both, of_both = both.sub_(power), of_both - of_student
+        torch.addcmul(both, q, of_both, value=-1, out=gradient).mul_(factors * (-1 / (alpha * temperature)))
+    return values.squeeze(-1)
 
 
 _ROWS = Rows(_formula, block=_block, topk=True)

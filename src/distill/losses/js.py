@@ -27,8 +27,7 @@ def _mixture(beta: float) -> Mixture:
     return Mixture(share=beta, of_teacher=beta, of_student=1 - beta)
 
 
-# From some 260,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
-_ROWS = Rows(_formula, block=_block, topk=True, pays_from=1 / 4)
+_ROWS = Rows(_formula, block=_block, topk=True)
 
 
 def js_loss(

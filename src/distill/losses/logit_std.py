@@ -50,11 +50,11 @@ def _block(
     z, more = torch.empty_like(spare), torch.empty_like(spare)
     of_student, of_teacher = _standardise_rows(student, out=z), _standardise_rows(teacher, out=more)
     p = spare
-    u, _ = compare_rows(more, z, gradient, p, temperature=temperature)  # q is p (1 + u) / (1 + mean)
-    mean = torch.sub(u, gradient, out=more).mul_(p).sum(-1, keepdim=True)
+    d = gradient
+    v, mean, _ = compare_rows(more, z, d, p, temperature=temperature)  # q is p exp(d) / (1 + mean)
     value = mean.log1p()
     if factors is not None:
-        against = torch.sub(u, mean, out=gradient).mul_(p)  # (q - p) (1 + mean)
+        against = torch.addcmul(v, p, d.sub_(mean), out=gradient)  # (q - p) (1 + mean)
         # What would only stretch or shrink the student's logits does not count.
         along = torch.mul(against, z, out=more).sum(-1, keepdim=True) / (z.shape[-1] - 1) * (1 + _EPS / of_student)
         against.sub_(z.mul_(along)).mul_(factors * temperature / (of_student + _EPS) / (1 + mean))
@@ -69,8 +69,7 @@ def _standardise_rows(logits: Tensor, out: Tensor) -> Tensor:
     return std
 
 
-# From some 130,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
-_ROWS = Rows(_formula, block=ordinary_rows(_formula, _block), pays_from=1 / 8)
+_ROWS = Rows(_formula, block=ordinary_rows(_formula, _block))
 
 
 def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0, dim: int | None = None) -> Tensor:

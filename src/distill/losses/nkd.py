@@ -80,7 +80,7 @@ def _block(
 
 
 # From some 130,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
-_ROWS = Rows(_formula, block=ordinary_rows(_formula, _block), labels=True, pays_from=1 / 8)
+_ROWS = Rows(_formula, block=ordinary_rows(_formula, _block), labels=True, fused_from=1 / 8)
 
 
 def nkd_loss(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill._checks import check_positive, may_look
@@ -10,7 +11,14 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import compare_rows, divergence_of_logits
+from distill.losses._softened import (
+    are_apart,
+    close_logs,
+    compare_rows,
+    divergence_of_logits,
+    harden,
+    log_softmax_rows,
+)
 from distill.topk import TopK
 
 FAMILY = "logits"
@@ -26,11 +34,27 @@ def _block(
     if not may_look(student):  # on a GPU: to see how far the rows are apart would wait for it
         return block_by_autograd(_formula, student, teacher, factors, gradient, spare, temperature=temperature)
     d, q = gradient, spare
-    u, far = compare_rows(student, teacher, d, q, temperature=temperature)
-    values = u.sub_(d).mul_(q).sum(-1).clamp_min_(0.0).log1p_().mul_(temperature**2)
+    _, mean, far = compare_rows(student, teacher, d, q, temperature=temperature)
     if factors is not None:  # T q (log q - log p - KL), where all but q is -d
         d.mul_(q).mul_(factors * -temperature)
+    values = mean.clamp_min_(0.0).log1p_().mul_(temperature**2).squeeze(-1)
     return redo(far, values, _formula, student, teacher, factors, gradient, temperature=temperature)
+
+
+def _few(
+    student: Tensor, teacher: Tensor, factors: Any, gradient: Tensor, spare: Tensor, *, temperature: float
+) -> Tensor:
+    """Do what `_block` does in fewer operations, though with more exponentials."""
+    log_q = log_softmax_rows(student, temperature, out=gradient)
+    log_p = log_softmax_rows(teacher, temperature, out=spare)
+    terms = torch.sub(log_q, log_p, out=spare)
+    q = log_q.exp_()
+    values = terms.mul_(q).sum(-1, keepdim=True)
+    if not are_apart(values, close_logs(student.shape[-1])):
+        return _block(student, teacher, factors, gradient, spare, temperature=temperature)
+    if factors is not None:  # T q (log q - log p - KL)
+        torch.addcmul(terms, q, values, value=-1, out=gradient).mul_(factors * temperature)
+    return harden(values, temperature).squeeze(-1)
 
 
 def _kernel() -> Any:
@@ -39,8 +63,7 @@ def _kernel() -> Any:
     return reverse_kl
 
 
-# From some 260,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
-_ROWS = Rows(_formula, block=_block, kernel=_kernel, topk=True, pays_from=1 / 4)
+_ROWS = Rows(_formula, block=_block, few=_few, kernel=_kernel, topk=True)
 
 
 def reverse_kl_loss(

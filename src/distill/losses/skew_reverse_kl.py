@@ -27,8 +27,7 @@ def _mixture(alpha: float) -> Mixture:
     return Mixture(share=1 - alpha, of_teacher=0, of_student=1)
 
 
-# From some 260,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
-_ROWS = Rows(_formula, block=_block, topk=True, pays_from=1 / 4)
+_ROWS = Rows(_formula, block=_block, topk=True)
 
 
 def skew_reverse_kl_loss(
