@@ -143,7 +143,10 @@ def _apart(
     """Do what `_block` does with the formula as it stands, in fewer passes; None for rows that it leaves no digits."""
     log_q = log_softmax_rows(student, temperature, out=gradient)
     log_p = log_softmax_rows(teacher, temperature, out=spare)
-    total, of_student, of_teacher, power = alpha + beta, 1.0, 1.0, None
+    total = alpha + beta
+    of_student: Tensor | float = 1.0
+    of_teacher: Tensor | float = 1.0
+    power = None
     if not (one := math.isclose(total, 1, rel_tol=1e-15)):  # else p and q are their own powers
         of_teacher = torch.exp2(log_p * (total / _LN_2)).sum(-1, keepdim=True)
         power = torch.exp2(log_q * (total / _LN_2))

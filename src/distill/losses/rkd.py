@@ -16,7 +16,7 @@ from distill.losses._batches import count, hide_pairs, mean_of_pairs, select
 FAMILY = "relations"
 
 # Angles held at a time: on a CPU what its cache holds, elsewhere what keeps the device busy.
-_ANGLES_CPU, _ANGLES = 2**16, 2**24
+_ANGLES_CPU, _ANGLES = 2**17, 2**24
 
 
 def rkd_loss(
@@ -86,7 +86,8 @@ def rkd_loss(
         ours, theirs = map(_relative_distances, squares)
         loss = loss + distance_weight * mean_of_pairs(_huber(ours - theirs), kept)
     if angle_weight:
-        angles = _AngleLoss.apply(*squares)  # type: ignore[no-untyped-call]  # torch leaves it so
+        early = torch.is_grad_enabled() and squares[0].requires_grad
+        angles, _ = _AngleLoss.apply(*squares, early)  # type: ignore[no-untyped-call]  # torch leaves it so
         loss = loss + angle_weight * (angles / (len(student) if kept is None else count(kept)) ** 3)
     return loss
 
@@ -138,37 +139,51 @@ class _AngleLoss(torch.autograd.Function):
     """Sum of the Huber differences of all angles, a block of anchors at a time, from the squared distances alone.
 
     The cosine of the angle at i between j and k is (d_ij^2 + d_ik^2 - d_jk^2) / (2 d_ij d_ik). Plain autograd would
-    keep several N x N x N tensors; here the backward computes each block anew.
+    keep several N x N x N tensors; here the gradient, N x N, is formed with the sum.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     @override
-    def forward(student: Tensor, teacher: Tensor) -> Tensor:
-        total = student.new_zeros(())
-        for _, ours, theirs, _ in _blocks(student, teacher):
-            total = total + F.smooth_l1_loss(ours, theirs, reduction="sum")
-        return total
+    def forward(student: Tensor, teacher: Tensor, early: bool) -> tuple[Tensor, Tensor]:
+        return _sum_and_slope(student, teacher) if early else (_sum(student, teacher), student.new_zeros(()))
 
     @staticmethod
     @override
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+        *pair, ctx.early = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*pair, output[1])
 
     @staticmethod
     @override
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        student, teacher = ctx.saved_tensors
-        inverse = _inverse_root(student).square()
-        sides, across = [], torch.zeros_like(student)
-        for anchors, ours, theirs, scale in _blocks(student, teacher):
-            slope = _slope(ours - theirs)
-            scaled = slope * scale
-            # j and k are alike in the angle at i, so the side from i to j counts twice.
-            sides.append(2 * scaled.sum(2) - inverse[anchors] * (slope * ours).sum(2))
-            across = across - scaled.sum(0)
-        return (torch.cat(sides) + across) * gradient, None
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher, slope = ctx.saved_tensors
+        if not ctx.early or torch.is_grad_enabled():  # it is to be differentiated again
+            slope = _sum_and_slope(student, teacher)[1]
+        return slope * gradient, None, None
+
+
+def _sum(student: Tensor, teacher: Tensor) -> Tensor:
+    total = student.new_zeros(())
+    for _, ours, theirs, _ in _blocks(student, teacher):
+        total = total + F.smooth_l1_loss(ours, theirs, reduction="sum")
+    return total
+
+
+def _sum_and_slope(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum, and its derivative for the student's squared distances."""
+    inverse = _inverse_root(student).square()
+    total, sides, across = student.new_zeros(()), [], torch.zeros_like(student)
+    for anchors, ours, theirs, scale in _blocks(student, teacher):
+        total = total + F.smooth_l1_loss(ours, theirs, reduction="sum")
+        slope = _slope(ours - theirs)
+        scaled = slope * scale
+        # j and k are alike in the angle at i, so the side from i to j counts twice.
+        sides.append(2 * scaled.sum(2) - inverse[anchors] * (slope * ours).sum(2))
+        across = across - scaled.sum(0)
+    return total, torch.cat(sides) + across
 
 
 def _blocks(student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:

@@ -8,7 +8,7 @@ from torch.autograd import Function
 from typing_extensions import override
 
 from distill._checks import without_autocast
-from distill._engine.fused import scale
+from distill._engine.kernels import scale
 from distill._engine.squared.gram import Heads, function_of, must_stay_differentiable
 from distill._engine.squared.plan import KEPT
 from distill._reduction import Reduction, reduce, row_weights
