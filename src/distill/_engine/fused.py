@@ -1,4 +1,4 @@
-"""Runs a loss of rows on large inputs without a temporary of their size: values and gradient in one pass."""
+"""Runs a loss of rows without a temporary of the inputs' size: values and gradient in one pass."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ def _block(
     return values
 
 
+# From some 260,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
 _ROWS = Rows(_formula, block=_block, topk=True, fused_from=1 / 4)
 
 
