@@ -84,7 +84,7 @@ def divergence_of_logits(a: Tensor, b: Tensor, *, dim: int, temperature: float) 
 
     The gradient is right for both.
     """
-    log_a, log_b = F.log_softmax(soften(a, temperature), dim), F.log_softmax(soften(b, temperature), dim)
+    log_a, log_b = (torch.log_softmax(soften(logits, temperature), dim) for logits in (a, b))
     if may_look(a):
         p = log_a.exp()
         values = (p * (log_a - log_b)).sum(dim)
