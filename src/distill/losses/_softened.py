@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill._checks import may_look
@@ -84,7 +83,8 @@ def divergence_of_logits(a: Tensor, b: Tensor, *, dim: int, temperature: float) 
 
     The gradient is right for both.
     """
-    log_a, log_b = (torch.log_softmax(soften(logits, temperature), dim) for logits in (a, b))
+    log_a = torch.log_softmax(soften(a, temperature), dim)
+    log_b = torch.log_softmax(soften(b, temperature), dim)
     if may_look(a):
         p = log_a.exp()
         values = (p * (log_a - log_b)).sum(dim)
