@@ -25,7 +25,7 @@ help:
 	@echo "make bench   the benchmarks, in at most half an hour; stops and goes on"
 	@echo "make wheel   the package as sdist and wheel, into dist/"
 	@echo "make release  the checklist of a release; publishes nothing"
-	@echo "make clean   remove .venv, caches and what was built; runs/, which may hold the results of weeks, stays"
+	@echo "make clean   remove .venv, .bounds, caches and what was built; runs/, which may hold the results of weeks, stays"
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -98,4 +98,4 @@ release: $(READY)
 	.ci/release
 
 clean:
-	rm -rf .venv dist site .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .bounds dist site .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -149,3 +149,13 @@ def test_import_costs_at_most_50_ms_on_top_of_torch(tmp_path):
     assert len(seconds) == 8
     assert list(tmp_path.rglob("distill/__init__.*.pyc"))
     assert min(seconds[1:]) < 0.050  # the others are of a machine that does something else too
+
+
+@pytest.mark.subprocess
+def test_the_command_for_the_lowest_versions_reads_them():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    ranges = [*project["dependencies"], *(each for name in extras if name != "examples" for each in extras[name])]
+    asked = subprocess.run([ROOT / ".ci/bounds", "versions"], check=True, capture_output=True, text=True).stdout
+    assert asked.split() == [f"{each.replace('>=', '==')}.*" for each in ranges]
