@@ -32,6 +32,7 @@ html_static_path = ["_static"]
 html_css_files = ["extra.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_domain_indices = False  # the list of two modules; all names have a page
 html_theme_options = {
     "logo": {"text": "distill"},
     "show_toc_level": 2,
