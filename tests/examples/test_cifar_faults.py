@@ -1,24 +1,30 @@
 """The short form of benchmarks/faults.py: the study under faults, as docs/reliability.md says."""
 
 import errno
+import functools
 import json
 import os
+import re
 import shutil
 import sys
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
 import torch
 
 import cifar_resnet
+import distill
 from cifar import archives, checkpoints, files
 from cifar.agreement import measure_agreement
 from cifar.archives import unpickle_arrays
 from cifar.checkpoints import CheckpointError, RunFiles
 from cifar.files import remove_leftovers, temporary_name, write_atomically
+from cifar.settings import describe_device
 from cifar.states import check_tensors, identity
 from cifar.training import Run, train
 from cifar_runs import make_config, make_data, make_teacher
+from distill import _registry
 from faults import WRONG, bad_lines, damaged, rewritten
 
 
@@ -73,6 +79,29 @@ def test_damaged_bytes_are_refused_or_were_without_effect(resumed, stopped):
             assert identity(state["model"]) == identity(RunFiles.of(stopped, make_config()).load_checkpoint(
                 make_config())["model"])  # fmt: skip
     assert refused >= 20
+
+
+def test_a_checkpoint_says_what_it_was_made_with(resumed):
+    state = resumed[0].load_checkpoint(make_config())
+    assert (state["format"], state["library"]) == (checkpoints.FORMAT, distill.__version__)
+    (part,) = state["parts"]
+    made_with = {"from": 1, "threads": torch.get_num_threads(), "engine": "eager", "torch": str(torch.__version__)}
+    assert part | made_with == part
+    assert part["library"] == distill.__version__
+    assert part["device"] == describe_device(torch.device("cpu"), "float32")
+
+
+def test_an_identity_is_of_names_types_and_shapes_too():
+    weights = {"a": torch.zeros(4), "b": torch.ones(2, 2)}
+    assert identity(weights) == identity(dict(reversed(weights.items())))
+    others = [
+        {"c": weights["a"], "b": weights["b"]},
+        {**weights, "a": torch.zeros(4, dtype=torch.int32)},
+        {**weights, "b": torch.ones(4)},
+        {**weights, "b": torch.tensor([[1.0, 1.0], [1.0, 2.0]])},
+        {"a": weights["a"]},
+    ]
+    assert len({identity(other) for other in [weights, *others]}) == 6
 
 
 def test_other_threads_say_what_to_give(resumed):
@@ -303,12 +332,85 @@ def test_a_download_is_bounded_in_size_and_time(monkeypatch, tmp_path, limit, va
         __exit__ = lambda *_: None  # noqa: E731
         read1 = lambda self, size: b"x" * 11  # noqa: E731  # for ever
 
-    monkeypatch.setattr(archives.urllib.request, "urlopen", lambda *_args, **_options: Response())
+    def urlopen(_url, *, timeout):
+        assert timeout == archives._TIMEOUT  # else a connection that is dead is waited for for ever
+        return Response()
+
+    monkeypatch.setattr(archives.urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(archives, limit, value)
     archive = archives.Archive("http://127.0.0.1/set.tar.gz", "0")
     with pytest.raises(OSError, match=f"could not be downloaded: .*{message}"):
         archives.fetch(archive, tmp_path / "set", download=True, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_far_too_large_is_not_read(monkeypatch, tmp_path):
+    (tmp_path / "set.tar.gz").write_bytes(b"x" * 11)
+    monkeypatch.setattr(archives, "_LARGEST", 10)
+    with pytest.raises(ValueError, match=r"set.tar.gz must have at most 10 bytes, got 11: it is another file"):
+        archives.fetch(
+            archives.Archive("http://127.0.0.1/set.tar.gz", "0"), tmp_path / "set", download=False, progress=False
+        )
+
+
+def test_what_a_killed_download_leaves_goes_after_a_day(tmp_path):
+    archive, old, new = (
+        archives.Archive("http://127.0.0.1/set.tar.gz", "0"),
+        *(tmp_path / f"set.tar.gz.{name}.part" for name in ("old", "new")),
+    )
+    for part in (old, new):
+        part.mkdir()
+        (part / "set.tar.gz").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    (tmp_path / "set.tar.gz").write_bytes(b"another file")
+    with pytest.raises(ValueError, match="must have the md5"):
+        archives.fetch(archive, tmp_path / "set", download=False, progress=False)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+# --- losses of others
+
+
+class Broken(torch.nn.Module):
+    """A loss that raises what nobody expects."""
+
+    def __init__(self, where="build"):
+        super().__init__()
+        if where == "build":
+            raise RuntimeError("no such thing")
+
+    def forward(self, student, teacher, target=None):
+        raise ZeroDivisionError("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (Broken, r"--loss: 'broken' cannot be built without arguments: no such thing"),
+        (
+            functools.partial(Broken, "forward"),
+            r"--loss broken at logits does not work here: term 'broken': no such thing",
+        ),
+        (None, r"--loss: the loss 'broken' of broken_package:Loss \(package .*\) cannot be imported: .*no such thing"),
+    ],
+)
+def test_a_loss_of_others_that_raises_anything_is_named(monkeypatch, capsys, tmp_path, loss, message):
+    if loss is not None:
+        monkeypatch.setitem(_registry._registered, "broken", loss)
+    else:
+        (tmp_path / "broken_package.py").write_text("raise RuntimeError('no such thing')")
+        monkeypatch.syspath_prepend(tmp_path)
+        point = EntryPoint("broken", "broken_package:Loss", "distill.losses")
+        monkeypatch.setattr(_registry, "entry_points", lambda **_: [point])
+    with pytest.raises(SystemExit) as stopped:
+        cifar_resnet.main(["--student", "8", "--teacher", "8", "--out", str(tmp_path / "runs"), "--loss", "broken"])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "runs" / "weights").exists()
+    with pytest.raises(SystemExit) as stopped:
+        cifar_resnet.main(["--help"])
+    assert stopped.value.code == 0
+    assert "broken" in capsys.readouterr().out
 
 
 def test_a_run_made_new_has_its_identity():
