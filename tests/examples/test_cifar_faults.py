@@ -21,7 +21,7 @@ from cifar.archives import unpickle_arrays
 from cifar.checkpoints import CheckpointError, RunFiles
 from cifar.files import remove_leftovers, temporary_name, write_atomically
 from cifar.settings import describe_device
-from cifar.states import check_tensors, identity
+from cifar.states import check_tensors, go_on, identity
 from cifar.training import Run, train
 from cifar_runs import make_config, make_data, make_teacher
 from distill import _registry
@@ -56,17 +56,17 @@ def resumed(stopped, tmp_path):
 
 @pytest.mark.parametrize("how", list(WRONG))
 def test_a_sound_checkpoint_with_wrong_content_is_refused_by_name(resumed, how):
-    files, go_on = resumed
+    files, resume = resumed
     content = rewritten(files.checkpoint.read_bytes(), WRONG[how])
     files.checkpoint.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{files.checkpoint.name} is not a readable checkpoint \(.+\); delete"):
-        go_on()
+        resume()
     assert files.checkpoint.read_bytes() == content
     assert not files.result.exists()
 
 
 def test_damaged_bytes_are_refused_or_were_without_effect(resumed, stopped):
-    files, _go_on = resumed
+    files, _resume = resumed
     content = files.checkpoint.read_bytes()
     refused = 0
     for seed in range(24):
@@ -89,6 +89,7 @@ def test_a_checkpoint_says_what_it_was_made_with(resumed):
     assert part | made_with == part
     assert part["library"] == distill.__version__
     assert part["device"] == describe_device(torch.device("cpu"), "float32")
+    assert go_on([part], {**part, "from": 1}, 2) == [part]  # nothing has changed
 
 
 def test_an_identity_is_of_names_types_and_shapes_too():
@@ -105,25 +106,25 @@ def test_an_identity_is_of_names_types_and_shapes_too():
 
 
 def test_other_threads_say_what_to_give(resumed):
-    files, go_on = resumed
+    files, resume = resumed
     change = lambda state: state["parts"][-1].update(threads=3)  # noqa: E731
     files.checkpoint.write_bytes(rewritten(files.checkpoint.read_bytes(), change))
     with pytest.raises(CheckpointError, match=r"threads must be 3, as before, .* got \d+: give --threads 3"):
-        go_on()
+        resume()
 
 
 def test_a_run_that_goes_on_with_another_version_says_so_in_the_table(resumed):
-    files, go_on = resumed
+    files, resume = resumed
     change = lambda state: state["parts"][-1].update(torch="1.9.0", library="0.0.1")  # noqa: E731
     files.checkpoint.write_bytes(rewritten(files.checkpoint.read_bytes(), change))
-    result = go_on()
+    result = resume()
     assert result.torch == f"1.9.0, {torch.__version__} from epoch 2"
     assert " from epoch" not in result.device + result.revision
     assert "1.9.0, " in cifar_resnet.write_report.__globals__["_made_with"](result)
 
 
 def test_a_checkpoint_of_the_first_format_goes_on(resumed):
-    files, go_on = resumed
+    files, resume = resumed
 
     def old(state):
         for name in ("format", "library", "parts", "teacher"):
@@ -132,31 +133,31 @@ def test_a_checkpoint_of_the_first_format_goes_on(resumed):
         del state["config"]["warmup"], state["config"]["task_weight"]  # came later
 
     files.checkpoint.write_bytes(rewritten(files.checkpoint.read_bytes(), old))
-    result = go_on()
+    result = resume()
     assert result.torch == f"not recorded, {torch.__version__} from epoch 2"
     assert result.revision.startswith("abc1234")
 
 
 def test_a_student_goes_on_under_its_own_teacher_only(resumed, tmp_path):
-    _files, go_on = resumed
+    _files, resume = resumed
     config = make_config()
     theirs = RunFiles.of(tmp_path / "runs", config.teacher_config())
     change = lambda state: next(iter(state["model"].values())).add_(1)  # noqa: E731
     before = theirs.weights.read_bytes()
     theirs.weights.write_bytes(rewritten(before, change))
     with pytest.raises(CheckpointError, match="belongs to a student of another teacher than"):
-        go_on()
+        resume()
     theirs.weights.write_bytes(before)
-    taught_by = go_on().taught_by
+    taught_by = resume().taught_by
     assert taught_by == identity(theirs.load_weights(config.teacher_config()))
     theirs.weights.write_bytes(rewritten(before, change))
     with pytest.raises(CheckpointError, match="belongs to a student of another teacher than"):  # the finished one too
-        go_on()
+        resume()
 
 
 def test_numbers_and_network_of_two_runs_are_told_apart(resumed):
-    files, go_on = resumed
-    go_on()
+    files, resume = resumed
+    resume()
     whole = files.result.read_text()
     for change, message in [
         ({"identity": "sha256:0"}, "is not the network whose numbers"),
@@ -167,7 +168,7 @@ def test_numbers_and_network_of_two_runs_are_told_apart(resumed):
     ]:
         files.result.write_text(json.dumps({**json.loads(whole), **change}))
         with pytest.raises(CheckpointError, match=message):
-            go_on()
+            resume()
 
 
 def test_weights_of_another_network_are_named(stopped, tmp_path):
@@ -205,7 +206,7 @@ class Full:
 
 
 def test_a_full_disk_is_named_and_costs_the_epoch_only(resumed, monkeypatch):
-    sound, go_on = resumed
+    sound, resume = resumed
     before = sound.checkpoint.read_bytes()
     open_file = type(sound.checkpoint).open
     with monkeypatch.context() as patch:
@@ -217,10 +218,10 @@ def test_a_full_disk_is_named_and_costs_the_epoch_only(resumed, monkeypatch):
             ),
         )
         with pytest.raises(OSError, match=r"No space left on device: .*\.pt"):
-            go_on()
+            resume()
     assert sound.checkpoint.read_bytes() == before
     assert not [*sound.checkpoint.parent.glob(".*"), *sound.checkpoint.parent.glob("*.tmp")]
-    go_on()
+    resume()
 
 
 def test_temporary_names_never_meet_and_do_not_stay(tmp_path, monkeypatch):
@@ -244,8 +245,8 @@ def test_temporary_names_never_meet_and_do_not_stay(tmp_path, monkeypatch):
 
 
 def test_stray_files_beside_the_numbers_are_passed_over(resumed, tmp_path):
-    sound, go_on = resumed
-    go_on()
+    sound, resume = resumed
+    resume()
     folder = sound.result.parent
     (folder / "._x.json").write_bytes(b"\x00\x05\x16\x07")
     (folder / "notes.json").write_text("[1]")
