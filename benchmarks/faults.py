@@ -323,8 +323,8 @@ def went_on(out: Path, pid: int, expected: dict[str, str]) -> Ends:
     ends: Ends = Counter()
     same = wait(pid)[1] == 0 and weights(out) == expected
     ends["bitwise equal" if same else "OTHER"] += 1
-    ends["LEFT BEHIND"] += bool(leftovers(out))
     ends["PROCESSES LEFT"] += not all_ended()
+    ends["LEFT BEHIND"] += bool(leftovers(out))
     shutil.rmtree(out)
     return +ends
 

@@ -34,8 +34,8 @@ class Claims:
             out: The output folder.
         """
         self._folder = out / "checkpoints"
-        self._me = json.dumps({"host": host(), "pid": os.getpid(), "id": secrets.token_hex(8)}).encode()
-        self._held: set[Path] = set()
+        self._id = secrets.token_hex(8)
+        self._held: dict[Path, bytes] = {}
         self._watched: dict[Path, tuple[object, float]] = {}  # how a claim looked, and since when
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
@@ -63,21 +63,32 @@ class Claims:
         Returns:
             Whether it is claimed for this command now.
         """
-        path = self._path(run)
+        path, content = self._path(run), self._content(os.getpid())
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             with path.open("xb") as file:
-                file.write(self._me)
+                file.write(content)
         except FileExistsError:
             if not self._abandoned(path):
                 return False
             # Others may have found the same: all write, and the last one has it.
-            write_atomically(path, lambda file: file.write(self._me))
+            write_atomically(path, lambda file: file.write(content))
             time.sleep(SETTLED)
-            if _read(path) != self._me:
+            if _read(path) != content:
                 return False
-        self._held.add(path)
+        self._held[path] = content
         return True
+
+    def hand_over(self, run: RunConfig, pid: int) -> None:
+        """Note which process trains a run, where it is not this one: the claim holds until that one has ended.
+
+        Args:
+            run: A run that `take` has claimed.
+            pid: The process, one that ends with this one.
+        """
+        path, content = self._path(run), self._content(pid)
+        write_atomically(path, lambda file: file.write(content))
+        self._held[path] = content
 
     def release(self, run: RunConfig) -> None:
         """Give a claim back.
@@ -109,10 +120,13 @@ class Claims:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
 
+    def _content(self, pid: int) -> bytes:
+        return json.dumps({"host": host(), "pid": pid, "id": self._id}).encode()
+
     def _drop(self, path: Path) -> None:
-        self._held.discard(path)
+        content = self._held.pop(path)
         with suppress(OSError):
-            if _read(path) == self._me:
+            if _read(path) == content:
                 path.unlink(missing_ok=True)
 
     def _abandoned(self, path: Path) -> bool:
@@ -125,7 +139,7 @@ class Claims:
         except OSError:  # given back just now
             return False
         where, pid, token = _parse(content)
-        if where == host() and (has_ended(pid) or (pid == os.getpid() and token != _parse(self._me)[2])):
+        if where == host() and (has_ended(pid) or (pid == os.getpid() and token != self._id)):
             return True
         look, now = (content, status.st_mtime_ns), time.monotonic()
         if self._watched.get(path, (None, now))[0] != look:

@@ -136,7 +136,7 @@ def _side_by_side(
 ) -> None:
     while queue.left or processes.active:
         while len(processes.active) < jobs and (run := queue.next()) is not None:
-            processes.start(run, overview.names[run.run_id])
+            queue.hand_over(run, processes.start(run, overview.names[run.run_id]))
         if not processes.active:
             if queue.left:
                 time.sleep(LOOK)
@@ -184,6 +184,10 @@ class _Queue:
             elif self.left:
                 time.sleep(LOOK)
 
+    def hand_over(self, run: RunConfig, pid: int) -> None:
+        """Note which process trains a run."""
+        self._claims.hand_over(run, pid)
+
     def end(self, run: RunConfig) -> None:
         """Note that a run is done, or will not be."""
         del self.left[run]
@@ -220,7 +224,8 @@ class _Processes:
         for process, _run in self.active.values():
             process.join()
 
-    def start(self, run: RunConfig, name: str) -> None:
+    def start(self, run: RunConfig, name: str) -> int:
+        """Train a run in a new process, and return its number."""
         here, there = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_work, args=(run, name, self._place, there), daemon=True)
         # Ctrl-C reaches every process of a terminal, and a batch system ends a whole job, but only this one answers
@@ -233,6 +238,7 @@ class _Processes:
                 signal.signal(number, answer)
         there.close()  # the other process has it now; its end is seen as the end of the pipe
         self.active[here] = process, run
+        return int(process.pid or 0)
 
     def messages(self) -> Iterator[tuple[RunConfig, tuple[float, str] | str | None]]:
         """Wait for news: epochs done and a line of text, None at the run's end, or how its loss ceased to be finite."""

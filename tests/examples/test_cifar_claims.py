@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +13,7 @@ from cifar import claims, crew, training
 from cifar.checkpoints import RunFiles
 from cifar.claims import EMPTY, SETTLED, SILENT, Claims
 from cifar.crew import Place, train_all
-from cifar.files import host
+from cifar.files import has_ended, host
 from cifar.progress import Overview
 from cifar.training import train
 from cifar_runs import make_config, make_data
@@ -85,6 +87,27 @@ def test_the_claim_of_a_process_that_has_ended_is_taken_at_once(tmp_path, clock)
     claim(tmp_path, pid=os.getpid())  # of an earlier process with this number, as in a container that started again
     assert ours.take(RUN)
     assert clock.now == 1000 + 2 * SETTLED
+
+
+def test_a_run_in_a_process_of_its_own_is_claimed_until_that_one_has_ended(tmp_path, clock):
+    # When the command is killed, the process may still write for a moment.
+    with Claims(tmp_path) as ours:
+        ours.take(RUN)
+        ours.hand_over(RUN, ALIVE)
+        (path,) = ours._held
+        assert json.loads(path.read_text())["pid"] == ALIVE
+        assert not Claims(tmp_path).take(RUN)
+        ours.hand_over(RUN, ENDED)
+        assert Claims(tmp_path).take(RUN)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_process_that_nobody_has_waited_for_has_ended():
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert has_ended(process.pid)
+    assert not has_ended(os.getpid())
+    assert not has_ended(0)
 
 
 def test_what_an_ended_process_has_claimed_does_not_stay(tmp_path):

@@ -80,9 +80,11 @@ def test_killed_side_by_side_it_goes_on_and_ends_the_same(one_by_one, tmp_path, 
     # The processes that train must end too, or they would train beside those of the next call.
     assert children
     until(lambda: not any(map(alive, children)))
+    halves = [torch.load(it, weights_only=True)["history"] for it in tmp_path.glob("checkpoints/*.pt")]
     code, output, errors = here(capfd, tmp_path, "--jobs", "2")
     assert (code, errors) == (0, "")
-    assert "goes on after epoch" in output
+    # On a busy machine the kill may come late, when nothing is half done any more.
+    assert output.count("goes on after epoch") == sum(len(history) == 1 for history in halves)
     assert_same_weights(tmp_path, one_by_one)
     assert measured(tmp_path) == measured(one_by_one)
 
