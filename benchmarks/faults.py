@@ -203,11 +203,13 @@ def small(out: Path) -> None:
         train(config, data, out)
 
 
-def kill_at_random(count: int, jobs: int, where: Path, before: Sequence[Ends]) -> Tries:
+def kill_at_random(
+    count: int, train: Callable[[int, Path], int], jobs: int, where: Path, before: Sequence[Ends]
+) -> Tries:
     """Kill the command at random moments, up to three times in a row; then let it come to its end."""
 
     def command(out: Path) -> int:
-        return forked(lambda: cifar_resnet.main([*COMMAND, "--jobs", str(jobs), "--out", str(out)]))
+        return forked(lambda: train(jobs, out))
 
     takes, _ = wait(command(where / "whole"))
     expected = weights(where / "whole")
@@ -239,8 +241,13 @@ def kill_at_operations(jobs: int, where: Path, before: Sequence[Ends]) -> Tries:
         yield Counter(kills=1) + went_on(out, forked(lambda out=out: small_command(jobs, out)), expected)  # type: ignore[misc]
 
 
+def whole_command(jobs: int, out: Path) -> int:
+    """The command as people start it."""
+    return cifar_resnet.main([*COMMAND, "--jobs", str(jobs), "--out", str(out)])
+
+
 def small_command(jobs: int, out: Path) -> int:
-    """The command itself, on a few random images."""
+    """The same on a few random images, without a picture, its workers forks: a tenth of the time, all the files."""
     replaced = {
         "cifar_resnet.load_dataset": make_data(128, 128),
         "cifar.crew.load_dataset": make_data(128, 128),
@@ -251,7 +258,7 @@ def small_command(jobs: int, out: Path) -> int:
     with contextlib.ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch(name, return_value=value))
-        return cifar_resnet.main([*COMMAND, "--jobs", str(jobs), "--out", str(out)])
+        return whole_command(jobs, out)
 
 
 def command_that_dies(jobs: int, out: Path, operation: int) -> bool:
@@ -434,7 +441,9 @@ def main(arguments: list[str] | None = None) -> int:
         0, or 1 if any try ended badly.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="kills,operations,pairs,damage,lines", help="parts, with commas between them")
+    parser.add_argument(
+        "--only", default="kills,small,operations,pairs,damage,lines", help="parts, with commas between them"
+    )
     parser.add_argument("--kills", type=int, default=200, help="half of them with 2 jobs; default: 200")
     parser.add_argument("--pairs", type=int, default=40, help="of commands; default: 40")
     parser.add_argument("--damaged", type=int, default=1000, help="default: 1000")
@@ -452,7 +461,17 @@ def main(arguments: list[str] | None = None) -> int:
             for jobs in both
         ],
         "pairs": [("two commands on one folder", functools.partial(pairs, args.pairs))],
-        "kills": [(f"random kills, --jobs {jobs}", functools.partial(kill_at_random, half, jobs)) for jobs in both],
+        "small": [
+            (
+                f"random kills of a small run, --jobs {jobs}",
+                functools.partial(kill_at_random, half, small_command, jobs),
+            )
+            for jobs in both
+        ],
+        "kills": [
+            (f"random kills, --jobs {jobs}", functools.partial(kill_at_random, half, whole_command, jobs))
+            for jobs in both
+        ],
     }
     bad = 0
     for name in parts:
