@@ -72,6 +72,8 @@ def check_optimizer(found: Any, optimizer: torch.optim.Optimizer, needed: nn.Mod
     if not isinstance(found, Mapping) or set(found) != {"state", "param_groups"}:
         raise ValueError("the optimizer's state must hold state and param_groups")
     wanted = optimizer.state_dict()["param_groups"]
+    if not isinstance(found["param_groups"], list) or not all(isinstance(it, dict) for it in found["param_groups"]):
+        raise ValueError("the optimizer's param_groups must be a list of options")
     groups = [{**group, "lr": 0.0} for group in found["param_groups"]]
     if groups != [{**group, "lr": 0.0} for group in wanted]:
         raise ValueError("the optimizer's options must be the recipe's, got others")

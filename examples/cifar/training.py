@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -261,16 +262,23 @@ class Run:
             ValueError: If it is not that of such a run, or the run was made with what the user must choose again; what
                 else is wrong with it may raise other errors. Nothing is changed then.
         """
-        history = [EpochRecord.from_json(record) for record in state["history"]]
+        try:
+            history = [EpochRecord.from_json(record) for record in state["history"]]
+        except TypeError as error:
+            raise ValueError(f"its history must be a list of records of epochs, got others: {error}") from error
         epochs = [record.epoch for record in history]
         if epochs != list(range(1, len(epochs) + 1)) or not 1 <= len(epochs) <= self.config.epochs:
-            raise ValueError(f"its history must hold the epochs 1, 2, ... of {self.config.epochs}, got {epochs}")
+            got = reprlib.repr(epochs)
+            raise ValueError(f"its history must hold the epochs 1, 2, ... of {self.config.epochs}, got {got}")
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         random = {"data": self.generator.get_state(), "cpu": torch.get_rng_state(), "cuda": cuda}
         check_tensors(state["model"], self.model.state_dict(), "network")
         check_optimizer(state["optimizer"], self.optimizer, self.model.student)
         check_random(state["random"], random)
-        datetime.fromisoformat(state["start_time"])
+        try:
+            datetime.fromisoformat(state["start_time"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"its start must be a time of ISO 8601, got {state['start_time']!r}") from error
         # Earlier versions wrote the revision alone, and the first of them not even that.
         parts = state.get("parts", [{"from": 1, "revision": state.get("revision", "-")}])
         self.parts = go_on(parts, self.parts[0], len(history) + 1)

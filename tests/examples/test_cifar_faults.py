@@ -54,12 +54,51 @@ def resumed(stopped, tmp_path):
     return RunFiles.of(tmp_path / "runs", config), lambda: train(config, make_data(128, 128), tmp_path / "runs")
 
 
+REASONS = {
+    "no network": "it must hold model",
+    "a tensor is missing": "network must hold student.conv1.weight, which is missing",
+    "a tensor too many": "network must hold the network's tensors only, got 'extra'",
+    "another shape": r"student.conv1.weight of the network must be .* of shape \(16, .*, got .* of shape \(2, 3\)",
+    "another type": r"student.conv1.weight of the network must be torch.float32 of .*, got torch.float64 of shape",
+    "no tensor": "student.conv1.weight of the network must be a tensor, got int",
+    "the network is a list": "network must map names to tensors, got list",
+    "an unknown field": "it must hold nothing unknown, got 'surprise'",
+    "no history": r"its history must hold the epochs 1, 2, ... of 2, got \[\]",
+    "history with a gap": r"its history must hold the epochs 1, 2, ... of 2, got \[2\]",
+    "history too long": r"its history must hold the epochs 1, 2, ... of 2, got \[1, 2, 3, 4, 5, 6, ...\]",
+    "history of text": "its history must be a list of records of epochs, got others",
+    "a record without a field": "its history must be a list of records of epochs, got others: .*'loss'",
+    "a record with nan": "loss must be a finite float, got nan",
+    "no optimizer": "it must hold optimizer",
+    "no momentum": "optimizer's state of parameter 0 must hold momentum_buffer, which is missing",
+    "momentum of another shape": "momentum_buffer of the optimizer's state of parameter 0 must be .*, got",
+    "another momentum": "the optimizer's options must be the recipe's, got others",
+    "no groups": "the optimizer's options must be the recipe's, got others",
+    "an optimizer without groups": "the optimizer's state must hold state and param_groups",
+    "a parameter too many": "the optimizer must know 29 parameters, got one numbered 99",
+    "groups are a number": "the optimizer's param_groups must be a list of options",
+    "no random state": "it must hold random",
+    "random states are a list": "the random states must be those of data, cpu, cuda",
+    "a short random state": "data of the random states must be torch.uint8 of .*, got torch.uint8 of shape",
+    "no random state of the data": "the random states must be those of data, cpu, cuda",
+    "a start that is no time": "its start must be a time of ISO 8601, got 'yesterday'",
+    "a start that is a number": "its start must be a time of ISO 8601, got 7",
+    "of a later format": "its format must be one of 1 to 2, got 99",
+    "a format that is text": "its format must be one of 1 to 2, got '2'",
+    "parts that are none": "what the run was made with must be a list of parts, each with its first epoch",
+    "parts without an epoch": "what the run was made with must be a list of parts, each with its first epoch",
+    "other threads": "threads must be 99, as before, .*, got .*: give --threads 99",
+    "another engine": "engine must be graph, as before, .*, got eager: give --engine graph",
+}
+
+
 @pytest.mark.parametrize("how", list(WRONG))
 def test_a_sound_checkpoint_with_wrong_content_is_refused_by_name(resumed, how):
     files, resume = resumed
     content = rewritten(files.checkpoint.read_bytes(), WRONG[how])
     files.checkpoint.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{files.checkpoint.name} is not a readable checkpoint \(.+\); delete"):
+    refused = rf"{files.checkpoint.name} is not a readable checkpoint \({REASONS[how]}.*\); delete"
+    with pytest.raises(CheckpointError, match=refused):
         resume()
     assert files.checkpoint.read_bytes() == content
     assert not files.result.exists()
@@ -171,6 +210,29 @@ def test_numbers_and_network_of_two_runs_are_told_apart(resumed):
             resume()
 
 
+def test_the_agreement_names_weights_of_another_network(resumed, tmp_path):
+    files, resume = resumed
+    resume()
+    saved = rewritten(files.weights.read_bytes(), WRONG["another shape"])
+    files.weights.write_bytes(saved)
+    state = torch.load(files.weights, weights_only=True)["model"]
+    numbers = json.loads(files.result.read_text())
+    files.result.write_text(json.dumps({**numbers, "identity": identity(state)}))
+    with pytest.raises(
+        CheckpointError, match=rf"{files.weights.name} is not a readable .*\(conv1.weight of the network"
+    ):
+        measure_agreement([make_config()], tmp_path / "runs", {"tiny": make_data(128, 128)})
+
+
+def test_what_damaged_lengths_raise_is_the_files_fault(resumed, monkeypatch):
+    def seek(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(checkpoints.zipfile, "ZipFile", seek)
+    with pytest.raises(CheckpointError, match=r"is not a readable checkpoint \(.*Invalid argument\)"):
+        resumed[0].load_checkpoint(make_config())
+
+
 def test_weights_of_another_network_are_named(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "runs")
     config, data = make_config(), make_data(128, 128)
@@ -178,9 +240,11 @@ def test_weights_of_another_network_are_named(stopped, tmp_path):
     theirs.weights.write_bytes(rewritten(theirs.weights.read_bytes(), WRONG["another shape"]))
     with pytest.raises(CheckpointError, match=rf"{theirs.weights.name} is not a readable checkpoint .*got"):
         train(config, data, tmp_path / "runs")
+    theirs.weights.write_bytes(rewritten(theirs.weights.read_bytes(), WRONG["the network is a list"]))
+    with pytest.raises(CheckpointError, match="its network must be a dict of tensors"):
+        train(config, data, tmp_path / "runs")
     with pytest.raises(ValueError, match=r"x of the network must be torch.float32 of shape \(2,\)"):
         check_tensors({"x": torch.zeros(3)}, {"x": torch.zeros(2)}, "network")
-    assert measure_agreement([], tmp_path, {}) is None
 
 
 # --- the disk
@@ -190,7 +254,7 @@ class Full:
     """A file on a disk that is full."""
 
     def __init__(self, file):
-        self.file = file
+        self.file, self.free = file, 1000
 
     def __getattr__(self, name):
         return getattr(self.file, name)
@@ -201,8 +265,11 @@ class Full:
     def __exit__(self, *_):
         self.file.close()
 
-    def write(self, _):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def write(self, content):
+        self.free -= len(content)
+        if self.free < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(content)
 
 
 def test_a_full_disk_is_named_and_costs_the_epoch_only(resumed, monkeypatch):
@@ -294,23 +361,40 @@ def reduce_of(function, *arguments):
     return pickle.dumps({"data": Call()}, 2)
 
 
+def array_of(shape, dtype, content):
+    import pickle
+
+    class Array:
+        def __reduce__(self):
+            made_by = np.zeros(0).__reduce__()[0]
+            return made_by, (np.ndarray, (0,), b"b"), (1, shape, np.dtype(dtype), False, content)
+
+    return pickle.dumps(Array(), 2)
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "reason"),
     [
-        reduce_of(np.ndarray, (1 << 40,), np.dtype("u1")),  # would allocate
-        reduce_of(np.ndarray, (3,), np.dtype("O")),  # would hold what is no object
-        b"cnumpy\nndarray\n(K\x03tR.",
-        b"cnumpy\nndarray\n)\x81.",
-        b"cnumpy\ndtype\n}b.",
-        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR.",
-        b"Nr\xff\xff\xff\xff.",  # a place in the memo far beyond the file
-        b"]q\x00h\x00a.",  # a list that holds itself
-        b"(" * 1000,
-        b"\x80\x02cposix\nsystem\n.",
+        (reduce_of(np.ndarray, (1 << 40,), np.dtype("u1")), "a call of numpy.ndarray"),  # would allocate
+        (reduce_of(np.ndarray, (3,), np.dtype("O")), "a call of numpy.ndarray"),  # would hold what is no object
+        (b"cnumpy\nndarray\n(K\x03tR.", "a call of numpy.ndarray"),
+        (b"cnumpy\nndarray\n)\x81.", "the instruction NEWOBJ"),
+        (b"cnumpy\ndtype\n}b.", "a state of dtype"),
+        (b"cnumpy\ndtype\n.", "_Marker"),
+        (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR.", "an array must be a call of"),
+        (b"Nr\xff\xff\xff\xff.", "the instruction LONG_BINPUT"),  # a place in the memo far beyond the file
+        (b"]q\x00h\x00a.", "containers may be nested 8 deep"),  # a list that holds itself
+        (b"(" * 1000, ""),
+        (b"\x80\x02cposix\nsystem\n.", "posix.system"),
+        (array_of((1 << 40,), "u1", b"abc"), "an array must have a shape of sizes"),
+        (array_of((-1,), "u1", b"abc"), "an array must have a shape of sizes"),
+        (array_of(3, "u1", b"abc"), "an array must have a shape of sizes"),
+        (array_of((4,), "u1", b"abc"), r"an array of shape \(4,\) must have as many bytes"),
+        (array_of((3,), "O", [1, 2, 3]), "an array must be of numbers"),
     ],
 )
-def test_a_crafted_pickle_is_refused(content):
-    with pytest.raises(ValueError, match="batch must be a pickle of arrays and plain containers"):
+def test_a_crafted_pickle_is_refused(content, reason):
+    with pytest.raises(ValueError, match=f"batch must be a pickle of arrays and plain containers: {reason}"):
         unpickle_arrays("batch", content)
 
 
@@ -331,7 +415,8 @@ def test_a_download_is_bounded_in_size_and_time(monkeypatch, tmp_path, limit, va
         headers = {"Content-Length": None}  # noqa: RUF012
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = lambda *_: None  # noqa: E731
-        read1 = lambda self, size: b"x" * 11  # noqa: E731  # for ever
+        chunks = iter([b"x" * 11, b"x" * 11, b""])
+        read1 = lambda self, size: next(self.chunks)  # noqa: E731
 
     def urlopen(_url, *, timeout):
         assert timeout == archives._TIMEOUT  # else a connection that is dead is waited for for ever

@@ -88,8 +88,11 @@ def test_the_same_command_again_trains_nothing(first, capsys, monkeypatch):
     # Another command is killed while it writes its report.
     monkeypatch.setattr(cifar_resnet, "measure_agreement", lambda *_: left.write_text("half"))
     before = {path: path.stat().st_mtime_ns for path in (*out.glob("runs/*"), *out.glob("weights/*"))}
+    (out / "runs" / "notes.json").write_text("[1]")
     assert run(out, "--epochs", "2") == 0
-    text = capsys.readouterr().out
+    (out / "runs" / "notes.json").unlink()
+    text, warning = capsys.readouterr()
+    assert re.fullmatch(r"warning: left out of the table: \S+notes.json is no readable result .*\n", warning)
     assert "3 (3 done)" in text
     assert trained(text) == []
     assert not left.exists()
