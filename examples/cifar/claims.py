@@ -108,7 +108,7 @@ class Claims:
         Returns:
             Such as `"process 812 on node3"`.
         """
-        where, pid, _ = _parse(_read(self._path(run)))
+        where, pid, _ = read_claim(_read(self._path(run)))
         return f"process {pid} on {where}" if where else "another command"
 
     def _path(self, run: RunConfig) -> Path:
@@ -138,7 +138,7 @@ class Claims:
             content, status = path.read_bytes(), path.stat()
         except OSError:  # given back just now
             return False
-        where, pid, token = _parse(content)
+        where, pid, token = read_claim(content)
         if where == host() and (has_ended(pid) or (pid == os.getpid() and token != self._id)):
             return True
         look, now = (content, status.st_mtime_ns), time.monotonic()
@@ -161,8 +161,15 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def _parse(content: bytes) -> tuple[str, int, str]:
-    """Who wrote a claim: machine, process and the command's mark; an empty name and -1 where that is not said."""
+def read_claim(content: bytes) -> tuple[str, int, str]:
+    """Read who holds a claim.
+
+    Args:
+        content: Of the file.
+
+    Returns:
+        The machine's name, the process's number and the command's mark; an empty name and -1 where that is not said.
+    """
     try:
         said = json.loads(content)
         return str(said["host"]), int(said["pid"]), str(said["id"])

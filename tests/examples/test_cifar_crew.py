@@ -14,6 +14,7 @@ import cifar_resnet
 from cifar import crew
 from cifar.agreement import measure_agreement
 from cifar.checkpoints import RunFiles
+from cifar.claims import read_claim
 from cifar.crew import Place
 from cifar.data import normalize
 from cifar.progress import Overview
@@ -122,6 +123,8 @@ def test_what_a_batch_system_sends_stops_every_process(tmp_path):
         until(lambda: list(tmp_path.glob("checkpoints/*.pt")))
         children = workers(process)
         assert len(children) == 2
+        # So that, were only the command killed, the next one would wait until they have ended.
+        until(lambda: {read_claim(it.read_bytes())[1] for it in tmp_path.glob("checkpoints/*.claim")} == {*children})
         for pid in (*children, process.pid):  # to all of them
             os.kill(pid, signal.SIGTERM)
         process.join()
@@ -130,6 +133,7 @@ def test_what_a_batch_system_sends_stops_every_process(tmp_path):
     assert process.exitcode == 128 + signal.SIGTERM
     assert log.read_text().rstrip().endswith("\nStopped. The same command goes on after the last whole epoch.")
     until(lambda: not any(map(alive, children)))
+    assert not list(tmp_path.rglob("*.claim"))
 
 
 @pytest.mark.subprocess

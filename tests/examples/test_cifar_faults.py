@@ -135,7 +135,7 @@ def test_an_identity_is_of_names_types_and_shapes_too():
     weights = {"a": torch.zeros(4), "b": torch.ones(2, 2)}
     assert identity(weights) == identity(dict(reversed(weights.items())))
     others = [
-        {"c": weights["a"], "b": weights["b"]},
+        {"aa": weights["a"], "b": weights["b"]},
         {**weights, "a": torch.zeros(4, dtype=torch.int32)},
         {**weights, "b": torch.ones(4)},
         {**weights, "b": torch.tensor([[1.0, 1.0], [1.0, 2.0]])},
