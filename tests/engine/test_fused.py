@@ -13,7 +13,7 @@ from distill import DKDLoss, KLLoss, LogitLoss, ReverseKLLoss, kl_loss, logit_lo
 from distill._engine import fused as engine
 from distill._engine.rows import Rows
 from distill._reduction import REDUCTIONS, reduce, row_weights
-from distill.losses import _from_teacher, _mean_squares
+from distill.losses import _from_teacher, _mean_squares, dkd, reverse_kl
 from rowwise import BY_AUTOGRAD, LOSSES, is_fused
 
 TOLERANCE = {
@@ -297,8 +297,11 @@ def test_kl_of_blocks_is_as_exact_as_the_formula_near_zero():
     assert (blocks - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
-@pytest.mark.parametrize("build", [KLLoss, ReverseKLLoss, DKDLoss])
-def test_few_rows_of_which_some_need_care_give_what_the_formula_gives(build, monkeypatch):
+@pytest.mark.parametrize(
+    ("build", "module", "block"),
+    [(KLLoss, _from_teacher, "_block"), (ReverseKLLoss, reverse_kl, "_block"), (DKDLoss, dkd, "_BLOCK")],
+)
+def test_few_rows_of_which_some_need_care_give_what_the_formula_gives(build, module, block, monkeypatch):
     student, teacher = make_pair(7, 10)
     target = torch.arange(7)
     for case in ("ordinary", "equal", "far", "masked"):
@@ -314,6 +317,8 @@ def test_few_rows_of_which_some_need_care_give_what_the_formula_gives(build, mon
         for small in (0, math.inf):
             with monkeypatch.context() as patch:
                 patch.setattr(engine, "SMALL", small)
+                if case == "ordinary":
+                    patch.setattr(module, block, None)  # which is for those that need care
                 values = build(reduction="none")(ours, theirs, target)
                 assert is_fused(values) is (small == 0)
                 results.append((values, torch.autograd.grad(values, ours, torch.arange(7.0).double())[0]))

@@ -9,6 +9,7 @@ from compilers import needs_compiler
 from contract import gradient, make_pair
 from distill import KLLoss, LogitLoss, ReverseKLLoss
 from distill.losses import kl, reverse_kl
+from distill.losses._mixture import Mixture, _of_one
 from distill.losses._softened import divergence, expectation, expm1, not_negative
 
 INF = math.inf
@@ -214,3 +215,12 @@ def test_compiled_keeps_its_digits_near_agreement():
     torch.testing.assert_close(value, expected, rtol=2e-6, atol=0.0)
     (slope,), (wanted,) = (torch.autograd.grad(y.sum(), x) for y in (value, expected))
     torch.testing.assert_close(slope, wanted, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mixture", [Mixture(0.1, 1, 0), Mixture(0.9, 0, 1)])
+def test_the_quick_form_of_a_skew_takes_classes_without_a_probability(mixture):
+    q, p = torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([[0.0, 0.9, 0.1, 0.0]])
+    x = q if mixture.of_student else p
+    expected = (x * (x / (mixture.share * p + (1 - mixture.share) * q)).log()).nansum(-1)
+    values = _of_one(q.clone(), p.clone(), 1.0, mixture=mixture, temperature=1.0)
+    torch.testing.assert_close(values, expected)
