@@ -65,6 +65,10 @@ def test_a_claim_is_there_while_it_is_held_and_names_who_holds_it(tmp_path):
         assert not path.exists()
         assert ours.take(RUN)
     assert not path.exists()
+    with Claims(tmp_path) as ours:
+        assert ours.take(RUN)
+        claim(tmp_path)  # another command has taken it over, while this one was asleep
+    assert path.exists()
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, clock):
