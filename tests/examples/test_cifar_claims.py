@@ -17,6 +17,7 @@ from cifar.files import has_ended, host
 from cifar.progress import Overview
 from cifar.training import train
 from cifar_runs import make_config, make_data
+from commands import until
 
 RUN = make_config(epochs=1)
 ALIVE, ENDED = 1, 999_999_999  # numbers of processes
@@ -166,8 +167,7 @@ def test_a_held_claim_is_renewed(tmp_path, monkeypatch):
         ours.take(RUN)
         (path,) = ours._held
         os.utime(path, (0, 0))
-        while path.stat().st_mtime == 0:  # else it never ends
-            time.sleep(0.001)
+        until(lambda: path.stat().st_mtime > 0)
 
 
 def crew_of(out, runs):
