@@ -11,7 +11,7 @@ import pytest
 
 from cifar import claims, crew, training
 from cifar.checkpoints import RunFiles
-from cifar.claims import EMPTY, SETTLED, SILENT, Claims
+from cifar.claims import EMPTY, SETTLED, SILENT, Claims, read_claim
 from cifar.crew import Place, train_all
 from cifar.files import has_ended, host
 from cifar.progress import Overview
@@ -173,8 +173,14 @@ def test_a_held_claim_is_renewed(tmp_path, monkeypatch):
 def crew_of(out, runs):
     """Train runs in this process; which were trained here, in their order."""
     trained = []
+
+    def finished(run):
+        ours = [it.stem for it in out.glob("checkpoints/*.claim") if read_claim(it.read_bytes())[1] == os.getpid()]
+        assert ours == [run.run_id]  # those of earlier runs are given back
+        trained.append(run)
+
     place, data = Place(out, out, "cpu", None, "eager", tensorboard=False), make_data(128, 128)
-    train_all(runs, place, {"tiny": data}, jobs=1, overview=Overview(runs), finished=trained.append)
+    train_all(runs, place, {"tiny": data}, jobs=1, overview=Overview(runs), finished=finished)
     return trained
 
 
