@@ -52,7 +52,7 @@ def test_sequences_of_several_lengths_are_padded_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["left", "right", "scattered"])
-@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("k", [None, 3, 7])
 def test_positions_that_the_mask_hides_are_not_stored_and_those_it_shows_go_to_their_places(tmp_path, kind, k):
     shown = {
         "right": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]],
@@ -72,8 +72,8 @@ def test_positions_that_the_mask_hides_are_not_stored_and_those_it_shows_go_to_t
     else:
         assert same(read[shown], TopK.of(given[shown], k).to(torch.float16))
         even = read[~shown].check(7)
-        torch.testing.assert_close(even.log_tail, torch.full((3,), math.log(4 / 7)))
-        torch.testing.assert_close(even.log_probs, torch.full((3, 3), -math.log(7)).half())
+        torch.testing.assert_close(even.log_tail, torch.full((3,), math.log(4 / 7) if k == 3 else -math.inf))
+        torch.testing.assert_close(even.log_probs, torch.full((3, k), -math.log(7)).half())
 
 
 def decoded(arrays, k, vocabulary):
