@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKS = "not compile and not subprocess and not study"
 NAMES = ["file", "line", "operator", "code", "change"]  # what names a mutant
 FIELDS = [*NAMES, "verdict", "tests", "seconds", "found by"]
+DEFAULTS = "tests/losses/test_defaults.py|run"  # reads signatures: coverage does not see it
 FIRST = 40  # tests that are tried first; only a mutant that survives them meets all that run its line
 
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for copy in copies:
             copy.close()
     write(options.out / "mutants.csv", rows)
-    text = report(rows, read_reasons(options.out / "reasons.csv"), sys.argv[1:] if arguments is None else arguments)
+    text = report(rows, read_reasons(options.out / "reasons.csv")) + made_with(options)
     (options.out / "mutants.md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -174,7 +175,7 @@ def select(tests: coverage.CoverageData, path: Path, line: int) -> tuple[list[st
     by_line = tests.contexts_by_lineno(str(ROOT / path))
     names = {name for name in by_line.get(line, ()) if name}
     if not names:
-        names = {name for found in by_line.values() for name in found if name}
+        names = {DEFAULTS, *(name for found in by_line.values() for name in found if name)}
     ids = sorted({name.rpartition("|")[0] for name in names})
     ids.sort(key=lambda name: (f"test_{path.stem}.py" not in name, f"/{path.parent.name}/" not in name))
     twins = [name for name in ids if f"test_{path.stem}.py" in name]
@@ -216,7 +217,7 @@ def write(table: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     partial.replace(table)
 
 
-def report(rows: Sequence[Mapping[str, Any]], reasons: Mapping[tuple[str, ...], str], arguments: Sequence[str]) -> str:
+def report(rows: Sequence[Mapping[str, Any]], reasons: Mapping[tuple[str, ...], str]) -> str:
     """Return the table by operator, and the survivors with the reason of each."""
     counted: dict[str, collections.Counter[bool]] = collections.defaultdict(collections.Counter)
     for row in rows:
@@ -231,12 +232,19 @@ def report(rows: Sequence[Mapping[str, Any]], reasons: Mapping[tuple[str, ...], 
     for row, reason in zip(survivors, explained, strict=True):
         place = f"`{row['file'].removeprefix('src/distill/')}:{row['line']}`"
         verdict = "" if row["verdict"] == "survived" else f" ({row['verdict']})"
-        lines += [f"- {place} `{row['code']}`: `{row['change']}`{verdict}. {reason or '**No reason yet.**'}"]
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    versions = f"Python {platform.python_version()}, PyTorch {metadata.version('torch')}"
-    command = f"python benchmarks/mutants.py {' '.join(arguments)}"
-    lines += ["", f"Run as `{command}`, revision {described.stdout.strip()}, {versions}."]
+        text = row["change"].partition(" -> ")[2]
+        lines += [f"- {place} `{row['code']}` becomes `{text}`{verdict}. {reason or '**No reason yet.**'}"]
     return "\n".join(lines) + "\n"
+
+
+def made_with(options: argparse.Namespace) -> str:
+    """Return the command, the last revision of the source, and the versions."""
+    command = f"python benchmarks/mutants.py --mutants {options.mutants} --seed {options.seed}"
+    command += f" --only {options.only}" if options.only else ""
+    last = ["git", "log", "-1", "--format=%h", "--", "src"]
+    revision = subprocess.run(last, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    versions = f"Python {platform.python_version()}, PyTorch {metadata.version('torch')}"
+    return f"\nMade with `{command}`, the source of revision {revision}, {versions}.\n"
 
 
 if __name__ == "__main__":

@@ -157,6 +157,8 @@ def test_labels_along_a_dimension_in_between(name):
 
 @each_loss
 def test_blocks_are_not_left_to_autograd(name):
+    student, teacher = make_pair(6, 10)
+    assert build(name)(student, teacher, make_labels(6)).isfinite()
     assert build(name).rows.block is not None
 
 

@@ -290,7 +290,7 @@ def _block_elements(device: torch.device) -> int:
     """Give how many elements of a block stay in cache, yet keep every thread busy for longer than it takes to start."""
     if device.type != "cpu":
         return 2**22
-    return min(max(2**19 * torch.get_num_threads(), 2**19), 2**21)
+    return min(2**19 * torch.get_num_threads(), 2**21)
 
 
 def _cut(shape: torch.Size, limit: int) -> Iterator[tuple[int | slice, ...]]:
