@@ -176,7 +176,7 @@ def select(tests: coverage.CoverageData, path: Path, line: int) -> tuple[list[st
     names = {name for name in by_line.get(line, ()) if name}
     if not names:
         names = {DEFAULTS, *(name for found in by_line.values() for name in found if name)}
-    ids = sorted({name.rpartition("|")[0] for name in names})
+    ids = sorted({name.rpartition("|")[0] for name in names if "[spawn]" not in name})  # a fork cannot spawn
     ids.sort(key=lambda name: (f"test_{path.stem}.py" not in name, f"/{path.parent.name}/" not in name))
     twins = [name for name in ids if f"test_{path.stem}.py" in name]
     rest = ids[len(twins) :]

@@ -257,7 +257,7 @@ def test_an_answer_belongs_to_one_augmented_view(tmp_path):
 
 def test_any_pairs_may_be_stored(tmp_path):
     pairs, rows = [[7, 5], [0, 5], [3, 1]], random(3, 5)
-    asked = write(tmp_path, pairs, rows)
+    asked = write(tmp_path / "new" / "folder", pairs, rows)
     torch.testing.assert_close(asked([[3, 1], [7, 5], [0, 5]]), rows[[2, 0, 1]])
     assert asked.ids().tolist() == sorted(pairs)
     with pytest.raises(KeyError, match=r"every sample must be stored, got \[7, 1\]"):
