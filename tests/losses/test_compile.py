@@ -4,7 +4,6 @@ What is compiled is what the loss's own test file gives the contract, in its fun
 are compiled as one graph, which the C++ compiler sees once; what fails or differs is named by its loss.
 """
 
-import gc
 import itertools
 
 import pytest
@@ -25,27 +24,13 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quick_code():
-    """Code without vector instructions, which takes the C++ compiler half the time and means the same.
-
-    Nothing is kept for a later process, for the time that it takes.
-    """
-    with torch._inductor.config.patch({"cpp.simdlen": 1, "compile_threads": 1, "fx_graph_cache": False}):
-        yield
-
-
 @needs_compiler
 @pytest.mark.parametrize("stems", GROUPS, ids=[f"{group[0]}-to-{group[-1]}" for group in GROUPS])
 def test_inductor(stems):
     together = Together(stems, [next(find_contracts(stem)) for stem in stems], "inductor")
-    gc.disable()  # what it would look for is there to the end
-    try:
-        with one_library():
-            together.check(0)
-            together.check(1)
-    finally:
-        gc.enable()
+    with one_library():
+        together.check(0)
+        together.check(1)
     assert together.traces == 1, "a batch size is compiled anew"
 
 
