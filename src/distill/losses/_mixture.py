@@ -28,7 +28,7 @@ class Mixture(NamedTuple):
         """The share of what is compared, where one of the two divergences counts."""
         return 1 - self.share if self.of_student else self.share
 
-    @property
+    # No property: PyTorch 2.5 traces none of a NamedTuple.
     def drift(self) -> float:
         """What the sum of q - p would change, which is 0 but for rounding."""
         return self.of_teacher * (1 - self.share) - self.of_student * self.share
@@ -57,26 +57,27 @@ def from_mixture(student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int
         temperature: What the logits are divided by.
     """
     share, of_teacher, of_student = mixture
-    if share in (0, 1):
-        a, b = (teacher, student) if of_teacher else (student, teacher)
+    if share in (0, 1):  # here and below numbers are compared, since PyTorch 2.5 traces no truth of a symbolic one
+        a, b = (teacher, student) if of_teacher != 0 else (student, teacher)
         return divergence_of_logits(a, b, dim=dim, temperature=temperature)
     q = torch.softmax(soften(student, temperature), dim)
     p = torch.softmax(soften(teacher, temperature), dim)
     difference = q - p
     tiny = 8 * torch.finfo(p.dtype).tiny  # so that 1 / tiny is below 1e307, from where some log1p give infinity
-    if not of_student and share > _LITTLE:  # log(m / p) as it stands: to divide by a constant is the cheaper way
+    if of_student == 0 and share > _LITTLE:  # log(m / p) as it stands: to divide by a constant is the cheaper way
         scale, terms = of_teacher, torch.log1p(difference / ((p + tiny) / (1 - share))) * -p
     else:
         to_p, to_q = mixture.factors(q.dtype)
-        scale, x, factor = (of_student, q, to_q) if of_student else (of_teacher, p, to_p)
+        scale, x, factor = (of_student, q, to_q) if of_student != 0 else (of_teacher, p, to_p)
         # What w is multiplied by goes into m.
         of_p = p * (share / factor) + math.copysign(tiny, factor)
         w = difference / of_p.add(q, alpha=(1 - share) / factor)
         terms = x * torch.log1p(w)
-        if of_student and of_teacher:
+        if of_student != 0 and of_teacher != 0:
             terms = terms.addcmul(p, torch.log1p(w * (to_p / to_q)), value=of_teacher / of_student)
-    if mixture.drift:  # each divergence changes with the sums of p and q, which are 1 only up to rounding
-        terms = terms.add(difference.detach(), alpha=mixture.drift / scale)
+    drift = mixture.drift()
+    if drift != 0:  # each divergence changes with the sums of p and q, which are 1 only up to rounding
+        terms = terms.add(difference.detach(), alpha=drift / scale)
     scale *= temperature**2
     return not_negative(terms.sum(dim) if scale == 1 else terms.sum(dim) * scale)
 
@@ -101,12 +102,13 @@ def block_from_mixture(
         return block_by_autograd(formula, student, teacher, factors, gradient, spare, temperature=temperature)
     q = softmax_rows(student, temperature, out=gradient)
     p = softmax_rows(teacher, temperature, out=spare)
-    if mixture.drift and mixture.own <= 1 / 2 and may_look(student):
+    drift = mixture.drift()
+    if drift and mixture.own <= 1 / 2 and may_look(student):
         values = _of_one(q, p, factors, mixture=mixture, temperature=temperature)
         if values is not None:
             return harden(values, temperature)
     w = torch.sub(q, p)
-    values = mixture.drift * w.sum(-1) if mixture.drift else torch.zeros_like(w[:, 0])
+    values = drift * w.sum(-1) if drift else torch.zeros_like(w[:, 0])
     m = torch.lerp(q, p, share)
     w.div_(m.add_(torch.finfo(p.dtype).tiny))
     logarithm, within = m, 1.0  # the memory, from here on, and what w has been multiplied by
@@ -117,10 +119,10 @@ def block_from_mixture(
             mean = torch.mul(logarithm, x, out=spare).sum(-1, keepdim=True)
             values += weight * mean.squeeze(-1)
     if factors is not None:
-        slope, size = (logarithm, of_student) if of_student else (w, (1 - share) * mixture.drift / within)
-        if mixture.drift and of_student:
-            slope.add_(w, alpha=(1 - share) * mixture.drift / within / of_student)
-        if mixture.drift:  # else the mean of the student's logarithm is what was summed last
+        slope, size = (logarithm, of_student) if of_student else (w, (1 - share) * drift / within)
+        if drift and of_student:
+            slope.add_(w, alpha=(1 - share) * drift / within / of_student)
+        if drift:  # else the mean of the student's logarithm is what was summed last
             mean = torch.mul(slope, q, out=spare).sum(-1, keepdim=True)
         gradient.mul_(slope.sub_(mean).mul_(factors * (temperature * size)))
     return torch.mul(values, temperature**2).clamp_(min=0)

@@ -81,9 +81,8 @@ class Problem(NamedTuple):
                 f"mask must be shaped like the per-sample values, {tuple(shape)}, got {tuple(mask.shape)}{FEWER}"
             )
         check_mask(mask, shape, self.hidden.device)
-        return self._replace(
-            hidden=hide(self.hidden, mask, dim=-1), teacher_hidden=hide(self.teacher_hidden, mask, dim=-1)
-        )
+        # Not `_replace`, which PyTorch 2.5 does not trace.
+        return Problem(hide(self.hidden, mask, dim=-1), hide(self.teacher_hidden, mask, dim=-1), *self[2:])
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """Both logits, (..., V)."""
