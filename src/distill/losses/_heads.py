@@ -181,7 +181,7 @@ def check_head(name: str, head: nn.Module, scale: float, softcap: float | None =
         raise ValueError(
             f"{name} must have a floating-point weight, got {weight.dtype} in {type(head).__name__}: dequantise it"
         )
-    if "weight" in vars(head) and head._forward_pre_hooks:
+    if "weight" in head.__dict__ and head._forward_pre_hooks:
         raise ValueError(
             f"{name} must have a weight of its own, got one that is made anew before each forward (weight_norm, "
             "spectral_norm or prune of torch.nn.utils): make it permanent, or use torch.nn.utils.parametrizations"
@@ -194,7 +194,7 @@ def _kind(head: nn.Module | None) -> tuple[type, bool, bool]:
     """What tells cheaply that a head has come to compute something else."""
     if head is None:
         return type(None), False, False
-    return type(head), "forward" in vars(head), bool(head._forward_hooks or head._forward_pre_hooks)
+    return type(head), "forward" in head.__dict__, bool(head._forward_hooks or head._forward_pre_hooks)
 
 
 def _computes_as_linear(head: nn.Module) -> bool:
@@ -204,7 +204,7 @@ def _computes_as_linear(head: nn.Module) -> bool:
     has_none = forward is nn.Module.forward  # a module that only holds a weight
     return has_none or (
         forward is nn.Linear.forward
-        and "forward" not in vars(head)
+        and "forward" not in head.__dict__
         and not head._forward_hooks
         and not head._forward_pre_hooks
     )
