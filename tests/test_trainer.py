@@ -217,11 +217,11 @@ def test_relations_beside_means_over_tokens_and_batches_without_labels(tmp_path)
 def test_a_loss_of_the_batch_is_averaged_over_micro_batches_with_its_weight(tmp_path):
     distiller = build({"kl": KLLoss(), "dist": Term(DISTLoss(), weight=3.0)})
     trainer = DistillTrainer(distiller=distiller, args=arguments(tmp_path), train_dataset=rows(2))
-    trainer.current_gradient_accumulation_steps = 2
     batch = stack(rows(2))
-    loss = trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=torch.tensor(20.0))
+    _, count = trainer.get_batch_samples(iter([batch, batch]), 2, torch.device("cpu"))
+    loss = trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=count)
     target, mask = next_tokens(batch.pop("labels"))
-    losses = distiller(batch, target, mask=mask, denominator=20.0).losses
+    losses = distiller(batch, target, mask=mask, denominator=count).losses
     torch.testing.assert_close(loss, losses["task"] + losses["kl"] + 3.0 / 2 * losses["dist"])
 
 
