@@ -51,6 +51,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal
 
 # An environment of its own, which has what .venv has, and Triton: with Triton, PyTorch looks for a GPU wherever it traces.
+ifeq ($(shell uname -s),Linux)
 $(TRITON)/ready: $(READY) .ci/triton.txt
 	rm -rf $(TRITON)
 	$(BIN)/python -m venv --without-pip $(TRITON)
@@ -59,10 +60,11 @@ $(TRITON)/ready: $(READY) .ci/triton.txt
 	$(BIN)/python -m pip --python $(TRITON)/bin/python install --quiet --requirement .ci/triton.txt
 	touch $@
 
-ifeq ($(shell uname -s),Linux)
 triton: $(TRITON)/ready
 	OMP_NUM_THREADS=1 $(TRITON)/bin/python -m pytest tests/engine/test_triton.py
 else
+$(TRITON)/ready: $(READY) # nothing: Triton is for Linux
+
 triton:
 	@echo "Triton is for Linux: the kernels for GPUs are not tested here."
 endif
