@@ -135,9 +135,7 @@ def test_needs_only_torch_numpy_and_typing_extensions():
 def test_import_costs_at_most_50_ms_on_top_of_torch(tmp_path):
     code = (
         "import os, sys, time\n"
-        "t = time.process_time()\n"
         "import torch\n"
-        "print(time.process_time() - t, flush=True)\n"
         # As installed: compiled to bytecode, which the first of these writes.
         "sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]\n"
         "for _ in range(8):\n"
@@ -148,11 +146,11 @@ def test_import_costs_at_most_50_ms_on_top_of_torch(tmp_path):
         "        os._exit(0)\n"
         "    os.wait()"
     )
-    of_torch, *seconds = [float(line) for line in run(code, str(tmp_path)).splitlines()]
+    seconds = [float(line) for line in run(code, str(tmp_path)).splitlines()]
     assert len(seconds) == 8
     assert list(tmp_path.rglob("distill/__init__.*.pyc"))
-    # The others are of a machine that does something else too, which then takes longer for both.
-    assert min(seconds[1:]) < max(0.050, 0.04 * of_torch)
+    # The others are of a machine that does something else too, which then takes longer.
+    assert min(seconds[1:]) < 0.050
 
 
 @pytest.mark.subprocess

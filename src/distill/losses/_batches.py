@@ -50,6 +50,15 @@ def count(kept: Tensor, least: int = 1) -> Tensor:
     return number.masked_fill(number < least, least)
 
 
+def centre(values: Tensor, kept: Tensor | None, dim: int = 0) -> Tensor:
+    """Subtract the mean along `dim`; with `kept`, along the samples, that of those that count. The others become 0."""
+    if kept is None:
+        return values - values.mean(dim, keepdim=True)
+    hidden = ~kept.reshape(-1, *(1,) * (values.ndim - 1))
+    mean = values.masked_fill(hidden, 0.0).sum(0) / count(kept)
+    return (values - mean).masked_fill(hidden, 0.0)
+
+
 def mean_of_pairs(values: Tensor, kept: Tensor | None) -> Tensor:
     """The mean over all pairs of samples that count, from values `(N, N)` that are 0 for the other pairs."""
     return values.mean() if kept is None else values.sum() / count(kept) ** 2

@@ -8,7 +8,7 @@ from distill._checks import check_classes, check_not_negative, check_pair, check
 from distill._reduction import hide
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
-from distill.losses._batches import check_selection, count
+from distill.losses._batches import centre, check_selection, count
 from distill.losses._softened import harden, soften
 from distill.losses._vectors import length
 
@@ -99,19 +99,11 @@ def dist_loss(
     mean = 1 / q.shape[1]  # of probabilities
     rows = _correlation(q - mean, p - mean, dim=1)
     inter = rows.mean() if kept is None else rows.masked_fill(~kept, 0.0).sum() / count(kept)
-    intra = _correlation(_centre_classes(q, kept), _centre_classes(p, kept), dim=0).mean()
+    intra = _correlation(centre(q, kept), centre(p, kept), dim=0).mean()
     value = (beta + gamma) - torch.add(beta * inter, intra, alpha=gamma)
     if kept is not None:
         value = value.masked_fill(~kept.any(), 0.0)
     return harden(value, temperature)
-
-
-def _centre_classes(rows: Tensor, kept: Tensor | None) -> Tensor:
-    if kept is None:
-        return rows - rows.mean(0)
-    hidden = ~kept[:, None]
-    mean = rows.masked_fill(hidden, 0.0).sum(0) / count(kept)
-    return (rows - mean).masked_fill(hidden, 0.0)
 
 
 def _correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:

@@ -8,7 +8,7 @@ from distill._checks import check_not_negative
 from distill._reduction import hide
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
-from distill.losses._batches import check_selection, count
+from distill.losses._batches import centre, check_selection, count
 from distill.losses._maps import ANY, check_maps, pool_to_smaller
 from distill.losses._vectors import magnitude, normalize
 
@@ -88,14 +88,9 @@ def _uncorrelated(student: Tensor, teacher: Tensor, *, dim: int, kept: Tensor | 
 
 
 def _direction(values: Tensor, dim: int, kept: Tensor | None) -> Tensor:
-    mean = values.mean(dim, keepdim=True)
-    if kept is not None:  # along the samples; hidden ones are 0
-        mean = mean * (len(kept) / count(kept))
-    centred = values - mean
-    if kept is not None:
-        centred = hide(centred, kept)
+    centred = centre(values, kept, dim)
     # What is left of a constant is rounding, which has no direction.
-    constant = magnitude(centred, dim) <= 4 * torch.finfo(values.dtype).eps * mean.detach().abs()
+    constant = magnitude(centred, dim) <= 4 * torch.finfo(values.dtype).eps * magnitude(values, dim)
     return normalize(centred.masked_fill(constant, 0.0), dim=dim)
 
 
