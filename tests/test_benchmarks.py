@@ -1,12 +1,14 @@
 """The benchmarks' harness on tiny sizes and its statistics; docs/performance.md has the real figures."""
 
+import contextlib
 import dataclasses
+import gc
+import io
 import json
 import re
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +21,18 @@ import losses
 import measure
 import neighbours
 from benchmark_rows import make_row
+from commands import start
 from loss_report import Row
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_old_objects():
+    """Each measurement of memory collects garbage: what other tests have left need not be looked through every time."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny(case, shape):
@@ -140,17 +149,18 @@ def test_peak_memory_on_cuda_is_the_allocators(monkeypatch):
 
 
 @linux
-def test_too_large_an_allocation_is_an_error_and_not_a_kill():
+@pytest.mark.subprocess
+def test_too_large_an_allocation_is_an_error_and_not_a_kill(tmp_path):
     code = (
         "import torch, measure\n"
         "measure.limit_memory(spare=1 << 60)\n"
         "try:\n    torch.ones(1 << 28)\n"
-        "except RuntimeError as error:\n    print(error)"
+        "except RuntimeError as error:\n    print(error, flush=True)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", check=True, capture_output=True, text=True
-    )
-    assert "allocate" in done.stdout
+    process = start(exec, code, {}, log=tmp_path / "log")
+    process.join()
+    assert process.exitcode == 0
+    assert "allocate" in (tmp_path / "log").read_text()
 
 
 def test_machine_is_named():
@@ -275,8 +285,19 @@ def test_liger_says_why_it_is_missing(monkeypatch):
     assert loss_cases.why_no_liger(torch.device("cuda")) == ""
 
 
-def test_command_measures_writes_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the plain form stays as it is: this is no measurement
+def run_here(command, *, env, capture_output, text, check):
+    """Stands in for `subprocess.run`, which would take seconds to import everything once more."""
+    assert command[:2] == [sys.executable, losses.__file__]
+    assert env["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        losses.main(command[2:])
+    return subprocess.CompletedProcess(command, 0, output.getvalue(), "")
+
+
+def test_command_measures_writes_and_goes_on(tmp_path, monkeypatch, capsys, no_compiler):
+    monkeypatch.setattr(losses.subprocess, "run", run_here)
+    monkeypatch.setattr(losses, "limit_memory", lambda: None)
     monkeypatch.setattr(losses, "_revision", lambda: "abc1234")
     case = "logits/logit/128x10/float32"
     arguments = ["--device", "cpu", "--only", case, "--seconds", "0", "--out", str(tmp_path)]

@@ -1,14 +1,13 @@
 """The benchmark of the training step, on a tiny network and batch."""
 
-import os
+import multiprocessing
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import train_step
+from commands import preloaded, until
 
 
 @pytest.fixture
@@ -56,10 +55,15 @@ def test_rejects_arguments(monkeypatch, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_with_several_threads_engines_side_by_side_are_timed_too():
-    command = [sys.executable, train_step.__file__, "--depth", "8", "--batch-size", "4", "--repeats", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"^2 jobs +[\d.]+ ms per step .* times plain \(", done.stdout, re.MULTILINE)
-    assert re.search(r"^the Distiller's overhead over hand: [+-]", done.stdout, re.MULTILINE)
+@pytest.mark.subprocess
+def test_with_several_threads_engines_side_by_side_are_timed_too(monkeypatch, capsys):
+    context = preloaded()  # its processes start in no time
+    monkeypatch.setattr(train_step.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("sys.argv", ["train_step.py", "--depth", "8", "--batch-size", "4", "--repeats", "2"])
+    train_step.main()
+    text, errors = capsys.readouterr()
+    assert errors == ""
+    assert re.search(r"^2 jobs +[\d.]+ ms per step .* times plain \(", text, re.MULTILINE)
+    assert re.search(r"^the Distiller's overhead over hand: [+-]", text, re.MULTILINE)
+    until(lambda: not multiprocessing.active_children())  # they end with the benchmark

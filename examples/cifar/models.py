@@ -138,7 +138,7 @@ def fold_batch_norms(model: ResNet) -> None:
     for parent, convolution, batch_norm in pairs:
         fused = fuse_conv_bn_eval(getattr(parent, convolution), getattr(parent, batch_norm))
         setattr(parent, convolution, fused)
-        setattr(parent, batch_norm, nn.Identity())
+        setattr(parent, batch_norm, nn.Identity().eval())
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -61,9 +61,11 @@ def draw_picture(results: Sequence[RunResult]) -> bytes:
         if any(run.agreement is not None for run in runs):
             draw_agreement(figure.add_subplot(grid[row, 2]), runs)
     full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi="figure")
+    figure.savefig(full, format="rgba", dpi="figure")
+    width, height = map(int, figure.bbox.size)
     # A palette (by Pillow, which matplotlib brings) makes the file a third as large; octrees keep the lines' colours.
-    Image.open(full).convert("RGB").quantize(128, Image.Quantize.FASTOCTREE).save(small, "png", optimize=True)
+    image = Image.frombytes("RGBA", (width, height), full.getvalue())
+    image.convert("RGB").quantize(128, Image.Quantize.FASTOCTREE).save(small, "png", optimize=True)
     return small.getvalue()
 
 

@@ -21,9 +21,15 @@ from cifar.progress import Overview
 from cifar.report import read_results
 from cifar.training import build_student, train
 from cifar_runs import make_config, make_data
-from commands import alive, command, start, until, workers
+from commands import alive, few_images, small, small_and_waiting, small_work, start, until, waiting_work, workers
 
 OPTIONS = ["--student", "8", "--teacher", "8", "--epochs", "2", "--device", "cpu", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    monkeypatch.setattr(cifar_resnet, "load_dataset", few_images)
+    monkeypatch.setattr(crew, "_work", small_work)
 
 
 def weights(out):
@@ -52,40 +58,38 @@ def here(capfd, out, *options):
 @pytest.fixture(scope="module")
 def one_by_one(tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "runs"
-    assert cifar_resnet.main([*OPTIONS, "--out", str(out)]) == 0
+    assert small([*OPTIONS, "--out", str(out)]) == 0
     return out
 
 
 @pytest.mark.subprocess
 def test_side_by_side_gives_the_same_networks_and_table_as_one_by_one(one_by_one, tmp_path, capfd):
-    code, output, errors = here(capfd, tmp_path, "--jobs", "2")
+    code, output, errors = here(capfd, tmp_path, "--jobs", "3")
     assert (code, errors) == (0, "")
-    assert "3 (0 done), 2 side by side" in output
+    assert "3 (0 done), 3 side by side" in output
     lines = [line for line in output.splitlines() if "  epoch " in line]
     assert len(lines) == 3 * 2
     assert all(", all runs " in line for line in lines)
-    assert lines[-1].startswith("logit seed 0  epoch 2/2")  # it had to wait for its teacher
+    assert lines[-1].startswith("logit seed 0  epoch 2/2")  # it waits for its teacher, though there is room for three
     assert_same_weights(tmp_path, one_by_one)
     assert measured(tmp_path) == measured(one_by_one)
 
 
 @pytest.mark.subprocess
 def test_killed_side_by_side_it_goes_on_and_ends_the_same(one_by_one, tmp_path, capfd):
-    process = start(command, [*OPTIONS, "--out", str(tmp_path), "--jobs", "2"], log=os.devnull)
+    process = start(small_and_waiting, [*OPTIONS, "--out", str(tmp_path), "--jobs", "2"], log=tmp_path / "log")
     try:
-        until(lambda: list(tmp_path.glob("checkpoints/*.pt")))
+        until(lambda: len(list(tmp_path.glob("checkpoints/*.pt"))) == 2 or not process.is_alive())
         children = workers(process)
     finally:
         process.kill()
     process.join()
     # The processes that train must end too, or they would train beside those of the next call.
-    assert children
+    assert len(children) == 2, (tmp_path / "log").read_text()
     until(lambda: not any(map(alive, children)))
-    halves = [torch.load(it, weights_only=True)["history"] for it in tmp_path.glob("checkpoints/*.pt")]
     code, output, errors = here(capfd, tmp_path, "--jobs", "2")
     assert (code, errors) == (0, "")
-    # On a busy machine the kill may come late, when nothing is half done any more.
-    assert output.count("goes on after epoch") == sum(len(history) == 1 for history in halves)
+    assert output.count("goes on after epoch 1") == 2
     assert_same_weights(tmp_path, one_by_one)
     assert measured(tmp_path) == measured(one_by_one)
 
@@ -114,26 +118,79 @@ def test_a_device_with_a_number_becomes_the_current_one(monkeypatch, tmp_path, d
     assert torch.backends.cudnn.benchmark is True
 
 
+@pytest.fixture
+def both_waiting(monkeypatch, tmp_path):
+    """Calls a function with both workers as soon as each has trained an epoch and waits."""
+
+    def set_up(call):
+        class Watched(crew._Processes):
+            def messages(self):
+                if len(self.active) == 2 and len(seen) == 0:
+                    until(lambda: len(list(tmp_path.glob("checkpoints/*.pt"))) == 2)
+                    seen.extend(process for process, _run in self.active.values())
+                    call([process.pid for process in seen])
+                return super().messages()
+
+        monkeypatch.setattr(crew, "_Processes", Watched)
+        monkeypatch.setattr(crew, "_work", waiting_work)
+        return seen
+
+    seen = []
+    return set_up
+
+
 @pytest.mark.subprocess
-def test_what_a_batch_system_sends_stops_every_process(tmp_path):
+def test_workers_leave_the_answer_to_a_signal_to_the_command(both_waiting, tmp_path, capfd):
+    def send(children):
+        for pid in children:
+            for number in crew.STOPPING:
+                os.kill(pid, number)
+        (tmp_path / "go").touch()
+
+    assert both_waiting(send) == []
+    code, output, errors = here(capfd, tmp_path, "--jobs", "2")
+    assert (code, errors) == (0, "")
+    assert output.count("  epoch 2/2") == 3
+
+
+@pytest.mark.subprocess
+@pytest.mark.usefixtures("_heard")
+def test_what_a_batch_system_sends_stops_every_process(both_waiting, tmp_path, capfd):
     # Ctrl-C takes the same way.
-    log = tmp_path / "log"
-    process = start(command, [*OPTIONS, "--out", str(tmp_path), "--jobs", "2", "--epochs", "1000"], log=log)
-    try:
-        until(lambda: list(tmp_path.glob("checkpoints/*.pt")))
-        children = workers(process)
-        assert len(children) == 2
+    def send(children):
         # So that, were only the command killed, the next one would wait until they have ended.
-        until(lambda: {read_claim(it.read_bytes())[1] for it in tmp_path.glob("checkpoints/*.claim")} == {*children})
-        for pid in (*children, process.pid):  # to all of them
+        claims = {read_claim(it.read_bytes())[1] for it in tmp_path.glob("checkpoints/*.claim")}
+        assert claims == {*children}
+        for pid in (*children, os.getpid()):  # to all of them
             os.kill(pid, signal.SIGTERM)
-        process.join()
-    finally:
-        process.kill()
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert log.read_text().rstrip().endswith("\nStopped. The same command goes on after the last whole epoch.")
-    until(lambda: not any(map(alive, children)))
+
+    workers = both_waiting(send)
+    code, _, errors = here(capfd, tmp_path, "--jobs", "2")
+    assert code == 128 + signal.SIGTERM
+    assert errors == "\nStopped. The same command goes on after the last whole epoch.\n"
+    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL] * 2
     assert not list(tmp_path.rglob("*.claim"))
+
+
+def test_a_worker_never_has_another_answer(monkeypatch, tmp_path):
+    # It would end, were one sent to all processes before its first line.
+    answers = []
+
+    class Process:
+        pid = 1
+
+        def __init__(self, **_):
+            pass
+
+        def start(self):
+            answers.append([signal.getsignal(number) for number in crew.STOPPING])
+
+    before = [signal.getsignal(number) for number in crew.STOPPING]
+    processes = crew._Processes(Place(tmp_path, tmp_path, "cpu", 1, "eager", tensorboard=False))
+    monkeypatch.setattr(processes._context, "Process", Process)
+    processes.start(make_config(), "logit")
+    assert answers == [[signal.SIG_IGN] * len(crew.STOPPING)]
+    assert [signal.getsignal(number) for number in crew.STOPPING] == before
 
 
 @pytest.mark.subprocess

@@ -13,16 +13,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import cifar_resnet
 from cifar import engine
 from cifar.files import temporary_name
 from cifar.settings import RECIPES
+from cifar_runs import few_digits
 
 COMMAND = Path(cifar_resnet.__file__)
 SMALL = ["--student", "8", "--teacher", "8", "--epochs", "1"]
 COLUMNS = "no,method,dataset,student,teacher,start_time,acc,epoch,nepoch,lr,batch_size,acc_last"
 CONTROL = re.compile(r"[^\n\x20-\x7e\u00b1]")  # besides printable ASCII: the plus-minus sign of the table
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch):
+    """What runs in this process trains on two batches of digits an epoch, not on eleven."""
+    monkeypatch.setattr(cifar_resnet, "load_dataset", lambda *_: few_digits())
 
 
 def run(out: Path, *options: str) -> int:
@@ -123,9 +131,14 @@ def test_on_a_terminal_a_bar_shows_the_epoch(tmp_path, capsys, monkeypatch):
         def isatty(self):
             return True
 
+    class Unhurried(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options, mininterval=0, miniters=1)
+
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr("cifar.progress.REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr("cifar.progress.tqdm", Unhurried)  # else a run this short would show none
     assert run(tmp_path, "--no-baseline") == 0
     last = screen.getvalue().split("logit seed 0 1/1")[-1]
     assert re.search(r"\d img/s .*loss \d+\.\d+ task \d+\.\d+ logit \d+\.\d+ acc \d+\.\d%", last)
@@ -239,17 +252,6 @@ def test_rejects_tensorboard_without_the_package(monkeypatch, capsys):
     assert 'the package tensorboard is missing; pip install -e ".[examples]"' in capsys.readouterr().err
 
 
-@pytest.fixture
-def _heard():
-    """Signals mean what they usually do, also where the tests run in the background of a shell, which ignores them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number in before:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number, answer in before.items():
-        signal.signal(number, answer)
-
-
 @pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_and_its_like_say_how_to_go_on(tmp_path, capsys, monkeypatch, number):
@@ -270,7 +272,7 @@ def test_after_ctrl_c_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
     def interrupted(*args):
         nonlocal steps
         steps += 1
-        if steps == 15:  # in the teacher's second epoch of 11 steps
+        if steps == 4:  # in the teacher's second epoch of 2 steps
             signal.raise_signal(signal.SIGINT)
         return train_step(*args)
 

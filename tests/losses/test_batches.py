@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from compilers import needs_compiler
+from compilers import needs_compiler, one_library
 from contract import gradient, make_pair
 from distill import CCLoss, CRDLoss, DISTLoss, ICKDLoss, PearsonLoss, PKTLoss, RKDLoss, SPLoss, crd_loss
 
@@ -240,49 +240,45 @@ def test_does_not_count_the_scale_of_one_sample(name):
 
 
 # Losses without a memory are compiled by test_compile.py.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a Function that is traced
-@pytest.mark.parametrize(
-    ("name", "option", "changed"), [("crd_memory", "temperature", 0.2), ("crd_classes", "momentum", 0.2)]
-)
-def test_a_memory_compiles_with_a_mask_for_every_batch_size_and_a_changed_option(name, option, changed):
+def assert_a_memory_compiles(name, changes, *, gradients=True, **options):
+    """What two batches give, and a third after options have changed, and the memory after it, is that of eager mode."""
     loss, student, teacher, target = case(name, torch.float32)
     loss = loss.float()
     loss.generator = None  # which a compiled function cannot carry
     torch.compiler.reset()
     twin = copy.deepcopy(loss)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(twin, fullgraph=True, dynamic=True, **options)
     for size in (N, 5, 6):
-        if size == 6:
+        for option, changed in changes.items() if size == 6 else ():
             for module in (twin, loss):
                 setattr(module, option, changed)
-        part = student.detach()[:size].requires_grad_(), teacher[:size], target[:size]
+        # Cloned: a view of a longer tensor is compiled anew.
+        part = [side.detach()[:size].clone() for side in (student, teacher, target)]
+        part[0].requires_grad_()
         values = []
         for module in (compiled, loss):
             with torch.random.fork_rng():
                 torch.manual_seed(size)
-                values.append(module(*part, mask=KEPT[:size]))
+                values.append(module(*part, mask=KEPT[:size].clone()))
         torch.testing.assert_close(*values)
-        slopes = [torch.autograd.grad(value, part[0])[0] for value in values]
-        torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
+        if gradients:
+            slopes = [torch.autograd.grad(value, part[0])[0] for value in values]
+            torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(twin.buffers(), loss.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # a Function that is traced
+def test_a_memory_compiles_with_a_mask_for_every_batch_size_and_changed_options():
+    assert_a_memory_compiles("crd_classes", {"temperature": 0.2, "momentum": 0.2}, backend="aot_eager")
+
+
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:.torch.jit")  # inductor's own imports
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @needs_compiler
-def test_the_memory_of_crd_compiles_to_code():
-    loss, student, teacher, target = case("crd_memory", torch.float32)
-    loss = loss.float()
-    loss.generator = None
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for size in (N, 5):  # it draws other negatives than eager mode does: the memory is what can be compared
-        few, kept = slice(size), KEPT[:size]
-        before = copy.deepcopy(loss)
-        value = compiled(student.detach()[few], teacher[few], target[few], mask=kept)
-        assert value.isfinite()
-        assert loss.log_means.isfinite().all()
-        before(student.detach()[few], teacher[few], target[few], mask=kept)
-        torch.testing.assert_close(loss.student_memory, before.student_memory)
-        torch.testing.assert_close(loss.teacher_memory, before.teacher_memory)
+def test_a_memory_compiles_to_code():
+    # With the random numbers of eager mode, so that the same negatives are compared. Gradients are left out: PyTorch's
+    # partitioner may read the memory again in the backward pass, when it has moved (pull request 197039 of PyTorch).
+    with one_library():
+        assert_a_memory_compiles("crd_memory", {}, gradients=False, options={"fallback_random": True})

@@ -1,5 +1,7 @@
 """Small runs of the CIFAR example, for the tests of its training."""
 
+import dataclasses
+import functools
 import os
 import signal
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cifar import engine
-from cifar.data import Dataset
+from cifar.data import Dataset, load_dataset
 from cifar.models import resnet
 from cifar.settings import RECIPES, RunConfig
 from cifar.training import train
@@ -24,6 +26,17 @@ def make_data(train: int = 300, test: int = 200) -> Dataset:
 
     images, labels = split(train)
     return Dataset("tiny", images, labels, *split(test), 2, (0.5,), (0.3,), True, 1)
+
+
+@functools.cache
+def few_digits() -> Dataset:
+    """The first handwritten digits, two batches of them, for what must look like the command's own data set."""
+    data = load_dataset("digits", Path())
+    images, labels = data.train_images[:256], data.train_labels[:256]
+    tested, their_labels = data.test_images[:128], data.test_labels[:128]
+    return dataclasses.replace(
+        data, train_images=images, train_labels=labels, test_images=tested, test_labels=their_labels
+    )
 
 
 def make_config(method: str = "logit", **changes: object) -> RunConfig:
