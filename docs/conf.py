@@ -41,6 +41,8 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system has it
+highlight_language = "none"  # what a command prints is no Python
 copybutton_prompt_text = ">>> "
 
 myst_heading_anchors = 3
@@ -57,7 +59,7 @@ autodoc_inherit_docstrings = False
 napoleon_custom_sections = ["Reference"]
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # attributes are described once, in the class
-maximum_signature_line_length = 110
+maximum_signature_line_length = 85
 toc_object_entries_show_parents = "hide"
 
 INVENTORIES = {
@@ -74,7 +76,14 @@ def setup(app: Any) -> None:
     app.connect("config-inited", find_inventories)
     app.connect("source-read", fill_in)
     app.connect("autodoc-process-docstring", mark_formulas, priority=400)  # before napoleon
+    app.connect("html-page-context", shorten_contents, priority=400)  # before the theme
     app.connect("autodoc-skip-member", lambda *event: event[2] in FOR_THE_DISTILLER or None)
+
+
+def shorten_contents(_app: Any, page: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
+    """Give the contents beside a page of losses one line a loss; that of the loss in view unfolds."""
+    if page.startswith("losses/"):
+        context["theme_show_toc_level"] = 1
 
 
 def fill_in(_app: Any, _page: str, source: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 GROUPS = {  # what is compared, and the families that do
-    "outputs": ("logits", "refined logits", "language models", "embeddings"),
+    "outputs": ("divergences", "logits", "logits and more", "language models", "embeddings"),
     "layers inside the networks": ("maps", "learned maps"),
     "relations between samples": ("relations",),
 }

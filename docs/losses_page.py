@@ -1,8 +1,8 @@
 """Fills in what the pages say of every loss and every name, from the registry and the docstrings.
 
-A page has marks: `<!-- losses: FAMILY -->` becomes the entries of a family's losses, `<!-- losses -->` a short table of
-all losses, `<!-- family tree -->` a picture of them, `<!-- names -->` the list of all public names. `conf.py` calls
-`fill` for each page.
+A page has marks: `<!-- losses: FAMILY -->` becomes a short table of a family's losses and their entries, `<!-- losses
+-->` a short table of all losses, `<!-- family tree -->` a picture of them, `<!-- names -->` the list of all public
+names. `conf.py` calls `fill` for each page.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MARK = re.compile(r"^<!-- losses: ([a-z ]+) -->$", re.MULTILINE)
 TABLE = "<!-- losses -->"
 TREE = "<!-- family tree -->"
 NAMES = "<!-- names -->"
+HEAD = ("| name | what it computes | labels |", "|---|---|---|")
 KINDS: dict[str, Callable[[object], bool]] = {
     "automodule": inspect.ismodule,
     "autoclass": inspect.isclass,
@@ -47,7 +48,7 @@ def fill(text: str) -> str:
         text = text.replace(TABLE, table())
     if MARK.search(text):
         losses = members()
-        text = MARK.sub(lambda mark: "\n\n".join(f"## {name}\n\n{entries(name)}" for name in losses[mark[1]]), text)
+        text = MARK.sub(lambda mark: section(losses[mark[1]]), text)
     return text.replace(NAMES, names()) if NAMES in text else text
 
 
@@ -79,9 +80,15 @@ def table() -> str:
     of_family = members()
     parts = []
     for word, (page, title) in families().items():
-        rows = [f"### [{title}]({page}.md)", "", "| name | what it computes | labels |", "|---|---|---|"]
-        parts.append("\n".join([*rows, *map(_row, of_family[word])]))
+        rows = (_row(name, f"{{py:obj}}`{name} <distill.{_class(name).__name__}>`") for name in of_family[word])
+        parts.append("\n".join([f"### [{title}]({page}.md)", "", *HEAD, *rows]))
     return "\n\n".join(parts)
+
+
+def section(names: list[str]) -> str:
+    """What a page has of its losses: a table whose names lead to the entries, and the entries."""
+    contents = "\n".join([*HEAD, *(_row(name, f"[`{name}`](#{name})") for name in names)])
+    return "\n\n".join([contents, *(f"## {name}\n\n{entries(name)}" for name in names)])
 
 
 def names() -> str:
@@ -96,7 +103,7 @@ def names() -> str:
 
 def entries(name: str) -> str:
     """What Sphinx is told to show of a loss: the public functions and classes of its file."""
-    module = _registry._registered[name].__module__
+    module = _class(name).__module__
     public = [each for each in distill.__all__ if getattr(getattr(distill, each), "__module__", None) == module]
     shown = sorted(public, key=lambda each: (each[0].isupper(), each))  # functions first
     lines = (f".. {_kind(getattr(distill, each))}:: distill.{each}" for each in shown)
@@ -126,11 +133,15 @@ def _reference(name: str) -> str:
     return f"{{py:obj}}`{name} <distill.{name}>`"
 
 
-def _row(name: str) -> str:
-    cls, function = _registry._registered[name], getattr(distill, f"{name}_loss")
+def _class(name: str) -> type[nn.Module]:
+    return _registry._registered[name]
+
+
+def _row(name: str, link: str) -> str:
+    function = getattr(distill, f"{name}_loss")
     what = re.sub(r", one value (?:per|for).*$", "", _cell(_first_line(function)))
-    reads = "yes" if _reads_target(cls, inspect.getdoc(function) or "") else ""
-    return f"| {{py:obj}}`{name} <distill.{cls.__name__}>` | {what} | {reads} |"
+    reads = "yes" if _reads_target(_class(name), inspect.getdoc(function) or "") else ""
+    return f"| {link} | {what} | {reads} |"
 
 
 def _reads_target(loss: type[nn.Module], function: str) -> bool:

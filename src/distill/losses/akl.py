@@ -11,7 +11,7 @@ from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._softened import divergence, harden, soften
 
-FAMILY = "logits"
+FAMILY = "divergences"
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, mu: float, temperature: float) -> Tensor:

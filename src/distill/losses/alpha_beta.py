@@ -24,7 +24,7 @@ from distill.losses._softened import (
 )
 from distill.topk import TopK
 
-FAMILY = "logits"
+FAMILY = "divergences"
 
 _SMALL = 0.05  # an exponent below which the formula as it stands would drown in rounding
 _CLOSE = 0.01  # what must be left of the two sums of powers, or it loses too many digits

@@ -12,7 +12,7 @@ from distill.losses._batches import centre, check_selection, count
 from distill.losses._softened import harden, soften
 from distill.losses._vectors import length
 
-FAMILY = "refined logits"
+FAMILY = "logits and more"
 
 _EPS = 1e-8
 

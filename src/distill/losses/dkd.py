@@ -25,7 +25,7 @@ from distill.losses._softened import (
     soften,
 )
 
-FAMILY = "refined logits"
+FAMILY = "logits and more"
 
 
 def _quick(

@@ -16,7 +16,7 @@ from distill.losses._from_teacher import ROWS
 from distill.losses._softened import expectation, harden, log_softmax_rows, soften
 from distill.topk import TopK
 
-FAMILY = "logits"
+FAMILY = "divergences"
 
 
 def _weigh(log_probs: Tensor, samples: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from distill.losses._base import RowLoss
 from distill.losses._blocks import ordinary_rows
 from distill.losses._softened import compare_rows, divergence_of_logits
 
-FAMILY = "refined logits"
+FAMILY = "logits"
 
 _EPS = 1e-7
 _LARGE = 1e15  # its square, summed over any number of classes, is finite in float32

@@ -15,7 +15,7 @@ from distill.losses._blocks import ordinary_rows, quick_first, without_rows
 from distill.losses._others import log_of_others, weigh
 from distill.losses._softened import expectation, soften
 
-FAMILY = "refined logits"
+FAMILY = "logits and more"
 
 
 def _quick(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamma: float, temperature: float) -> Tensor:

@@ -11,7 +11,7 @@ from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._softened import expectation, expm1, soften
 
-FAMILY = "refined logits"
+FAMILY = "logits and more"
 
 
 def _formula(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, eps: float, temperature: float) -> Tensor:

@@ -21,7 +21,7 @@ from distill.losses._softened import (
 )
 from distill.topk import TopK
 
-FAMILY = "logits"
+FAMILY = "divergences"
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:

@@ -15,7 +15,7 @@ from distill.losses._base import Loss, RowLoss
 from distill.losses._heads import HeadPair
 from distill.losses._maps import check_maps, pool
 
-FAMILY = "refined logits"
+FAMILY = "logits and more"
 
 
 def sdd_loss(

@@ -13,7 +13,7 @@ from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._softened import divergence, harden, soften
 
-FAMILY = "logits"
+FAMILY = "divergences"
 
 _WAYS = ("sum", "mean", "none")
 

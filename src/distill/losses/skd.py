@@ -14,7 +14,7 @@ from distill.losses._batches import check_selection, count
 from distill.losses._softened import divergence_of_logits
 from distill.losses._vectors import length, normalize
 
-FAMILY = "refined logits"
+FAMILY = "logits and more"
 
 
 def skd_loss(

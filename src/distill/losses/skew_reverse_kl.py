@@ -12,7 +12,7 @@ from distill.losses._base import RowLoss
 from distill.losses._mixture import Mixture, block_from_mixture, check_skew, from_mixture
 from distill.topk import TopK
 
-FAMILY = "logits"
+FAMILY = "divergences"
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, alpha: float, temperature: float) -> Tensor:

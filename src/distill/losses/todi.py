@@ -12,7 +12,7 @@ from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._softened import expectation, not_negative, soften
 
-FAMILY = "logits"
+FAMILY = "divergences"
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:

@@ -11,7 +11,7 @@ from distill.losses._base import RowLoss
 from distill.losses._softened import soften, softmax_rows
 from distill.topk import TopK
 
-FAMILY = "logits"
+FAMILY = "divergences"
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:

@@ -14,7 +14,7 @@ from distill.losses._base import RowLoss
 from distill.losses._blocks import ordinary_rows, quick_first
 from distill.losses._softened import expectation, expm1, harden, soften
 
-FAMILY = "refined logits"
+FAMILY = "logits and more"
 
 _EPS = 1e-7
 
