@@ -1,24 +1,17 @@
 """For tests of more than one folder."""
 
-import functools
 import gc
-import inspect
 import math
 import os
 from pathlib import Path
 
 import pytest
 
-from distill._engine import fused as engine
-
 # Inductor's own processes would take longer to start than what they compile here.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # What they load from the Hub's library is made here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-# Tests leave few cycles behind: collect garbage a tenth as often, for a tenth of the time that tracing takes.
-gc.set_threshold(20_000, 20, 20)
 
 # The processes that tests start import the tree under test, installed or not.
 _ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +24,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 @pytest.fixture
 def fused(monkeypatch):
     """As if every input were large, in blocks of at most 64 elements or one row."""
+    from distill._engine import fused as engine
+
     monkeypatch.setattr(engine, "SMALL", 0)
     monkeypatch.setattr(engine, "FEW", 0)
     monkeypatch.setattr(engine, "SHORT", 1)
@@ -40,6 +35,8 @@ def fused(monkeypatch):
 @pytest.fixture(params=["plain", "blocks"])
 def form(request, monkeypatch):
     """Each of the two forms of a loss of rows, whatever the size: the plain formula, or blocks of a few rows."""
+    from distill._engine import fused as engine
+
     monkeypatch.setattr(engine, "SMALL", 0 if request.param == "blocks" else math.inf)
     monkeypatch.setattr(engine, "FEW", 0)
     monkeypatch.setattr(engine, "SHORT", 1)
@@ -49,18 +46,17 @@ def form(request, monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """Mark what is slow by what it does, so that `-m "not subprocess"` leaves out all of it."""
-    read = functools.cache(inspect.getsource)  # thousands of items are of hundreds of functions
+    from marks import compiles, starts_processes  # not above: what only hands out tests to workers needs no torch
+
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
         if "tests/examples/" in item.path.as_posix():
             item.add_marker("study")
-        source = read(item.module)
-        if "subprocess" in source or "from workers import" in source:
+        fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
+        if any(map(starts_processes, [item.function, *fixtures])):
             item.add_marker("subprocess")
-        if "torch.compile(" in read(item.function):
-            item.add_marker("compile")
-        if item.path.name == "test_compile.py":
+        if item.path.name == "test_compile.py" or compiles(item.function):
             item.add_marker("compile")
 
 

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from distill import KLLoss, TopK, kl_loss
+from contract import make_pair
+from distill import (
+    CrossEntropyLoss,
+    Distiller,
+    KLLoss,
+    LinearLoss,
+    LogitLoss,
+    MatryoshkaLoss,
+    Teachers,
+    TopK,
+    kl_loss,
+)
 from distill._checks import check_fraction, check_not_negative, check_pair, check_positive, without_autocast
 from distill._reduction import hide, reduce
 
@@ -118,3 +129,35 @@ def test_hides_along_the_samples_also_where_their_values_lie_between():
     maps = torch.ones(2, 3, 2)
     mask = torch.tensor([[True, False], [False, True]])
     assert hide(maps, mask, dim=1).sum(1).tolist() == [[3.0, 0.0], [0.0, 3.0]]
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda number: number.requires_grad_()])
+def test_what_is_kept_takes_no_number_that_trains(kind):
+    number = kind(torch.tensor(0.5))
+    student, teacher = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    distiller = Distiller(student, teacher, KLLoss())
+    for name, build in {
+        "temperature": lambda: KLLoss(number),
+        "weights": lambda: MatryoshkaLoss(LogitLoss(), (2,), (number,)),
+        "label_smoothing": lambda: CrossEntropyLoss(label_smoothing=number),
+        "cross_entropy": lambda: LinearLoss(KLLoss(), student, teacher, cross_entropy=number),
+        "the weight of 'a'": lambda: Teachers(a=teacher, weights={"a": number}, combine="logits"),
+        "decay": lambda: distiller.update_teacher(number),
+        "temperature ": lambda: TopK.of(torch.ones(2, 3), 1, temperature=number),
+    }.items():
+        with pytest.raises(
+            TypeError, match=rf"^{name.strip()} must be a number that does not train, got a \w+ that does"
+        ):
+            build()
+    values = kl_loss(
+        *make_pair(4, 3), temperature=number
+    )  # a function keeps nothing: the gradient goes where it came from
+    assert torch.autograd.grad(values.sum(), number)[0] != 0
+
+
+def test_of_a_tensor_the_number_is_kept():
+    weights = MatryoshkaLoss(LogitLoss(), (2, 1), (torch.tensor(0.5), 1.0)).weights
+    assert weights == (0.5, 1.0)
+    assert all(type(weight) is float for weight in weights)
+    assert repr(KLLoss(torch.tensor(2.0))) == repr(KLLoss(2.0))
+    assert Teachers(a=torch.nn.Identity(), weights={"a": torch.tensor(2.0)}, combine="logits").shares == {"a": 1.0}

@@ -1,7 +1,6 @@
-"""What the package is to those who build on it: types in their own files, and a loss added with two files."""
+"""What the package is to those who build on it: a loss is added with two files. `types/calls.py` has their types."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,45 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.subprocess
-
-TYPED = """
-import torch
-from torch import nn
-
-from distill import Distiller, KLLoss, Reduction, RKDLoss, Term, create_loss, get_loss
-
-x = torch.zeros(4, 3)
-reduction: Reduction = "sum"
-loss = KLLoss(2.0, reduction=reduction)
-distiller = Distiller(nn.Linear(3, 5), nn.Linear(3, 5), {"kl": loss, "rkd": Term(RKDLoss(), at="")})
-out = distiller(x, torch.zeros(4, dtype=torch.int64), mask=x[:, 0] > 0)
-reveal_type(loss(x, x))
-reveal_type(RKDLoss()(x, x, mask=x[:, 0] > 0))
-reveal_type(out)
-reveal_type(out.loss)
-reveal_type(get_loss("kl"))
-reveal_type(create_loss("kl", temperature=2.0))
-KLLoss(reduction="avg")
-"""
-
-
-def test_calls_have_their_types_in_a_file_of_somebody_else(tmp_path):
-    (tmp_path / "theirs.py").write_text(TYPED)
-    if (ROOT / ".mypy_cache").exists():  # where `make lint` was before, torch need not be read again
-        shutil.copytree(ROOT / ".mypy_cache", tmp_path / ".mypy")
-    options = ["--strict", "--no-error-summary", "--config-file", ROOT / "pyproject.toml", "--cache-dir", ".mypy"]
-    command = [sys.executable, "-m", "mypy", *options, "theirs.py"]
-    environment = {**os.environ, "MYPYPATH": str(ROOT / "src")}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    types = [line.partition("Revealed type is ")[2].strip('"') for line in done.stdout.splitlines() if "note:" in line]
-    tensor, module = "torch._tensor.Tensor", "torch.nn.modules.module.Module"
-    out = types.pop(2)
-    assert types == [tensor, tensor, tensor, f"type[{module}]", module]
-    assert out.startswith(f"tuple[{tensor}, ")
-    assert out.endswith(".DistillerOutput]")
-    (error,) = (line for line in done.stdout.splitlines() if "error:" in line)
-    assert re.search(r"expected .*Literal\[.mean., .sum., .none.\]", error)
-
 
 LOSS = '''"""A loss that nobody published."""
 

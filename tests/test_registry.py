@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import distill
-from distill import KLLoss, LogitLoss, create_loss, get_loss, list_losses, register_loss
+from distill import KLLoss, LogitLoss, _registry, create_loss, get_loss, list_losses, register_loss
 
 
 class Plain(nn.Module):
@@ -145,6 +146,22 @@ def test_rejects_an_entry_point_that_cannot_be_imported(site):
         create_loss("gone")
     with pytest.raises(ImportError, match=r"'moved' of acme_losses:Euclid .*has no attribute 'Euclid'"):
         create_loss("moved")
+
+
+@pytest.mark.parametrize("metadata", ["is there", "missing", "in another encoding", "of nobody"])
+def test_the_package_of_a_broken_entry_point_is_named_if_its_metadata_tell(site, monkeypatch, metadata):
+    install(site, "acme_losses", ACME, "gone = acme_losses_missing:Loss")
+    file = site / "acme_losses-1.0.dist-info/METADATA"
+    if metadata == "missing":
+        file.unlink()
+    elif metadata == "in another encoding":
+        file.write_bytes(b"Name: acme_losses\xff\n")
+    elif metadata == "of nobody":
+        point = EntryPoint("gone", "acme_losses_missing:Loss", "distill.losses")
+        monkeypatch.setattr(_registry, "entry_points", lambda group: [point])
+    package = "acme_losses" if metadata == "is there" else "unknown"
+    with pytest.raises(ImportError, match=rf"'gone' of acme_losses_missing:Loss \(package {package}\) cannot be impor"):
+        create_loss("gone")
 
 
 def test_rejects_an_entry_point_that_is_no_module_class(site):

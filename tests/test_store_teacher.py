@@ -207,6 +207,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 @forks
+@pytest.mark.subprocess
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_of_a_data_loader_read_it(tmp_path, method):
     asked = write(tmp_path, range(6), random(6, 5))

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _NUMBERS = (float, int)  # to ask for these first costs a call of a loss next to nothing
 
@@ -20,6 +20,33 @@ def check_number(name: str, value: Any) -> None:
             raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
     elif not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def as_constant(name: str, value: Any) -> Any:
+    """Return an option that is kept, with the number that a tensor holds in its place; one that trains is refused.
+
+    A function may get a temperature with a gradient. What keeps one cannot: a Parameter would be trained past its
+    check, and another tensor would be neither in an optimizer nor saved.
+
+    Args:
+        name: The option.
+        value: A tensor of one number, a tuple that may hold some, or anything else, which stays as it is.
+
+    Raises:
+        TypeError: If a tensor wants a gradient or is a Parameter.
+    """
+    if type(value) in _NUMBERS:
+        return value
+    if isinstance(value, tuple):
+        return tuple(as_constant(name, each) for each in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.requires_grad or isinstance(value, nn.Parameter):
+        raise TypeError(
+            f"{name} must be a number that does not train, got a {type(value).__name__} that does; what learns belongs "
+            "into a loss of yours, which gives it to the function"
+        )
+    return value.item()
 
 
 def check_positive(name: str, value: float) -> float:

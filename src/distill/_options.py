@@ -6,12 +6,14 @@ from typing import Any, ClassVar
 from torch import nn
 from typing_extensions import override
 
-from distill._checks import check_dim, check_flag
+from distill._checks import as_constant, check_dim, check_flag
 from distill._reduction import check_reduction
 
 
 class Options(nn.Module):
     """Options by name, each with the check that it must pass whenever it is set; `repr` shows them in this order.
+
+    An option is a constant: of a tensor its number is kept, and one that trains is refused.
 
     A `reduction`, a `dim` and a `gather` are options too, but not of the formula; `gather` is shown where it is on.
     """
@@ -28,7 +30,7 @@ class Options(nn.Module):
         check = self.options.get(name)
         if name == "dim" and check is None:
             value = check_dim(value)
-        value = value if check is None else check(name, value)
+        value = value if check is None else as_constant(name, check(name, value))
         if name in self.built and self.__dict__.get(name, value) != value:
             raise ValueError(f"{name} made the layers and must stay {self.__dict__[name]!r}, got {value!r}")
         super().__setattr__(name, value)

@@ -164,10 +164,10 @@ def _load(point: EntryPoint) -> Any:
 
 def _origin(point: EntryPoint) -> str:
     try:
-        package = point.dist.name if point.dist else "unknown"
-    except Exception:  # a package without readable metadata
-        package = "unknown"
-    return f"{point.value} (package {package})"
+        package = point.dist.name if point.dist else None  # None too where the metadata give no name
+    except Exception:  # metadata that cannot be read
+        package = None
+    return f"{point.value} (package {package or 'unknown'})"
 
 
 def _qualified_name(cls: type) -> str:

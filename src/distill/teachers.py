@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count_or_none, check_not_negative, is_function, is_integer
+from distill._checks import as_constant, check_count_or_none, check_not_negative, is_function, is_integer
 
 
 class Teachers(nn.Module):
@@ -180,7 +180,10 @@ def _shares(names: list[str], weights: Mapping[str, float] | None, combine: Any)
         raise ValueError(f"weights need combine='logits' or 'probabilities', got weights and combine={combine!r}")
     if set(weights) != set(names):
         raise ValueError(f"weights must have every teacher's name, {names}, got {list(weights)}")
-    total = sum(check_not_negative(f"the weight of {name!r}", weight) for name, weight in weights.items())
+    for name, weight in weights.items():
+        check_not_negative(f"the weight of {name!r}", weight)
+    weights = {name: as_constant(f"the weight of {name!r}", weight) for name, weight in weights.items()}
+    total = sum(weights.values())
     if total == 0:
         raise ValueError(f"a teacher must have a weight above 0, got {dict(weights)}")
     return {name: weights[name] / total for name in names}

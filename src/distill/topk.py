@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill._checks import check_count, check_positive, check_tensor, is_integer, ordinary
+from distill._checks import as_constant, check_count, check_positive, check_tensor, is_integer, ordinary
 from distill._merged import draw, in_blocks, log_probs_of, rest_of, round_rows, wide
 
 _ROUNDED = 1e-3  # what a row may be off one, for log-probabilities that somebody printed with a few digits
@@ -107,7 +107,7 @@ class TopK:
             "indices": indices,
             "log_probs": log_probs.detach(),
             "log_tail": tail,
-            "temperature": check_positive("temperature", temperature),
+            "temperature": as_constant("temperature", check_positive("temperature", temperature)),
             "samples": samples,
         }
         for name, value in values.items():

@@ -1,5 +1,6 @@
 """What every loss refuses, and with which words: a part of the contract."""
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -79,6 +80,20 @@ def check_later_options(loss: nn.Module) -> None:
         for value in ("4", [4.0]) if isinstance(getattr(loss, name), bool) else ("4", [4.0], True):
             with pytest.raises((TypeError, ValueError), match=rf"{name} must be .*, got {re.escape(repr(value))}"):
                 setattr(loss, name, value)
+    # A tensor would be trained past its check, or be neither moved nor saved: what is kept is a number.
+    for name in numbers:
+        before = getattr(loss, name)
+        number = torch.tensor(float(before), dtype=torch.float64)
+        for value in (nn.Parameter(number), number.clone().requires_grad_()):
+            with pytest.raises((TypeError, ValueError), match=rf"^{name} must be "):
+                setattr(loss, name, value)
+        assert getattr(loss, name) == before
+        assert name not in loss.state_dict()
+        if isinstance(before, float) and name not in loss.built:
+            with contextlib.suppress(ValueError):  # the scales of heads take no tensors at all
+                setattr(loss, name, number)
+            assert type(getattr(loss, name)) is float
+            assert getattr(loss, name) == before
     if hasattr(loss, "dim"):
         with pytest.raises((TypeError, ValueError), match=r"dim must be .*, got 1\.0"):
             loss.dim = 1.0

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill._checks import check_number, is_function
+from distill._checks import as_constant, check_number, is_function
 
 
 def ask_losses(losses: Iterable[Any], *, student: nn.Module, teacher: Any) -> None:
@@ -173,6 +173,7 @@ def freeze(teacher: Any) -> bool:
 def update_average(teacher: Any, student: nn.Module, decay: float) -> None:
     """Move the teacher's parameters towards the student's, and copy the buffers."""
     check_number("decay", decay)
+    decay = as_constant("decay", decay)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be between 0 and 1, got {decay!r}")
     if not isinstance(teacher, nn.Module):

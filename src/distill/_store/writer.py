@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill._checks import check_count, check_count_or_none, check_positive
+from distill._checks import as_constant, check_count, check_count_or_none, check_positive
 from distill._store.files import HEADER, StoreError, sync_folder, write_json
 from distill._store.fingerprint import fingerprint
 from distill._store.header import Header, check_same, settle_header
@@ -81,7 +81,7 @@ class TeacherWriter:
             raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
         self.folder = Path(folder)
         self._k = check_count_or_none("k", k)
-        self._temperature = float(check_positive("temperature", temperature))
+        self._temperature = float(as_constant("temperature", check_positive("temperature", temperature)))
         self._vocabulary = check_count_or_none("vocabulary", vocabulary)
         self._model = model if isinstance(model, str) or model is None else fingerprint(model)
         self._dtype = dtype
