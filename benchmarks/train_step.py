@@ -35,7 +35,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from cifar.data import Dataset
-from cifar.engine import MODES, Mode, find_mode
+from cifar.engine import MODES, Mode, find_mode, keep_freed_memory
 from cifar.models import ResNet, fold_batch_norms, resnet
 from cifar.settings import RECIPES, RunConfig, describe_device, find_device, find_precision
 from cifar.steps import train_step
@@ -146,6 +146,7 @@ class Jobs:
 
 def _job(config: RunConfig, batch_size: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the example does; the steps of the process beside it have the memory that plain has
     step = engine_step(config, make_data(batch_size, torch.device("cpu")), "eager")
     try:
         while True:

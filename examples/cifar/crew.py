@@ -20,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 from cifar.checkpoints import CheckpointError, RunFiles
 from cifar.claims import Claims
 from cifar.data import Dataset, load_dataset
-from cifar.engine import Mode
+from cifar.engine import Mode, keep_freed_memory
 from cifar.progress import Overview
 from cifar.settings import RunConfig
 from cifar.steps import NonFiniteLossError
@@ -70,6 +70,7 @@ class Place:
             torch.cuda.set_device(index)  # a graph is captured on the current device
         # The shapes of a run never change: the fastest convolution is looked for once.
         torch.backends.cudnn.benchmark = True
+        keep_freed_memory()
 
 
 def train_all(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from typing import Literal
 
 import torch
@@ -18,6 +21,7 @@ MODES: dict[Mode, str] = {
     "graph": "the whole step as one CUDA graph",
     "compile": "networks and losses through torch.compile, on CUDA inside a graph of the whole step",
 }
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and numbers of GNU's malloc.h
 WARM_UP = 3  # steps before a capture: kernels are chosen, and what is made on first use is made
 
 
@@ -42,6 +46,20 @@ def find_mode(name: str, device: torch.device) -> Mode:
         if mode == name:
             return mode
     raise ValueError(f"the mode must be one of {', '.join(MODES)}, got {name!r}")
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that a step frees, for the next one; with GNU's C library only.
+
+    It would give most of it back to the system after each backward pass, and take it anew, page by page, in the next
+    step. What is computed stays the same, bit by bit.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that all versions take: no map of a step is that large
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 class Engine:

@@ -110,11 +110,13 @@ def test_a_loss_that_is_not_finite_keeps_no_other_run_from_its_end(one_by_one, t
 @pytest.mark.parametrize(("device", "chosen"), [("cuda:1", [1]), ("cuda", []), ("cpu", [])])
 def test_a_device_with_a_number_becomes_the_current_one(monkeypatch, tmp_path, device, chosen):
     # Where a graph is captured.
-    seen = []
+    seen, kept = [], []
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(crew, "keep_freed_memory", lambda: kept.append(True))
     Place(tmp_path, tmp_path, device, None, "eager", tensorboard=False).prepare()
     assert seen == chosen
+    assert kept == [True]
     assert torch.backends.cudnn.benchmark is True
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import types
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -284,3 +285,19 @@ def test_modes():
         find_mode("fast", CPU)
     assert make_run().engine._captures is False
     assert module.WARM_UP >= 1
+
+
+def test_a_process_keeps_what_it_frees_where_the_c_library_can(monkeypatch):
+    calls = []
+    mallopt = types.SimpleNamespace(mallopt=lambda name, value: calls.append((name, value)))
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: mallopt)
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    module.keep_freed_memory()
+    # In this order: either call ends the growth of the first threshold, which starts at 128 KiB.
+    assert calls == [(-3, 32 << 20), (-1, -1)]
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: object())  # another C library
+    module.keep_freed_memory()
+    monkeypatch.setattr(module.sys, "platform", "darwin")
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: pytest.fail("must not be asked"))
+    module.keep_freed_memory()
+    assert len(calls) == 2
