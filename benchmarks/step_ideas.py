@@ -246,8 +246,8 @@ def show(title: str, ideas: Mapping[str, Step], repeats: int, clock: Clock = cpu
 GROUPS = ("step", "teacher", "convolutions", "memory", "compile")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; exits with 2 if it refuses."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS[:-1], help="default: all but compile")
     parser.add_argument("--depth", type=int, default=20)
@@ -258,6 +258,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.repeats < 1 or args.batch_size < 2:
         parser.error(f"--repeats must be at least 1 and --batch-size 2, got {args.repeats} and {args.batch_size}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    args = parse_arguments(argv)
     torch.set_num_threads(1)
     bench = Bench(args.depth, args.batch_size)
     if args.keep:

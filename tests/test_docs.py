@@ -14,6 +14,7 @@ import distill
 import linear_losses
 import losses
 import losses_page
+import step_ideas
 import stored_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,7 @@ def test_command_on_the_page_is_accepted(page, line):
             "examples/cifar_resnet.py": cifar_resnet,
             "benchmarks/linear_losses.py": linear_losses,
             "benchmarks/losses.py": losses,
+            "benchmarks/step_ideas.py": step_ideas,
             "benchmarks/stored_teacher.py": stored_teacher,
         }
         if script in PLAIN_COMMANDS:

@@ -32,7 +32,7 @@ def test_the_ideas_take_the_same_steps_and_the_bounds_leave_something_out():
 
 def test_every_group_has_a_table_of_ratios_to_its_first_line(monkeypatch, capsys):
     monkeypatch.setattr(step_ideas, "STAGES", step_ideas.STAGES[:1])
-    step_ideas.main("--groups teacher convolutions --depth 8 --batch-size 4 --repeats 1".split())
+    step_ideas.main(["--groups", "teacher", "convolutions", "--depth", "8", "--batch-size", "4", "--repeats", "1"])
     text = capsys.readouterr().out
     assert text.startswith("ResNet-8 from 8, batch 4, float32, ")
     assert re.findall(r"^(\w+): ", text, re.MULTILINE) == ["teacher", "convolutions"]
@@ -49,7 +49,7 @@ def test_a_process_of_the_memory_group_answers_each_line_with_seconds(monkeypatc
     kept = []
     monkeypatch.setattr(step_ideas, "keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
-    step_ideas.main("--serve --keep --depth 8 --batch-size 4".split())
+    step_ideas.main(["--serve", "--keep", "--depth", "8", "--batch-size", "4"])
     assert kept == [True]
     answers = capsys.readouterr().out.split()
     assert len(answers) == 2
