@@ -14,6 +14,12 @@ def _no_picture(monkeypatch):
     monkeypatch.setattr("cifar.report.draw_picture", lambda results: repr(results).encode())
 
 
+@pytest.fixture(autouse=True)
+def _memory_as_it_was(monkeypatch):
+    """A run in the process of the tests must not change how it gives memory back, which other tests measure."""
+    monkeypatch.setattr("cifar.crew.keep_freed_memory", lambda: None)
+
+
 @pytest.fixture
 def _heard():
     """Signals mean what they usually do, also where the tests run in the background of a shell, which ignores them."""
