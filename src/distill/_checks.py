@@ -190,17 +190,18 @@ def check_inputs(student: Tensor, teacher: Tensor, *, dim: int, columns: bool = 
     """
     if not (isinstance(student, Tensor) and isinstance(teacher, Tensor)):
         check_tensors(student, teacher)
-    if student.shape != teacher.shape:
+    shape = student.shape
+    if shape != teacher.shape:
         hint = _columns_hint(student, teacher) if columns else ""
         raise ValueError(
             "student and teacher must have the same shape (nothing is broadcast), "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}{hint}"
+            f"got {tuple(shape)} and {tuple(teacher.shape)}{hint}"
         )
     dtype = check_kinds(student, teacher)
     if type(dim) is not int:
         check_dim(dim)
-    if not -student.ndim <= dim < student.ndim:
-        raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(student.shape)}")
+    if not -len(shape) <= dim < len(shape):
+        raise ValueError(f"dim must be a dimension of the inputs, got {dim} for shape {tuple(shape)}")
     return dtype
 
 
@@ -302,11 +303,7 @@ def check_labels(target: Tensor | None, logits: Tensor, *, dim: int, mask: Tenso
 
 def may_look(tensor: Tensor) -> bool:
     """Whether to branch on a value: on a GPU it would wait for the device, and what is traced cannot."""
-    return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def is_integer(tensor: Tensor) -> bool:

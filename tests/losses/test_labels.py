@@ -201,7 +201,10 @@ def test_teacher_target_and_mask_may_be_inference_tensors(name):
     value, gradient = value_and_gradient(build(name), student, *constants, mask=mask)
     assert torch.equal(value, expected[0])
     assert torch.equal(gradient, expected[1])
-    assert torch.equal(build(name)(student, *constants, mask=mask != 0), build(name)(student, teacher, target))
+    counted = torch.ones(6, dtype=torch.bool)
+    assert torch.equal(
+        build(name)(student, *constants, mask=mask != 0), build(name)(student, teacher, target, mask=counted)
+    )
 
 
 @each_loss

@@ -24,16 +24,13 @@ class Formula(Protocol):
     def formula(self) -> Callable[..., Tensor]: ...
 
     @property
-    def few(self) -> Callable[..., Tensor] | None: ...
+    def few(self) -> Callable[..., tuple[Tensor, Tensor | None] | None] | None: ...
 
     @property
     def kernel(self) -> Callable[[], Any] | None: ...
 
     @property
     def longer(self) -> int: ...
-
-    @property
-    def least(self) -> float: ...
 
     def own_block(self) -> Callable[..., Tensor]: ...
 
@@ -44,29 +41,33 @@ SMALL = 2**20  # elements below which a few plain operations cost less than what
 FEW = 2**15  # elements up to which the number of operations counts more than what they compute
 SHORT = 64  # columns below which summing row by row costs more than a single operation for the mean saves
 LARGEST_ROW = 2**21  # elements of a row above which the buffers of a block would no longer be small
+_ORDINARY = Tensor, nn.Parameter
 
 
-def can_fuse(loss: Formula, student: Tensor, teacher: Tensor, dim: int, options: dict[str, Any], *, mean: bool) -> bool:
+def can_fuse(
+    student: Tensor, teacher: Tensor, dim: int, options: dict[str, Any], *, least: float, shortest: int
+) -> bool:
     """Whether these are ordinary tensors, large enough, with rows in one piece, and nobody traces or transforms.
 
+    It is not to be asked of what `torch.compile` traces, whose sizes may be symbols.
+
     Args:
-        loss: The loss.
         student: The student's rows, checked.
         teacher: The teacher's rows, detached.
         dim: The dimension of a row.
         options: What the formula takes.
-        mean: Whether PyTorch has a single operation for what is asked.
+        least: From how many times `SMALL` elements on the fused form pays on a CPU, and elsewhere from at least 1.
+        shortest: From how many columns on it pays.
     """
     return (
-        not torch.compiler.is_compiling()  # first: a size that is a symbol is not to be compared
-        and student.numel() >= SMALL * (loss.least if student.is_cpu else max(loss.least, 1.0))
-        and (SHORT if mean else 1) <= student.shape[dim] <= LARGEST_ROW
+        student.numel() >= SMALL * (least if student.is_cpu else max(least, 1.0))
+        and shortest <= student.shape[dim] <= LARGEST_ROW
         # Collecting the numbers of a row from all over the memory costs more than blocks save.
         and student.stride(dim) == teacher.stride(dim) == 1
         and (student.is_cpu or student.is_cuda)
-        and type(student) in (Tensor, nn.Parameter)
-        and type(teacher) in (Tensor, nn.Parameter)
-        and not any(isinstance(option, Tensor) for option in options.values())  # it may want a gradient
+        and type(student) in _ORDINARY
+        and type(teacher) in _ORDINARY
+        and not any(map(torch.is_tensor, options.values()))  # it may want a gradient
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and forward_ad.unpack_dual(student).tangent is None  # type: ignore[no-untyped-call]
@@ -137,7 +138,7 @@ class Call:
         earlier blocks have read. A block has at most so many `elements`; None: by the device.
         """
         if into is None and self._are_few(student, teacher):
-            return self._run_few(student.detach(), teacher, labels, factors)
+            return self._run_few(student, teacher, labels, factors)
         student, teacher = student.detach().movedim(self.dim, -1), teacher.movedim(self.dim, -1)
         labels = None if labels is None else labels.movedim(self.dim, -1)
         if isinstance(factors, float):
@@ -150,31 +151,31 @@ class Call:
         return values, None if gradient is None else gradient.movedim(-1, self.dim)
 
     def _are_few(self, student: Tensor, teacher: Tensor) -> bool:
-        """Whether these are a few rows on a CPU, with nothing to cut, to copy or to move."""
+        """Whether these are a few rows on a CPU, with nothing to cut, to widen or to move."""
         return (
             student.numel() <= FEW
             and student.ndim == 2
             and self.dim in (-1, 1)
+            and student.dtype is teacher.dtype is self.dtype
             and student.is_cpu
-            and student.dtype == teacher.dtype == self.dtype
-            and student.is_contiguous()
-            and teacher.is_contiguous()
         )
 
     def _run_few(
         self, student: Tensor, teacher: Tensor, labels: Tensor | None, factors: Tensor | float | None
     ) -> tuple[Tensor, Tensor | None]:
         """Do what `_run_blocks` does for a few rows, where each operation shows."""
-        gradient, spare = torch.empty_like(student), torch.empty_like(student)
         operands = () if labels is None else (labels,)
-        block = self.loss.few or self.loss.own_block()
-        if not isinstance(factors, Tensor):
-            values = block(student, teacher, *operands, factors, gradient, spare, **self.options)
-            return values, None if factors is None else gradient
-        counts = factors.unsqueeze(1)
-        values = block(student, teacher, *operands, counts, gradient, spare, **self.options)
-        _clear_hidden(gradient, counts)
-        return values, gradient
+        counts = factors.unsqueeze(1) if isinstance(factors, Tensor) else factors
+        found = None if self.loss.few is None else self.loss.few(student, teacher, *operands, counts, **self.options)
+        if found is not None:
+            values, gradient = found
+        else:
+            gradient, spare = torch.empty_like(student), torch.empty_like(student)
+            block = self.loss.own_block()
+            values = block(student, teacher, *operands, counts, gradient, spare, **self.options)
+        if isinstance(counts, Tensor) and gradient is not None:
+            _clear_hidden(gradient, counts)
+        return values, None if counts is None else gradient
 
     def _run_blocks(
         self,

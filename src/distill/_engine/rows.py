@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill._checks import check_classes, check_inputs, check_labels, ordinary, widen
+from distill._checks import check_classes, check_inputs, check_labels, ordinary
 from distill._engine import fused
 from distill._engine.blocks import block_by_autograd
 from distill._engine.kernels import kernel_first
@@ -35,15 +35,20 @@ class Rows:
             `spare`, `(R, C)`, as it likes; but where `factors`, `(R, 1)` or one number for all, is not None, it leaves
             in `gradient` the values' gradient for the student, each row times its factor. None: autograd finds the
             gradient of the formula, block by block.
-        few: The same as `block`, for so few rows that each operation shows more than what it computes.
+        few: `few(student, teacher, factors, **options)` does the same for so few rows that each operation shows more
+            than what it computes. It gives the values and, where there are factors, the gradient; None for rows that
+            it leaves to `block`.
         kernel: A function that imports the kernel of `triton.py` that does the same on a GPU, and returns it; with
             `labels` it returns a function that is called as `triton.run` is, with the labels after the teacher. None:
             blocks there too.
-        mean: `mean(student, teacher, **options)` gives the mean of the formula over all samples, where PyTorch has a
-            single operation for it.
+        mean: Whether the formula takes `mean=True`, and then gives the mean of its values over all samples: in fewer
+            operations than to find each value first.
+        single: Whether that mean is a single operation of PyTorch, which rows of less than `fused.SHORT` columns always
+            take.
         fused_from: From how many times `fused.SMALL` elements on the fused form pays on a CPU, and elsewhere from at
             least 1. None: where there is a block function from the first element on, since to form the gradient with
-            the values takes fewer operations than to find it later; else from 1 on.
+            the values takes fewer operations than to find it later; else from 1 on. With a mask a block function always
+            pays: the formula copies both inputs to hide rows.
         longer: How many times as long as others' its blocks may be where none is copied: for a loss of so few passes
             that it gains nothing from the cache. Long blocks wait less often for a thread that another process delays.
         softmax: Whether the rows are logits, so that it must be clear along which dimension.
@@ -57,9 +62,10 @@ class Rows:
 
     formula: Callable[..., Tensor]
     block: Callable[..., Tensor] | None = None
-    few: Callable[..., Tensor] | None = None
+    few: Callable[..., tuple[Tensor, Tensor | None] | None] | None = None
     kernel: Callable[[], Any] | None = None
-    mean: Callable[..., Tensor] | None = None
+    mean: bool = False
+    single: bool = False
     fused_from: float | None = None
     longer: int = 1
     softmax: bool = True
@@ -71,8 +77,11 @@ class Rows:
     @functools.cached_property
     def least(self) -> float:
         """From how many times `fused.SMALL` elements on the fused form pays on a CPU."""
-        if self.fused_from is not None:
-            return self.fused_from
+        return self.least_masked if self.fused_from is None else self.fused_from
+
+    @functools.cached_property
+    def least_masked(self) -> float:
+        """The same with a mask."""
         return 1.0 if self.block is None else _FIRST
 
     def own_block(self) -> Callable[..., Tensor]:
@@ -101,7 +110,7 @@ class Rows:
         check_rows(topk, classes, mask, options["temperature"])
         if topk.samples and self.sampled is not None:
             return self.sampled, {**options, "samples": topk.samples}
-        changed = {**merged(self.formula), "few": None, "mean": None, "labels": True, "fused_from": 1 / 4}
+        changed = {**merged(self.formula), "few": None, "mean": False, "labels": True, "fused_from": 1 / 4}
         return dataclasses.replace(self, **changed), options
 
     def values(
@@ -154,6 +163,7 @@ class Rows:
             loss, options = self.of_topk(teacher, student.shape[-1], mask, options)
             dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
             teacher, labels = teacher.rows(dtype, mask)
+            least = loss.least
         else:
             dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim, columns=dim in (None, -1))
             teacher = teacher.detach()
@@ -163,9 +173,12 @@ class Rows:
                 mask = ordinary(mask)
             if self.labels:
                 labels = check_labels(target, student, dim=dim, mask=mask)
+            least = loss.least if mask is None else loss.least_masked
         operands = () if labels is None else (labels,)
-        mean = loss.mean if reduction == "mean" and mask is None else None
-        if fused.can_fuse(loss, student, teacher, dim, options, mean=mean is not None):
+        mean = loss.mean and reduction == "mean" and mask is None
+        traced = torch.compiler.is_compiling()
+        shortest = fused.SHORT if mean and loss.single else 1
+        if not traced and fused.can_fuse(student, teacher, dim, options, least=least, shortest=shortest):
             if mask is None or not mask.requires_grad:
                 call = fused.Call(loss, options, dim, dtype, reduction)
                 return fused.run(student, teacher, labels, None if mask is None else mask.to(dtype), call)
@@ -174,7 +187,10 @@ class Rows:
             return reduce(fused.run(student, teacher, labels, (mask.detach() != 0).to(dtype), call), reduction, mask)
         if mask is not None:
             student, teacher = hide(student, mask, dim=dim), hide(teacher, mask, dim=dim)
-        student, teacher = widen(student, dtype), widen(ordinary(teacher), dtype)
-        if mean is not None:
-            return mean(student, teacher, **options)
+        if not traced and teacher.is_inference():
+            teacher = ordinary(teacher)
+        if not student.dtype is teacher.dtype is dtype:
+            student, teacher = student.to(dtype), teacher.to(dtype)
+        if mean:
+            return loss.formula(student, teacher, *operands, dim=dim, mean=True, **options)
         return reduce(loss.formula(student, teacher, *operands, dim=dim, **options), reduction, mask)

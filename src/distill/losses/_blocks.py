@@ -33,14 +33,18 @@ def ordinary_rows(formula: Callable[..., Tensor], block: Callable[..., Tensor]) 
 
 
 def quick_first(quick: Callable[..., Tensor], careful: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Give a formula for `Rows` that is `quick` where all its values are finite, and else, or unseen, `careful`."""
+    """Give a formula for `Rows` that is `quick` where all its values are finite, and else, or unseen, `careful`.
 
-    def formula(*tensors: Tensor, **options: Any) -> Tensor:
+    `quick` takes `mean`, and so does the formula then.
+    """
+
+    def formula(*tensors: Tensor, mean: bool = False, **options: Any) -> Tensor:
         if may_look(tensors[0]):
-            values = quick(*tensors, **options)
-            if math.isfinite(float(values.detach().sum())):
+            values = quick(*tensors, mean=mean, **options)
+            if math.isfinite(float((values if mean else values.sum()).detach())):
                 return values
-        return careful(*tensors, **options)
+        values = careful(*tensors, **options)
+        return values.mean() if mean else values
 
     return formula
 

@@ -8,14 +8,7 @@ from torch import Tensor
 from distill._checks import may_look
 from distill._engine.blocks import block_by_autograd, redo
 from distill._engine.rows import Rows
-from distill.losses._softened import (
-    are_apart,
-    close_logs,
-    compare_rows,
-    divergence_of_logits,
-    harden,
-    log_softmax_rows,
-)
+from distill.losses._softened import are_close, compare_rows, divergence_of_logits, harden, soften
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
@@ -35,19 +28,16 @@ def _block(
     return redo(far, values, _formula, student, teacher, factors, gradient, temperature=temperature)
 
 
-def _few(
-    student: Tensor, teacher: Tensor, factors: Any, gradient: Tensor, spare: Tensor, *, temperature: float
-) -> Tensor:
-    """Do what `_block` does in fewer operations, though with more exponentials."""
-    log_q = log_softmax_rows(student, temperature, out=gradient)
-    log_p = log_softmax_rows(teacher, temperature, out=spare)
+def _few(student: Tensor, teacher: Tensor, factors: Any, *, temperature: float) -> tuple[Tensor, Tensor | None] | None:
+    """Do what `_block` does in fewer operations, though with more exponentials; None for rows that are too close."""
+    log_q = torch.log_softmax(soften(student, temperature), -1)
+    log_p = torch.log_softmax(soften(teacher, temperature), -1)
     p = torch.exp(log_p)
     values = log_p.sub_(log_q).mul_(p).sum(-1)
-    if not are_apart(values, close_logs(student.shape[-1])):
-        return _block(student, teacher, factors, gradient, spare, temperature=temperature)
-    if factors is not None:  # T (q - p)
-        log_q.exp_().sub_(p).mul_(factors * temperature)
-    return harden(values, temperature)
+    if are_close(values, student.shape[-1]):
+        return None
+    gradient = None if factors is None else log_q.exp_().sub_(p).mul_(factors * temperature)  # T (q - p)
+    return harden(values, temperature), gradient
 
 
 def _kernel() -> Any:

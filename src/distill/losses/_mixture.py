@@ -9,7 +9,16 @@ from torch import Tensor
 
 from distill._checks import check_fraction, may_look
 from distill._engine.blocks import block_by_autograd
-from distill.losses._softened import APART, are_apart, divergence_of_logits, harden, not_negative, soften, softmax_rows
+from distill.losses._softened import (
+    APART,
+    add_up,
+    are_apart,
+    divergence_of_logits,
+    harden,
+    not_negative,
+    soften,
+    softmax_rows,
+)
 
 check_skew = functools.partial(check_fraction, zero=True)  # what both skew divergences ask of `alpha`
 _TINY = 1e-30
@@ -43,7 +52,9 @@ class Mixture(NamedTuple):
         return -(1 - self.share) * less, self.share * less
 
 
-def from_mixture(student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int, temperature: float) -> Tensor:
+def from_mixture(
+    student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int, temperature: float, mean: bool = False
+) -> Tensor:
     """Compute T^2 [of_teacher KL(p || m) + of_student KL(q || m)], row by row.
 
     The logarithms are taken of 1 plus a multiple of w = (q - p) / m: so small differences keep their digits, and
@@ -55,11 +66,12 @@ def from_mixture(student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int
         mixture: The mixture and the weights.
         dim: The dimension of the classes.
         temperature: What the logits are divided by.
+        mean: Whether to give the mean over all rows.
     """
     share, of_teacher, of_student = mixture
     if share in (0, 1):  # here and below numbers are compared, since PyTorch 2.5 traces no truth of a symbolic one
         a, b = (teacher, student) if of_teacher != 0 else (student, teacher)
-        return divergence_of_logits(a, b, dim=dim, temperature=temperature)
+        return divergence_of_logits(a, b, dim=dim, temperature=temperature, mean=mean)
     q = torch.softmax(soften(student, temperature), dim)
     p = torch.softmax(soften(teacher, temperature), dim)
     difference = q - p
@@ -78,8 +90,7 @@ def from_mixture(student: Tensor, teacher: Tensor, mixture: Mixture, *, dim: int
     drift = mixture.drift()
     if drift != 0:  # each divergence changes with the sums of p and q, which are 1 only up to rounding
         terms = terms.add(difference.detach(), alpha=drift / scale)
-    scale *= temperature**2
-    return not_negative(terms.sum(dim) if scale == 1 else terms.sum(dim) * scale)
+    return not_negative(add_up(terms, dim, scale * temperature**2, mean=mean))
 
 
 def block_from_mixture(

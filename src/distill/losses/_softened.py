@@ -23,6 +23,13 @@ def harden(values: Tensor, temperature: float) -> Tensor:
     return values if temperature == 1 else values * temperature**2
 
 
+def add_up(terms: Tensor, dim: int, weight: float = 1.0, *, mean: bool = False) -> Tensor:
+    """Sum terms over the classes and multiply by a weight; or give the mean of that over all samples, in one sum."""
+    if mean:
+        return terms.sum() * (weight * terms.shape[dim] / terms.numel())
+    return terms.sum(dim) if weight == 1 else terms.sum(dim) * weight
+
+
 def softmax_rows(logits: Tensor, temperature: float, *, out: Tensor) -> Tensor:
     """Give the softmax of rows of logits over the temperature in a buffer, for the blocks of a loss."""
     return torch.softmax(logits if temperature == 1 else torch.mul(logits, 1 / temperature, out=out), -1, out=out)
@@ -78,23 +85,25 @@ def divergence(log_a: Tensor, log_b: Tensor, dim: int) -> Tensor:
     return torch.where(none, log_b.exp(), a * (expm1(d) - d)).sum(dim)
 
 
-def divergence_of_logits(a: Tensor, b: Tensor, *, dim: int, temperature: float) -> Tensor:
+def divergence_of_logits(a: Tensor, b: Tensor, *, dim: int, temperature: float, mean: bool = False) -> Tensor:
     """Compute T^2 KL(softmax(a / T) || softmax(b / T)), in the form of `compare_rows` where that is possible.
 
-    The gradient is right for both.
+    The gradient is right for both. With `mean` it is the mean over all samples.
     """
-    log_a = torch.log_softmax(soften(a, temperature), dim)
-    log_b = torch.log_softmax(soften(b, temperature), dim)
+    softened = (a, b) if temperature == 1 else (a / temperature, b / temperature)
+    log_a, log_b = torch.log_softmax(softened[0], dim), torch.log_softmax(softened[1], dim)
     if may_look(a):
         p = log_a.exp()
-        values = (p * (log_a - log_b)).sum(dim)
-        if float(values.detach().amin()) > close_logs(a.shape[dim]):
-            return harden(values, temperature)
+        terms = p * (log_a - log_b)
+        if not are_close(terms.detach().sum(dim), a.shape[dim]):
+            return add_up(terms, dim, temperature**2, mean=mean)
         d = soften(b - a, temperature)
         d = d - (p * d).sum(dim, keepdim=True)
         if bool(d.detach().amax() < LARGEST):
-            return harden(not_negative(torch.log1p((p * (expm1(d) - d)).sum(dim))), temperature)
-    return harden(divergence(log_a, log_b, dim), temperature)
+            values = harden(not_negative(torch.log1p((p * (expm1(d) - d)).sum(dim))), temperature)
+            return values.mean() if mean else values
+    values = harden(divergence(log_a, log_b, dim), temperature)
+    return values.mean() if mean else values
 
 
 def compare_rows(
@@ -136,9 +145,16 @@ def are_apart(values: Tensor, least: float) -> bool:
     return float(low) > least and float(high) < math.inf
 
 
-def close_logs(classes: int) -> float:
-    """The least divergence that the difference of logarithms of so many probabilities gives with enough digits."""
-    return _CLOSE * math.log(classes)  # rounding leaves some 1e-7 log C in it
+def are_close(values: Tensor, classes: int, weight: float = 1.0) -> bool:
+    """Whether a divergence of so many classes is too small for the digits that a difference of logarithms leaves.
+
+    Args:
+        values: The divergences, times a weight. One that is NaN counts as too small.
+        classes: How many classes.
+        weight: The weight.
+    """
+    # Rounding leaves some 1e-7 log C in them.
+    return not float(values.amin()) > weight * _CLOSE * math.log(classes)
 
 
 def expm1(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._softened import (
     APART,
+    add_up,
     are_apart,
     exp_rows,
     expm1,
@@ -40,18 +41,28 @@ def _check_exponents(alpha: float, beta: float) -> None:
         raise ValueError(f"alpha and beta must not both be zero, got {alpha!r} and {beta!r}")
 
 
-def _formula(student: Tensor, teacher: Tensor, *, dim: int, alpha: float, beta: float, temperature: float) -> Tensor:
+def _formula(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    dim: int,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    mean: bool = False,
+) -> Tensor:
     _check_exponents(alpha, beta)
     log_q = F.log_softmax(soften(student, temperature), dim)
     log_p = F.log_softmax(soften(teacher, temperature), dim)
     total = alpha + beta
     if min(alpha, beta) >= _SMALL and may_look(student):  # the formula as it stands takes two thirds of the time
-        of_teacher = (total * log_p).exp().sum(dim) / (beta * total)
-        both = of_teacher.add((total * log_q).exp().sum(dim), alpha=1 / (alpha * total))
-        left = both.sub(torch.add(alpha * log_p, log_q, alpha=beta).exp().sum(dim), alpha=1 / (alpha * beta))
-        if float(left.detach().sub(both.detach(), alpha=_CLOSE).amin()) >= 0:
-            return left
-    return not_negative(_centred(log_p, log_q, alpha, beta).sum(dim) / total)
+        of_q, of_p = total * log_q, total * log_p
+        terms = of_q.exp().sub(torch.lerp(of_p, of_q, beta / total).exp(), alpha=total / beta)
+        terms = terms.add(of_p.exp(), alpha=alpha / beta)
+        largest = (1 + alpha / beta) * max(student.shape[dim] ** (1 - total), 1.0)  # of the sum of the two powers
+        if float(terms.detach().sum(dim).amin()) >= _CLOSE * largest:
+            return add_up(terms, dim, 1 / (alpha * total), mean=mean)
+    return not_negative(add_up(_centred(log_p, log_q, alpha, beta), dim, 1 / total, mean=mean))
 
 
 def _centred(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
@@ -166,7 +177,7 @@ def _apart(
 
 
 # From some 260,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
-_ROWS = Rows(_formula, block=_block, topk=True, fused_from=1 / 4)
+_ROWS = Rows(_formula, block=_block, mean=True, topk=True, fused_from=1 / 4)
 
 
 def alpha_beta_loss(

@@ -15,13 +15,12 @@ from distill.losses._base import RowLoss
 from distill.losses._blocks import ordinary_rows, quick_first, without_rows
 from distill.losses._others import set_apart, weigh
 from distill.losses._softened import (
-    are_apart,
-    close_logs,
+    add_up,
+    are_close,
     compare_rows,
     divergence,
     expm1,
     harden,
-    log_softmax_rows,
     soften,
 )
 
@@ -29,7 +28,15 @@ FAMILY = "logits and more"
 
 
 def _quick(
-    student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, alpha: float, beta: float, temperature: float
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    dim: int,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    mean: bool,
 ) -> Tensor:
     s, _, mass_q, pair_q = _relative(student, labels, dim, temperature)
     t, others, mass_p, pair_p = _relative(teacher, labels, dim, temperature)
@@ -37,7 +44,7 @@ def _quick(
     d = torch.cat([pair_q - pair_p, s - t - (mass_q - mass_p)], dim)
     alpha, beta = alpha * temperature**2, beta * temperature**2
     weights = torch.cat([alpha * pair_p.exp(), others * (beta / mass_p.exp())], dim)
-    return (weights * (expm1(d) - d)).sum(dim)
+    return add_up(weights * (expm1(d) - d), dim, mean=mean)
 
 
 def _relative(logits: Tensor, labels: Tensor, dim: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,39 +111,37 @@ def _few(
     teacher: Tensor,
     labels: Tensor,
     factors: Any,
-    gradient: Tensor,
-    spare: Tensor,
     *,
     alpha: float,
     beta: float,
     temperature: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None] | None:
     """Do what `_block` does in fewer operations, though with more exponentials."""
-    pair_q, log_q = _set_apart(student, labels, temperature, out=gradient)
-    pair_p, log_p = _set_apart(teacher, labels, temperature, out=spare)
+    pair_q, log_q = _set_apart(student, labels, temperature)
+    pair_p, log_p = _set_apart(teacher, labels, temperature)
     p_pair, p = pair_p.exp(), log_p.exp()
     of_target = pair_p.sub_(pair_q).mul_(p_pair).sum(-1)
     of_others = log_p.sub_(log_q).scatter_(1, labels, 0.0).mul_(p).sum(-1)
     total = of_target.mul_(alpha).add_(of_others, alpha=beta)
-    if not are_apart(total, (alpha + beta) * close_logs(student.shape[-1])):
-        options = {"alpha": alpha, "beta": beta, "temperature": temperature}
-        return _BLOCK(student, teacher, labels, factors, gradient, spare, **options)
-    if factors is not None:
-        pull = pair_q.exp_().sub_(p_pair)[:, :1].mul_(alpha)  # T times it is the gradient at the target
-        log_q.exp_().mul_(beta - pull).sub_(p, alpha=beta).scatter_(1, labels, pull).mul_(factors * temperature)
-    return harden(total, temperature)
+    if are_close(total, student.shape[-1], alpha + beta):
+        return None
+    if factors is None:
+        return harden(total, temperature), None
+    pull = pair_q.exp_().sub_(p_pair)[:, :1].mul_(alpha)  # T times it is the gradient at the target
+    slope = log_q.exp_().mul_(beta - pull).sub_(p, alpha=beta).scatter_(1, labels, pull)
+    return harden(total, temperature), slope.mul_(factors * temperature)
 
 
-def _set_apart(logits: Tensor, labels: Tensor, temperature: float, *, out: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithms of p_y and 1 - p_y, `(R, 2)`, and in a buffer those of p_c / (1 - p_y), -inf at the target."""
-    log_p = log_softmax_rows(logits, temperature, out=out)
+def _set_apart(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The logarithms of p_y and 1 - p_y, `(R, 2)`, and those of p_c / (1 - p_y), -inf at the target."""
+    log_p = torch.log_softmax(soften(logits, temperature), -1)
     target = log_p.gather(1, labels)
     largest = log_p.scatter_(1, labels, -math.inf).amax(-1, keepdim=True)
-    log_p = torch.log_softmax(log_p, -1, out=out)
+    log_p = torch.log_softmax(log_p, -1)
     return torch.cat([target, largest.sub_(log_p.amax(-1, keepdim=True))], 1), log_p
 
 
-_ROWS = Rows(_formula, block=_BLOCK, few=_few, labels=True)
+_ROWS = Rows(_formula, mean=True, block=_BLOCK, few=_few, labels=True)
 
 
 def dkd_loss(

@@ -13,18 +13,27 @@ from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._blocks import ordinary_rows, quick_first, without_rows
 from distill.losses._others import log_of_others, weigh
-from distill.losses._softened import expectation, soften
+from distill.losses._softened import add_up, expectation, soften
 
 FAMILY = "logits and more"
 
 
-def _quick(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamma: float, temperature: float) -> Tensor:
+def _quick(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    dim: int,
+    gamma: float,
+    temperature: float,
+    mean: bool,
+) -> Tensor:
     log_q, p = F.log_softmax(student, dim).gather(dim, labels), F.softmax(teacher, dim).gather(dim, labels)
     student, teacher = (soften(x, temperature).scatter(dim, labels, -math.inf) for x in (student, teacher))
     # Both parts in one sum: the target's stands where the others have none.
     log_q = F.log_softmax(student, dim).scatter(dim, labels, log_q)
     weights = (F.softmax(teacher, dim) * (gamma * temperature**2)).scatter(dim, labels, p)
-    return -(weights * log_q).sum(dim)
+    return add_up(weights * log_q, dim, -1.0, mean=mean)
 
 
 def _careful(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, gamma: float, temperature: float) -> Tensor:
@@ -80,7 +89,7 @@ def _block(
 
 
 # From some 130,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
-_ROWS = Rows(_formula, block=ordinary_rows(_formula, _block), labels=True, fused_from=1 / 8)
+_ROWS = Rows(_formula, mean=True, block=ordinary_rows(_formula, _block), labels=True, fused_from=1 / 8)
 
 
 def nkd_loss(

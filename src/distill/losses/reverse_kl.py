@@ -11,14 +11,7 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import (
-    are_apart,
-    close_logs,
-    compare_rows,
-    divergence_of_logits,
-    harden,
-    log_softmax_rows,
-)
+from distill.losses._softened import are_close, compare_rows, divergence_of_logits, harden, soften
 from distill.topk import TopK
 
 FAMILY = "divergences"
@@ -41,20 +34,18 @@ def _block(
     return redo(far, values, _formula, student, teacher, factors, gradient, temperature=temperature)
 
 
-def _few(
-    student: Tensor, teacher: Tensor, factors: Any, gradient: Tensor, spare: Tensor, *, temperature: float
-) -> Tensor:
-    """Do what `_block` does in fewer operations, though with more exponentials."""
-    log_q = log_softmax_rows(student, temperature, out=gradient)
-    log_p = log_softmax_rows(teacher, temperature, out=spare)
-    terms = torch.sub(log_q, log_p, out=spare)
+def _few(student: Tensor, teacher: Tensor, factors: Any, *, temperature: float) -> tuple[Tensor, Tensor | None] | None:
+    """Do what `_block` does in fewer operations, though with more exponentials; None for rows that are too close."""
+    log_q = torch.log_softmax(soften(student, temperature), -1)
+    log_p = torch.log_softmax(soften(teacher, temperature), -1)
+    terms = torch.sub(log_q, log_p, out=log_p)
     q = log_q.exp_()
-    values = terms.mul_(q).sum(-1, keepdim=True)
-    if not are_apart(values, close_logs(student.shape[-1])):
-        return _block(student, teacher, factors, gradient, spare, temperature=temperature)
+    values = terms.mul_(q).sum(-1)
+    if are_close(values, student.shape[-1]):
+        return None
     if factors is not None:  # T q (log q - log p - KL)
-        torch.addcmul(terms, q, values, value=-1, out=gradient).mul_(factors * temperature)
-    return harden(values, temperature).squeeze(-1)
+        terms.addcmul_(q, values.unsqueeze(1), value=-1).mul_(factors * temperature)
+    return harden(values, temperature), terms
 
 
 def _kernel() -> Any:

@@ -13,13 +13,19 @@ FAMILY = "embeddings"
 
 
 def _formula(
-    student: Tensor, teacher: Tensor, *, dim: int, student_temperature: float, teacher_temperature: float
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    dim: int,
+    student_temperature: float,
+    teacher_temperature: float,
+    mean: bool = False,
 ) -> Tensor:
     sides = soften(teacher, teacher_temperature), soften(student, student_temperature)
-    return divergence_of_logits(*sides, dim=dim, temperature=1.0)
+    return divergence_of_logits(*sides, dim=dim, temperature=1.0, mean=mean)
 
 
-_ROWS = Rows(_formula)
+_ROWS = Rows(_formula, mean=True)
 
 
 def score_kl_loss(

@@ -15,8 +15,10 @@ from distill.topk import TopK
 FAMILY = "divergences"
 
 
-def _formula(student: Tensor, teacher: Tensor, *, dim: int, alpha: float, temperature: float) -> Tensor:
-    return from_mixture(student, teacher, _mixture(alpha), dim=dim, temperature=temperature)
+def _formula(
+    student: Tensor, teacher: Tensor, *, dim: int, alpha: float, temperature: float, mean: bool = False
+) -> Tensor:
+    return from_mixture(student, teacher, _mixture(alpha), dim=dim, temperature=temperature, mean=mean)
 
 
 def _block(*rows: Any, alpha: float, temperature: float) -> Tensor:
@@ -28,7 +30,7 @@ def _mixture(alpha: float) -> Mixture:
 
 
 # From some 260,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
-_ROWS = Rows(_formula, block=_block, topk=True, fused_from=1 / 4)
+_ROWS = Rows(_formula, block=_block, mean=True, topk=True, fused_from=1 / 4)
 
 
 def skew_kl_loss(

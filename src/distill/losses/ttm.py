@@ -12,12 +12,12 @@ from distill.losses._softened import divergence_of_logits
 FAMILY = "logits"
 
 
-def _formula(student: Tensor, teacher: Tensor, *, dim: int, gamma: float) -> Tensor:
+def _formula(student: Tensor, teacher: Tensor, *, dim: int, gamma: float, mean: bool = False) -> Tensor:
     # A power of a softmax, normalised, is the softmax of the logits times the exponent.
-    return divergence_of_logits(teacher * gamma, student, dim=dim, temperature=1.0)
+    return divergence_of_logits(teacher * gamma, student, dim=dim, temperature=1.0, mean=mean)
 
 
-_ROWS = Rows(_formula)
+_ROWS = Rows(_formula, mean=True)
 
 
 def ttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.1, dim: int | None = None) -> Tensor:

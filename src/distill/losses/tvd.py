@@ -8,18 +8,18 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import soften, softmax_rows
+from distill.losses._softened import add_up, soften, softmax_rows
 from distill.topk import TopK
 
 FAMILY = "divergences"
 
 
-def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
+def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float, mean: bool = False) -> Tensor:
     q = torch.softmax(soften(student, temperature), dim)
     p = torch.softmax(soften(teacher, temperature), dim)
     difference = q - p
     # The sign as a constant chooses the gradient where p and q are equal: 0, in the middle of what it may be.
-    return (difference * (difference.detach().sign() / 2)).sum(dim)
+    return add_up(difference * difference.detach().sign(), dim, 1 / 2, mean=mean)
 
 
 def _block(
@@ -38,7 +38,7 @@ def _block(
 
 
 # From some 260,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
-_ROWS = Rows(_formula, block=_block, topk=True, fused_from=1 / 4)
+_ROWS = Rows(_formula, block=_block, mean=True, topk=True, fused_from=1 / 4)
 
 
 def tvd_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 1.0, dim: int | None = None) -> Tensor:

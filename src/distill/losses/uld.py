@@ -11,19 +11,19 @@ from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import soften
+from distill.losses._softened import add_up, soften
 
 FAMILY = "language models"
 
 
-def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float) -> Tensor:
+def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float, mean: bool = False) -> Tensor:
     q, p = (torch.softmax(soften(x, temperature), dim).sort(dim=dim, descending=True)[0] for x in (student, teacher))
     difference = q - p
     # The sign as a constant chooses the gradient where both are equal: 0, in the middle of what it may be.
-    return (difference * difference.detach().sign()).sum(dim)
+    return add_up(difference * difference.detach().sign(), dim, mean=mean)
 
 
-_ROWS = Rows(_formula)
+_ROWS = Rows(_formula, mean=True)
 
 
 def uld_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim: int | None = None) -> Tensor:

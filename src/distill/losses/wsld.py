@@ -12,30 +12,30 @@ from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
 from distill.losses._blocks import ordinary_rows, quick_first
-from distill.losses._softened import expectation, expm1, harden, soften
+from distill.losses._softened import add_up, expectation, expm1, harden, soften
 
 FAMILY = "logits and more"
 
 _EPS = 1e-7
 
 
-def _quick(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temperature: float) -> Tensor:
+def _quick(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temperature: float, mean: bool) -> Tensor:
     log_q = F.log_softmax(soften(student, temperature), dim)
     p = torch.softmax(soften(teacher, temperature), dim)
-    ratio = _on_label(student.detach(), labels, dim) / (_on_label(teacher, labels, dim) + _EPS)
-    return harden(expm1(-ratio), temperature) * (p * log_q).sum(dim)
+    ratio = _log_on_label(student.detach(), labels, dim) / (_log_on_label(teacher, labels, dim) - _EPS)
+    return add_up(expm1(-ratio) * p * log_q, dim, temperature**2, mean=mean)
 
 
 def _careful(student: Tensor, teacher: Tensor, labels: Tensor, *, dim: int, temperature: float) -> Tensor:
-    weight = _weight(_on_label(student.detach(), labels, dim), _on_label(teacher, labels, dim))
+    weight = _weight(-_log_on_label(student.detach(), labels, dim), -_log_on_label(teacher, labels, dim)).squeeze(dim)
     p = torch.softmax(soften(teacher, temperature), dim)
     values = harden(-expectation(p, F.log_softmax(soften(student, temperature), dim), dim), temperature)
     # A sample that does not count adds nothing, also where its cross-entropy is infinite.
     return torch.where(weight == 0, 0.0, weight * values)
 
 
-def _on_label(logits: Tensor, labels: Tensor, dim: int) -> Tensor:
-    return -F.log_softmax(logits, dim).gather(dim, labels).squeeze(dim)
+def _log_on_label(logits: Tensor, labels: Tensor, dim: int) -> Tensor:
+    return F.log_softmax(logits, dim).gather(dim, labels)
 
 
 def _weight(of_student: Tensor, of_teacher: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _block(
 
 
 # From some 130,000 elements on one pass in blocks is faster than the operations of the formula and their backward.
-_ROWS = Rows(_formula, block=ordinary_rows(_formula, _block), labels=True, fused_from=1 / 8)
+_ROWS = Rows(_formula, mean=True, block=ordinary_rows(_formula, _block), labels=True, fused_from=1 / 8)
 
 
 def wsld_loss(
