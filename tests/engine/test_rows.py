@@ -1,15 +1,21 @@
 """What every loss of rows promises, in the plain form and in blocks."""
 
+import math
+
 import pytest
 import torch
 
 from contract import gradient, make_pair
-from distill import KLLoss, LogitLoss, ReverseKLLoss
+from distill import KLLoss, LogitLoss, ReverseKLLoss, get_loss, list_losses
+from distill._engine import fused as engine
 from distill._reduction import REDUCTIONS
+from distill.losses._base import RowLoss
 from rowwise import is_fused
 
 LOSSES = [KLLoss, ReverseKLLoss, LogitLoss]
 DIVERGENCES = [KLLoss, ReverseKLLoss]
+ROWS = [name for name in list_losses() if issubclass(get_loss(name), RowLoss)]
+OPTIONS = {"alpha_beta": {"alpha": 0.2, "beta": 0.7}}
 
 
 @pytest.mark.parametrize("build", DIVERGENCES)
@@ -123,3 +129,30 @@ def test_compiles_for_sizes_that_change_and_another_temperature(build):
             teacher[0, 3] = -torch.inf
         torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
         torch.testing.assert_close(gradient(compiled, student, teacher), gradient(loss, student, teacher))
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if get_loss(name).rows.mean])
+def test_the_mean_in_one_sum_is_that_of_the_values(name, monkeypatch):
+    monkeypatch.setattr(engine, "SMALL", math.inf)
+    student, teacher = make_pair(6, 10)
+    target = torch.arange(6)
+    for case in ("apart", "near", "impossible"):
+        ours, theirs = student.detach().clone(), teacher.clone()
+        if case == "near":
+            ours[1:3] = theirs[1:3] + 1e-4 * ours[1:3]
+        elif case == "impossible" and name != "logit":
+            ours[:2, 7:] = theirs[:2, 7:] = -torch.inf
+        ours.requires_grad_()
+        value, values = (
+            get_loss(name)(**OPTIONS.get(name, {}), reduction=reduction)(ours, theirs, target)
+            for reduction in ("mean", "none")
+        )
+        (slope,), (expected,) = (torch.autograd.grad(x, ours) for x in (value, values.mean()))
+        torch.testing.assert_close((value, slope), (values.mean(), expected), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if get_loss(name).rows.block is not None])
+def test_with_a_mask_a_block_function_pays_from_the_first_row_on(name):
+    student, teacher = make_pair(6, 10)
+    loss = get_loss(name)(**OPTIONS.get(name, {}))
+    assert is_fused(loss(student, teacher, torch.arange(6), mask=torch.ones(6)))

@@ -47,8 +47,9 @@ class Rows:
             take.
         fused_from: From how many times `fused.SMALL` elements on the fused form pays on a CPU, and elsewhere from at
             least 1. None: where there is a block function from the first element on, since to form the gradient with
-            the values takes fewer operations than to find it later; else from 1 on. With a mask a block function always
-            pays: the formula copies both inputs to hide rows.
+            the values takes fewer operations than to find it later; else from 1 on.
+        masked_from: The same with a mask. None as there: a block function pays at once, where the formula copies both
+            inputs to hide rows.
         longer: How many times as long as others' its blocks may be where none is copied: for a loss of so few passes
             that it gains nothing from the cache. Long blocks wait less often for a thread that another process delays.
         softmax: Whether the rows are logits, so that it must be clear along which dimension.
@@ -67,6 +68,7 @@ class Rows:
     mean: bool = False
     single: bool = False
     fused_from: float | None = None
+    masked_from: float | None = None
     longer: int = 1
     softmax: bool = True
     classes: int = 2
@@ -77,11 +79,14 @@ class Rows:
     @functools.cached_property
     def least(self) -> float:
         """From how many times `fused.SMALL` elements on the fused form pays on a CPU."""
-        return self.least_masked if self.fused_from is None else self.fused_from
+        return self._default() if self.fused_from is None else self.fused_from
 
     @functools.cached_property
     def least_masked(self) -> float:
         """The same with a mask."""
+        return self._default() if self.masked_from is None else self.masked_from
+
+    def _default(self) -> float:
         return 1.0 if self.block is None else _FIRST
 
     def own_block(self) -> Callable[..., Tensor]:
@@ -110,8 +115,14 @@ class Rows:
         check_rows(topk, classes, mask, options["temperature"])
         if topk.samples and self.sampled is not None:
             return self.sampled, {**options, "samples": topk.samples}
-        changed = {**merged(self.formula), "few": None, "mean": False, "labels": True, "fused_from": 1 / 4}
-        return dataclasses.replace(self, **changed), options
+        changed: dict[str, Any] = {
+            "few": None,
+            "mean": False,
+            "labels": True,
+            "fused_from": 1 / 4,
+            "masked_from": 1 / 4,
+        }
+        return dataclasses.replace(self, **merged(self.formula), **changed), options
 
     def values(
         self,
@@ -163,7 +174,6 @@ class Rows:
             loss, options = self.of_topk(teacher, student.shape[-1], mask, options)
             dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
             teacher, labels = teacher.rows(dtype, mask)
-            least = loss.least
         else:
             dtype = check_inputs(student, teacher, dim=-1 if dim is None else dim, columns=dim in (None, -1))
             teacher = teacher.detach()
@@ -173,12 +183,17 @@ class Rows:
                 mask = ordinary(mask)
             if self.labels:
                 labels = check_labels(target, student, dim=dim, mask=mask)
-            least = loss.least if mask is None else loss.least_masked
         operands = () if labels is None else (labels,)
         mean = loss.mean and reduction == "mean" and mask is None
         traced = torch.compiler.is_compiling()
-        shortest = fused.SHORT if mean and loss.single else 1
-        if not traced and fused.can_fuse(student, teacher, dim, options, least=least, shortest=shortest):
+        if not traced and fused.can_fuse(
+            student,
+            teacher,
+            dim,
+            options,
+            least=loss.least if mask is None else loss.least_masked,
+            shortest=fused.SHORT if mean and loss.single else 1,
+        ):
             if mask is None or not mask.requires_grad:
                 call = fused.Call(loss, options, dim, dtype, reduction)
                 return fused.run(student, teacher, labels, None if mask is None else mask.to(dtype), call)
