@@ -37,13 +37,10 @@ def run_kernel(kernel: Callable[[], Any] | None, student: Tensor, *rest: Any, **
 
 def scale(gradient: Tensor, factor: Tensor) -> None:
     """Multiply in place, but not by one: that would read and write the whole gradient for nothing."""
-    if not gradient.is_cuda:
-        if float(factor) != 1:
-            gradient.mul_(factor)
-    # On a GPU the comparison would wait for the device.
-    elif (kernels := _kernels(gradient, factor.dtype)) is not None and gradient.is_contiguous():
+    kernels = _kernels(gradient, factor.dtype)
+    if kernels is not None and gradient.is_contiguous():
         kernels.scale(gradient, factor)
-    else:
+    elif gradient.is_cuda or float(factor) != 1:  # on a GPU the comparison would wait for the device
         gradient.mul_(factor)
 
 
