@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -28,6 +29,8 @@ exclude_patterns = ["results/**"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "distill"
+addresses = (line.split(", ") for line in metadata("distill").get_all("Project-URL", []))  # of pyproject.toml
+html_baseurl = dict(addresses).get("Documentation", "")
 html_static_path = ["_static"]
 html_css_files = ["extra.css"]
 html_show_sourcelink = False

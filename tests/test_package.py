@@ -4,6 +4,8 @@ import inspect
 import json
 import os
 import pickle
+import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -103,6 +105,8 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     with zipfile.ZipFile(tmp_path / hatchling.build.build_wheel(str(tmp_path))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        (metadata,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+        assert (ROOT / "README.md").read_text() in wheel.read(metadata).decode()
         wheel.extractall(tmp_path / "installed")
     source = ROOT / "src"
     files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
@@ -116,6 +120,17 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path, monkeypatch):
         "print(distill.__file__)"
     )
     assert run(code, cwd=tmp_path).strip() == str(tmp_path / "installed/distill/__init__.py")
+
+
+def test_published_readme_has_absolute_links():
+    absolute, text = runpy.run_path(str(ROOT / "hatch_build.py"))["absolute"], (ROOT / "README.md").read_text()
+    assert absolute(text, {}) == text
+    made = absolute(text, {"Documentation": "https://site.test/", "Repository": "https://forge.test/distill"})
+    assert not re.findall(r"\]\((?!https://)", made)
+    assert "(https://site.test/distiller.html#other-kinds-of-teachers)" in made
+    assert "(https://site.test/recipes/trl.html)" in made
+    assert "(https://forge.test/distill/blob/HEAD/CONTRIBUTING.md)" in made
+    assert made.count("](") == text.count("](")
 
 
 def test_needs_only_torch_numpy_and_typing_extensions():
