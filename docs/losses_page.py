@@ -24,6 +24,7 @@ MARK = re.compile(r"^<!-- losses: ([a-z ]+) -->$", re.MULTILINE)
 TABLE = "<!-- losses -->"
 TREE = "<!-- family tree -->"
 NAMES = "<!-- names -->"
+ROW = re.compile(r"^\| `(\w+)` \|")
 HEAD = ("| name | what it computes | labels |", "|---|---|---|")
 KINDS: dict[str, Callable[[object], bool]] = {
     "automodule": inspect.ismodule,
@@ -80,7 +81,7 @@ def table() -> str:
     of_family = members()
     parts = []
     for word, (page, title) in families().items():
-        rows = (_row(name, f"{{py:obj}}`{name} <distill.{_class(name).__name__}>`") for name in of_family[word])
+        rows = (_row(name, _entry(name)) for name in of_family[word])
         parts.append("\n".join([f"### [{title}]({page}.md)", "", *HEAD, *rows]))
     return "\n\n".join(parts)
 
@@ -111,7 +112,13 @@ def entries(name: str) -> str:
 
 
 def link(text: str) -> str:
-    """Link the first mention of a public name under each heading; code blocks, headings and links stay as they are."""
+    """Link the first mention of a public name under each heading, and a loss that a row of a table begins with.
+
+    Code blocks, headings and links stay as they are.
+
+    Args:
+        text: The page, in Markdown.
+    """
     code = re.compile(r"(?<![\[`}])`(" + "|".join(distill.__all__) + r")`(?![\]`])")
     lines, seen, fenced = [], set[str](), False
 
@@ -125,8 +132,17 @@ def link(text: str) -> str:
             fenced = not fenced
         if line.startswith("#") and not fenced:
             seen.clear()
-        lines.append(line if fenced or line.startswith("#") else code.sub(reference, line))
+        lines.append(line if fenced or line.startswith("#") else code.sub(reference, ROW.sub(_linked_row, line)))
     return "\n".join(lines)
+
+
+def _linked_row(row: re.Match[str]) -> str:
+    known = row[1] in _registry._registered
+    return f"| {_entry(row[1])} |" if known else row[0]
+
+
+def _entry(name: str) -> str:
+    return f"{{py:obj}}`{name} <distill.{_class(name).__name__}>`"
 
 
 def _reference(name: str) -> str:

@@ -134,6 +134,12 @@ def test_a_name_is_a_link_where_it_is_first_mentioned_under_a_heading():
     assert losses_page.link(text) == linked
 
 
+def test_a_loss_at_the_start_of_a_row_is_a_link():
+    assert losses_page.link("| `kl` | `dkd` |\n| `nothing` | x |") == (
+        "| {py:obj}`kl <distill.KLLoss>` | `dkd` |\n| `nothing` | x |"
+    )
+
+
 def test_sphinx_gets_formulas_as_they_are_written():
     lines = ["The loss.", "", "    a = |b|", "", "    c", "with |b| <= 1", ""]
     section = ["Args:", "    a: It.", "", "        Of b."]
