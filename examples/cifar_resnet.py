@@ -5,6 +5,7 @@ commands:
     python examples/cifar_resnet.py --dataset cifar10 --runs 3                  # ResNet-20 -> 20, 200 epochs
     python examples/cifar_resnet.py --dataset cifar100 --student 20 --teacher 110 --recipe logits
     python examples/cifar_resnet.py --dataset cifar10 --loss logit,kl,dkd,at    # losses beside one another
+    python examples/cifar_resnet.py --dataset cifar10 --loss at,at --weight default,90 --epochs 15 --teacher-epochs 50
     python examples/cifar_resnet.py --reproduce                                 # the whole published table
     python examples/cifar_resnet.py --reproduce --recipe logits --only 20/cifar10,20-110/cifar10
 
@@ -43,7 +44,7 @@ from cifar.files import remove_leftovers
 from cifar.progress import Overview
 from cifar.records import RunResult
 from cifar.report import write_report
-from cifar.settings import RECIPES, RunConfig, describe_device
+from cifar.settings import RECIPES, RunConfig, describe_device, exactly
 from cifar.training import check_student
 
 
@@ -77,11 +78,12 @@ def plan(args: argparse.Namespace) -> list[RunConfig]:
                 seed=seed,
                 teacher=setting.teacher,
                 teacher_batch_statistics=args.teacher_batch_statistics,
+                teacher_epochs=args.teacher_epochs,
                 **use,
                 **common,
             )
             for seed in range(args.seed, args.seed + args.runs)
-            for name, use in args.use.items()
+            for name, use in args.use
         ]
         runs.append(students[0].teacher_config())
         for student in students:
@@ -141,12 +143,13 @@ def describe(args: argparse.Namespace, runs: list[RunConfig], datasets: dict[str
         lines += [
             f"student:  resnet{setting.student}{where}, "
             f"loss = {'' if use['task_weight'] is None else format(use['task_weight'], 'g') + ' * '}cross-entropy "
-            f"+ {use['weight']:g} * {name}, "
+            f"+ {exactly(use['weight'])} * {name}, "
             f"compared at {use['at'] or 'the class logits'}"
             + ("" if use["warmup"] is None else f", its weight rising over {use['warmup']:.1%} of the run")
-            for name, use in args.use.items()
+            for name, use in args.use
         ]
-        lines.append(f"teacher:  resnet{setting.teacher}{where}, its last epoch, {statistics}")
+        last = "" if args.teacher_epochs is None else f" of {args.teacher_epochs}"
+        lines.append(f"teacher:  resnet{setting.teacher}{where}, its last epoch{last}, {statistics}")
     side = f", {args.jobs} side by side" if args.jobs > 1 else ""
     return "\n".join(
         [

@@ -18,6 +18,7 @@ from distill import create_loss, list_losses
 DEEPEST, MOST_RUNS, MOST_EPOCHS, MOST_THREADS = 1202, 1000, 10**6, 256
 EPOCHS = {"digits": 20, "cifar10": 200, "cifar100": 200}
 LOGITS = "logits"
+DEFAULT = "default"
 
 
 def build_parser(text: str) -> argparse.ArgumentParser:
@@ -43,7 +44,13 @@ def build_parser(text: str) -> argparse.ArgumentParser:
         metavar="NAMES",
         help=f"one, or several after commas to compare them; default: logit; known: {', '.join(list_losses())}",
     )
-    add("--weight", type=_weight, help="of the loss; default: the recipe's for logit, the published one for others")
+    add(
+        "--weight",
+        type=_weights,
+        metavar="WEIGHTS",
+        help="of the loss, or of each of several after commas: a number, or default: the recipe's for logit, "
+        "the published one for others; a loss that is named twice is compared at two weights",
+    )
     add("--at", type=_places, metavar="PATHS", help="what the loss compares: logits, or modules, see cifar/losses.py")
     add(
         "--warmup",
@@ -53,6 +60,12 @@ def build_parser(text: str) -> argparse.ArgumentParser:
     )
     add("--task-weight", type=_weight, help="of the cross-entropy; default: the published one, 1 for most")
     add("--epochs", type=_up_to(MOST_EPOCHS), help=f"default: {epochs}")
+    add(
+        "--teacher-epochs",
+        type=_up_to(MOST_EPOCHS),
+        metavar="EPOCHS",
+        help="of the teacher, which is trained, or found under --out; default: as many as the students'",
+    )
     add("--runs", type=_up_to(MOST_RUNS), help=f"seeds per method; default: 1, with --reproduce {RUNS}")
     add("--seed", type=_seed, default=0, help="the first seed; default: 0")
     add("--no-baseline", action="store_true", help="do not train the student without a teacher")
@@ -107,8 +120,8 @@ def read_arguments(arguments: Sequence[str] | None, text: str) -> tuple[argparse
     """
     parser = build_parser(text)
     args = parser.parse_args(arguments)
-    args.losses = list(dict.fromkeys(name.strip() for name in args.loss.split(",")))
-    for name in args.losses:
+    args.losses = [name.strip() for name in args.loss.split(",")]
+    for name in dict.fromkeys(args.losses):
         try:
             if name not in SETUPS or name not in list_losses():
                 create_loss(name)
@@ -116,7 +129,10 @@ def read_arguments(arguments: Sequence[str] | None, text: str) -> tuple[argparse
             parser.error(f"argument --loss: {error.args[0]}")
         except Exception as error:  # a loss of somebody else's may raise anything
             parser.error(f"argument --loss: {name!r} cannot be built without arguments: {error}")
-    for option in ("weight", "at", "warmup", "task_weight"):
+    weights = [DEFAULT] * len(args.losses) if args.weight is None else args.weight.split(",")
+    if len(weights) != len(args.losses):
+        parser.error(f"argument --weight: must be one for each --loss, {len(args.losses)}, got {len(weights)}")
+    for option in ("at", "warmup", "task_weight"):
         if len(args.losses) > 1 and getattr(args, option) is not None:
             parser.error(f"argument --{option.replace('_', '-')}: only with one --loss, got {args.loss}")
     try:
@@ -139,16 +155,20 @@ def read_arguments(arguments: Sequence[str] | None, text: str) -> tuple[argparse
     args.precision = find_precision(args.precision, args.device)
     args.data_dir = args.data_dir or Path("data")
     args.epochs = args.epochs or max(EPOCHS[setting.dataset] for setting in args.settings)
-    args.use = {name: _use(name, args) for name in args.losses}
+    args.teacher_epochs = None if args.teacher_epochs == args.epochs else args.teacher_epochs
+    args.use = []
+    for name, weight in zip(args.losses, weights, strict=True):
+        if (use := (name, _use(name, weight, args))) not in args.use:
+            args.use.append(use)
     return parser, args
 
 
-def _use(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def _use(name: str, weight: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return how a loss is used: the fields `weight`, `at`, `warmup` and `task_weight` of its runs."""
     setup, usual = find_setup(name), find_usual(name, RECIPES[args.recipe])
     task_weight = setup.task_weight if args.task_weight is None else args.task_weight
     return {
-        "weight": usual.weight if args.weight is None else args.weight,
+        "weight": usual.weight if weight == DEFAULT else float(weight),
         "at": usual.at if args.at is None else None if args.at == LOGITS else args.at,
         "warmup": setup.warmup if args.warmup is None else args.warmup or None,
         "task_weight": None if task_weight == 1 else task_weight,
@@ -165,7 +185,8 @@ def _complete_reproduction(
             parser.error("argument --only: needs --reproduce")
         args.settings = [Setting(args.student, args.teacher, args.dataset)]
         return
-    fixed = ("dataset", "student", "teacher", "loss", "weight", "at", "warmup", "task_weight", "no_baseline")
+    fixed = [*("dataset", "student", "teacher", "teacher_epochs", "loss", "weight", "at", "warmup", "task_weight")]
+    fixed += ["no_baseline"]
     given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(fixed)))  # without the defaults
     for name in fixed:
         if getattr(given, name) is not None:
@@ -224,6 +245,14 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
     return share
+
+
+def _weights(text: str) -> str:
+    weights = text.replace(" ", "").split(",")
+    for weight in weights:
+        if weight != DEFAULT:
+            _weight(weight)
+    return ",".join(weights)
 
 
 def _weight(text: str) -> float:

@@ -117,6 +117,7 @@ class RunFiles:
         result = read_result(self.result)
         wanted = {"method": config.label, "dataset": config.dataset, "seed": config.seed, "nepoch": config.epochs}
         wanted |= {"student": f"resnet{config.student}", "recipe": config.recipe.name}
+        wanted |= {"teacher": config.teacher_name, "weight": config.weight}
         for name, value in wanted.items():
             if getattr(result, name) != value:
                 raise CheckpointError(

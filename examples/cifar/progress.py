@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 
 from cifar.records import EpochRecord
-from cifar.settings import RunConfig
+from cifar.settings import RunConfig, exactly
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -123,9 +123,13 @@ def _cost(run: RunConfig) -> float:
 
 def _names(runs: Sequence[RunConfig]) -> dict[str, str]:
     settings = {(run.dataset, run.recipe.name, run.student) for run in runs if run.method != "teacher"}
+    weights: dict[str, set[float | None]] = {}
+    for run in runs:
+        weights.setdefault(run.label, set()).add(run.weight)
     names = {}
     for run in runs:
-        name = run.label if run.method == "teacher" else f"{run.label} seed {run.seed}"
+        name = run.label + f" weight {exactly(run.weight)}" * (len(weights[run.label]) > 1)
+        name = name if run.method == "teacher" else f"{name} seed {run.seed}"
         if len(settings) > 1:
             pair = f"resnet{run.student}" + (f" from resnet{run.teacher}" if run.teacher is not None else "")
             name = f"{run.dataset} {pair} {name}"

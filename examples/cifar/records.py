@@ -75,7 +75,7 @@ class RunResult:
     recipe: str  # "pooled" or "logits"
     dataset: str
     student: str  # the network that was trained, such as "resnet20"
-    teacher: str  # "-" for a teacher's own run and for a baseline
+    teacher: str  # "-" for a teacher's own run and for a baseline; "resnet20 of 50 epochs" if the student has others
     seed: int
     weight: float | None  # of the loss; None where there is no teacher
     start_time: str  # ISO 8601 to the second, UTC

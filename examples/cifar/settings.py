@@ -98,6 +98,7 @@ class RunConfig:
         teacher_batch_statistics: Whether the teacher's batch norms use the statistics of the batch.
         warmup: Share of the run over which the weight rises from 0; None where it is whole from the start.
         task_weight: Weight of the cross-entropy beside the loss; None for 1.
+        teacher_epochs: Epochs of the teacher; None for as many as the student's.
     """
 
     method: str
@@ -114,6 +115,7 @@ class RunConfig:
     teacher_batch_statistics: bool = False
     warmup: float | None = None
     task_weight: float | None = None
+    teacher_epochs: int | None = None
 
     @property
     def label(self) -> str:
@@ -136,24 +138,48 @@ class RunConfig:
         name = f"{self.dataset}-{self.recipe.name}-{self._variant}-resnet{self.student}"
         if self.teacher is not None:
             place = (self.at or "logits").replace(":", "-")
-            name += f"-from-resnet{self.teacher}-{place}-weight{self.weight:g}"
+            length = "" if self.teacher_epochs is None else f"-of-{self.teacher_epochs}epochs"
+            name += f"-from-resnet{self.teacher}{length}-{place}-weight{exactly(self.weight)}"
         if self.warmup is not None:
             name += f"-over{self.warmup:g}"
         name += f"-{self.epochs}epochs"
         return name if self.method == "teacher" else f"{name}-seed{self.seed}"
 
+    @property
+    def teacher_name(self) -> str:
+        """Name of the teacher as the tables show it: its epochs where they are not the student's; "-" for none."""
+        if self.teacher is None:
+            return "-"
+        if self.teacher_epochs is None:
+            return f"resnet{self.teacher}"
+        return f"resnet{self.teacher} of {self.teacher_epochs} epoch{'s' * (self.teacher_epochs != 1)}"
+
     def teacher_config(self) -> RunConfig:
         """Return the settings of the run that trains this run's teacher; a baseline's is of its own depth."""
         depth = self.student if self.teacher is None else self.teacher
-        return RunConfig(
-            "teacher", self.recipe, self.dataset, depth, self.epochs, TEACHER_SEED, self.device, self.precision
-        )
+        epochs = self.epochs if self.teacher_epochs is None else self.teacher_epochs
+        return RunConfig("teacher", self.recipe, self.dataset, depth, epochs, TEACHER_SEED, self.device, self.precision)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a flat dict of plain values, the recipe's among them."""
         values = dataclasses.asdict(self)
         recipe = values.pop("recipe")
         return values | {"recipe": recipe.pop("name")} | {f"recipe.{name}": value for name, value in recipe.items()}
+
+
+def exactly(number: float | None) -> str:
+    """Return a number as short as it can be without becoming another one.
+
+    Args:
+        number: The number; None where there is none.
+
+    Returns:
+        Such as `"0.9"`, `"1e+06"` or `"371.84729"`.
+    """
+    if number is None:
+        return "none"
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def find_device(name: str) -> torch.device:

@@ -299,7 +299,7 @@ class Run:
             recipe=config.recipe.name,
             dataset=config.dataset,
             student=f"resnet{config.student}",
-            teacher="-" if config.teacher is None else f"resnet{config.teacher}",
+            teacher=config.teacher_name,
             seed=config.seed,
             weight=config.weight,
             start_time=self.start_time,

@@ -126,6 +126,24 @@ def test_other_losses_use_the_same_teacher_and_baseline_and_join_the_table(first
     assert "| kl+task0.1 |" in (out / "results.md").read_text()
 
 
+def test_two_weights_and_a_teacher_of_other_epochs_are_told_apart(tmp_path, capsys):
+    options = ["--no-baseline", "--teacher-epochs", "2", "--loss", "kl,kl", "--weight"]
+    assert run(tmp_path, *options, "default,3") == 0
+    text = capsys.readouterr().out
+    assert trained(text) == ["teacher", "kl+task0.1 weight 0.9 seed 0", "kl+task0.1 weight 3 seed 0"]
+    assert "teacher:  resnet8, its last epoch of 2, in eval mode" in text
+    assert "loss = 0.1 * cross-entropy + 3 * kl, compared at the class logits" in text
+    assert "| kl+task0.1 | resnet8 | resnet8 of 2 epochs | 0.9 | 1 |" in text
+    assert "| kl+task0.1 | resnet8 | resnet8 of 2 epochs | 3 | 1 |" in text
+    teacher, *students = sorted(read_runs(tmp_path), key=lambda result: result["weight"] or 0)
+    assert [len(result["history"]) for result in (teacher, *students)] == [2, 1, 1]
+    assert {result["taught_by"] for result in students} == {teacher["identity"]}
+    assert run(tmp_path, *options, "3,4") == 0
+    assert trained(capsys.readouterr().out) == ["kl+task0.1 weight 4 seed 0"]  # nothing is trained twice
+    assert run(tmp_path, "--no-baseline", "--loss", "kl") == 0
+    assert trained(capsys.readouterr().out) == ["teacher", "kl+task0.1 seed 0"]  # another teacher, another student
+
+
 def test_on_a_terminal_a_bar_shows_the_epoch(tmp_path, capsys, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -190,6 +208,20 @@ def test_plan_follows_the_recipe_for_logit_and_the_logits_for_other_losses():
     assert [(r.weight, r.at) for r in several[1:4]] == [(0.9, None), (1.0, "fc:input"), (1000.0, "relu1,relu2,relu3")]
     assert [(r.weight, r.at) for r in plan("--weight", "2", "--at", "layer2")[2:]] == [(2.0, "layer2")]
     assert [(r.weight, r.at) for r in plan("--at", "logits")[2:]] == [(1.0, None)]
+    weights = plan("--loss", "at, kl,at,kl", "--weight", "default,2, 90,default", "--no-baseline")[1:]
+    assert [(r.method, r.weight) for r in weights] == [("at", 1000.0), ("kl", 2.0), ("at", 90.0), ("kl", 0.9)]
+    same = ["--loss", "kl,kl,kl", "--weight", "0.9,default,0.9"]
+    assert len(plan(*same)) == 3  # one run, and teacher and baseline
+    assert len(cifar_resnet.parse_arguments(same)[1].use) == 1  # and said once
+
+
+def test_plan_gives_the_teacher_epochs_of_its_own():
+    teacher, baseline, student = plan("--epochs", "15", "--teacher-epochs", "50")
+    assert [run.epochs for run in (teacher, baseline, student)] == [50, 15, 15]
+    assert student.teacher_config() == teacher
+    assert plan("--epochs", "50")[0] == teacher  # which a command with longer students has trained already
+    assert plan("--epochs", "15")[1] == baseline
+    assert plan("--epochs", "50", "--teacher-epochs", "50") == plan("--epochs", "50")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +229,11 @@ def test_plan_follows_the_recipe_for_logit_and_the_logits_for_other_losses():
     [
         (["--loss", "logits"], r"--loss: a loss name must be a registered one, got 'logits'; did you mean 'logit'\?"),
         (["--loss", "kl,at,"], r"--loss: a loss name must be a registered one, got ''"),
-        (["--loss", "kl,at", "--weight", "2"], "--weight: only with one --loss, got kl,at"),
+        (["--loss", "kl,at", "--weight", "2"], "--weight: must be one for each --loss, 2, got 1"),
+        (["--weight", "2,3"], "--weight: must be one for each --loss, 1, got 2"),
+        (["--loss", "kl,at", "--weight", "2,"], "--weight: must be a number, got ''"),
+        (["--loss", "kl,at", "--weight", "default,0"], "--weight: must be positive and finite, got 0"),
+        (["--teacher-epochs", "0"], "--teacher-epochs: must be at least 1, got 0"),
         (["--loss", "kl,at", "--at", "fc"], "--at: only with one --loss, got kl,at"),
         (["--loss", "kl,at", "--warmup", "0.1"], "--warmup: only with one --loss, got kl,at"),
         (["--warmup", "-0.1"], "--warmup: must be from 0 to 1, got -0.1"),

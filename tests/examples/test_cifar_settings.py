@@ -47,6 +47,7 @@ def test_every_setting_that_makes_another_run_makes_another_file_or_is_in_the_fi
         "teacher_batch_statistics": True,
         "warmup": 0.25,
         "task_weight": 0.5,
+        "teacher_epochs": 3,
     }
     assert set(other) == {field.name for field in dataclasses.fields(RunConfig)}
     for name, value in other.items():
@@ -55,6 +56,9 @@ def test_every_setting_that_makes_another_run_makes_another_file_or_is_in_the_fi
         assert (changed.run_id != config.run_id) == (name not in ("device", "precision"))
     warmups = [dataclasses.replace(config, warmup=share).run_id for share in (0.25, 0.5)]
     assert len({config.run_id, *warmups}) == 3
+    losses = [dataclasses.replace(config, weight=weight).run_id for weight in (371.847293, 371.847294, 371.847)]
+    assert len({*losses}) == 3
+    assert losses[2].endswith("-weight371.847-2epochs-seed0")
     weights = [dataclasses.replace(config, task_weight=weight).run_id for weight in (0.25, 0.5)]
     assert len({config.run_id, *weights}) == 3
 
@@ -79,8 +83,14 @@ def test_a_teacher_is_shared_by_seeds_losses_and_weights_and_by_nothing_else():
     assert teacher == make_config("kl", seed=3, weight=5.0, at=None, student=14).teacher_config()
     for change in ({"teacher": 14}, {"epochs": 3}, {"recipe": RECIPES["logits"]}, {"dataset": "digits"}):
         assert make_config(**change).teacher_config().run_id != teacher.run_id
+    longer = make_config(teacher_epochs=3)
+    assert longer.teacher_config() == make_config(epochs=3).teacher_config()
+    assert (longer.teacher_name, make_config(teacher_epochs=1).teacher_name) == (
+        "resnet8 of 3 epochs",
+        "resnet8 of 1 epoch",
+    )
     baseline = make_config("baseline")
-    assert baseline.teacher is None
+    assert (baseline.teacher, baseline.teacher_name, make_config().teacher_name) == (None, "-", "resnet8")
     assert baseline.teacher_config().student == baseline.student  # what it is compared with: a teacher of its own depth
 
 

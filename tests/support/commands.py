@@ -70,7 +70,7 @@ def waiting_work(run, name, place, connection):
     def waiting(*args):
         steps.append(args)
         if len(steps) == 2:
-            until((place.out / "go").exists)
+            until((place.out / "go").exists, 3600)  # longer than any test waits for its end
         return step(*args)
 
     engine.train_step = waiting

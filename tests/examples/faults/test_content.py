@@ -166,6 +166,11 @@ def test_numbers_and_network_of_two_runs_are_told_apart(resumed):
         ({"identity": "sha256:0"}, "is not the network whose numbers"),
         ({"seed": 3}, "belongs to another run: seed is 3, must be 0"),
         ({"method": "kl"}, "belongs to another run: method is 'kl', must be 'logit'"),
+        ({"weight": 3.0}, "belongs to another run: weight is 3.0, must be 1.0"),
+        (
+            {"teacher": "resnet8 of 9 epochs"},
+            "belongs to another run: teacher is 'resnet8 of 9 epochs', must be 'resnet8'",
+        ),
         ({"surprise": 3}, "no readable result"),
         ({"history": []}, "no readable result"),
     ]:

@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +85,16 @@ def test_stray_files_beside_the_numbers_are_passed_over(resumed, tmp_path):
     assert sorted(result.method for result in results) == ["logit", "teacher"]
     assert len(left_out) == 1
     assert "notes.json is no readable result" in left_out[0]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_clean_keeps_what_took_weeks(tmp_path):
+    shutil.copy(Path(__file__).parents[3] / "Makefile", tmp_path)
+    kept = {tmp_path / name for name in ("runs/digits/results.md", "data/cifar-10-binary.tar.gz", "runs-cifar10/x.pt")}
+    built = {tmp_path / name for name in (".venv/ready", "dist/a.whl", "site/index.html")}
+    for path in kept | built:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    subprocess.run(["make", "--silent", "clean"], cwd=tmp_path, check=True)
+    assert all(path.exists() for path in kept)
+    assert not any(path.parent.exists() for path in built)
