@@ -10,9 +10,8 @@ from torch import Tensor
 from distill._checks import check_fraction, may_look
 from distill._engine.blocks import block_by_autograd
 from distill.losses._softened import (
-    APART,
     add_up,
-    are_apart,
+    are_close,
     divergence_of_logits,
     harden,
     not_negative,
@@ -153,17 +152,17 @@ def _of_one(q: Tensor, p: Tensor, factors: Any, *, mixture: Mixture, temperature
         temperature: What the logits are divided by.
 
     Returns:
-        The divergences. None, and the rows as they were but for 1e-30, where r is nowhere far enough from 1 that its
-        rounding would not show.
+        The divergences. None, and the rows as they were but for 1e-30, where one is so small that the rounding of r
+        would show.
     """
     x = q if mixture.of_student else p
     x.add_(_TINY)  # the logarithm is nowhere infinite; beside a number that counts this is lost
     r = torch.lerp(q, p, mixture.share)
     torch.div(x, r, out=r)
-    if not are_apart(r.amax(-1), 1 + APART):
-        return None
     terms = torch.log(r).mul_(x)
-    values = terms.sum(-1).clamp_(min=0)
+    values = terms.sum(-1)
+    if are_close(values, q.shape[-1]):
+        return None
     if factors is not None:  # T q (g - E_q[g])
         slope, size = r.mul_(q), (mixture.share - 1) * temperature
         if mixture.of_student:
