@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fresh import Fresh
+
 # Inductor's own processes would take longer to start than what they compile here.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
@@ -19,6 +21,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [*(str(_ROOT / folder) for folder in ("src", "examples", "benchmarks", "tests/support"))]
     + [path for path in [os.environ.get("PYTHONPATH", "")] if path]
 )
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """A Python that has imported torch and nothing of ours, to run code in."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    python = Fresh()
+    yield python
+    python.close()
 
 
 @pytest.fixture

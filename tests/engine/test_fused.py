@@ -1,5 +1,6 @@
 """Fused equals plain, whatever comes; what is fused and what is not; what it may not cost."""
 
+import functools
 import math
 
 import pytest
@@ -227,15 +228,22 @@ def test_rows_without_weight_do_not_spoil_the_value(fused):
     assert torch.autograd.grad(value, student)[0][1:].isfinite().all()
 
 
-@pytest.mark.parametrize("build", [KLLoss, LogitLoss])
-def test_values_that_nobody_counts_do_not_spoil_the_gradient(fused, build):
+@pytest.mark.parametrize(("build", "close"), [
+    (KLLoss, 0.0),
+    (LogitLoss, 0.0),
+    # Rows that are far apart take the form for near ones where one among them is no number.
+    (functools.partial(KLLoss, 0.5), 1e-12),
+])  # fmt: skip
+def test_values_that_nobody_counts_do_not_spoil_the_gradient(fused, build, close):
     student, teacher = make_pair(6, 10)
     factors = torch.arange(6.0, dtype=torch.float64)
     expected = torch.autograd.grad((factors * build(reduction="none")(student, teacher)).sum(), student)[0]
     teacher[0] = torch.nan
     values = build(reduction="none")(student, teacher)
     assert is_fused(values)
-    torch.testing.assert_close(torch.autograd.grad(values, student, factors)[0], expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        torch.autograd.grad(values, student, factors)[0], expected, rtol=close, atol=close / 1000
+    )
 
 
 def test_shifted_logits_of_a_language_model(fused):
@@ -252,7 +260,7 @@ def test_shifted_logits_of_a_language_model(fused):
 @pytest.mark.parametrize("loss", [LogitLoss(), KLLoss(), ReverseKLLoss()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_takes_no_memory_but_the_gradient_and_a_few_blocks(loss, dtype):
-    student, teacher = make_pair(256, 2**15, dtype=dtype)
+    student, teacher = make_pair(128, 2**15, dtype=dtype)
     size = student.numel() * student.element_size()
     # Two of the block, one that the divergences take for themselves, and one a side where it is to be widened.
     buffers = (3 if dtype == torch.float32 else 5) * 4 * engine._block_elements(student.device)
@@ -267,7 +275,7 @@ def test_takes_no_memory_but_the_gradient_and_a_few_blocks(loss, dtype):
     with torch.no_grad():
         assert peak_memory(lambda: loss(student, teacher)) <= 1.1 * buffers
     student.grad = None
-    value = loss(student, teacher, mask=torch.ones(256))
+    value = loss(student, teacher, mask=torch.ones(128))
     assert peak_memory(value.backward) < 2**20  # the gradient was there
 
 
