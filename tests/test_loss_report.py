@@ -13,6 +13,12 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "docs/results/performance").glob("*/losses.csv"))
 
 
+@pytest.fixture
+def _no_picture(monkeypatch):
+    """What looks at tables alone is not to draw, which takes longer than all the rest."""
+    monkeypatch.setattr(loss_report, "_picture", lambda rows: b"")
+
+
 def some_rows():
     frozen = "linear/frozen/1024x1000x256x512/float32"
     return [
@@ -25,6 +31,7 @@ def some_rows():
     ]
 
 
+@pytest.mark.usefixtures("_no_picture")
 def test_tables_say_what_the_rows_say(tmp_path):
     loss_report.write_report(tmp_path, some_rows())
     assert (tmp_path / "logits.md").read_text() == (
@@ -54,11 +61,13 @@ def test_files_are_read_back_and_written_the_same(tmp_path):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 
 
+@pytest.mark.usefixtures("_no_picture")
 def test_tables_without_rows_say_so(tmp_path):
     loss_report.write_report(tmp_path, some_rows()[:1])
     assert (tmp_path / "linear.md").read_text() == "Not measured.\n"
 
 
+@pytest.mark.usefixtures("_no_picture")
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -72,8 +81,7 @@ def test_tables_without_rows_say_so(tmp_path):
         (",abc,", ',"abc" ,', "after line 2: "),
     ],
 )
-def test_rejects_a_malformed_file(old, new, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss_report, "_picture", lambda rows: b"")
+def test_rejects_a_malformed_file(old, new, message, tmp_path):
     loss_report.write_report(tmp_path, some_rows()[:1])
     path = tmp_path / "losses.csv"
     assert old in path.read_text()
@@ -90,6 +98,7 @@ def test_rejects_no_rows(tmp_path):
 # --- docs/performance.md ---
 
 
+@pytest.mark.usefixtures("_no_picture")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_committed_tables_are_regenerated_byte_for_byte(folder, tmp_path):
     loss_report.write_report(tmp_path, loss_report.read_rows(folder))

@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from contract import gradient, make_pair
-from distill import KLLoss, LogitLoss, logit_loss
+from distill import KLLoss, LogitLoss, kl_loss, logit_loss
 from distill._engine import fused as engine
 from distill._reduction import REDUCTIONS
 from distill.losses import _from_teacher
@@ -139,10 +139,10 @@ def test_transforms_and_tracing_get_the_plain_form(fused):
     assert LogitLoss()(student.to("meta"), teacher.to("meta")).shape == ()
 
 
-def test_an_option_that_learns_gets_its_gradient(fused):
+def test_an_option_of_a_function_that_learns_gets_its_gradient(fused):
     student, teacher = make_pair(6, 10)
     temperature = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: KLLoss(t)(student.detach(), teacher), temperature)
+    assert torch.autograd.gradcheck(lambda t: kl_loss(student.detach(), teacher, temperature=t), temperature)
 
 
 def test_subclasses_of_tensor_stay_what_they_are(fused):
