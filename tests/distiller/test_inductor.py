@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from compilers import needs_compiler
+from compilers import needs_compiler, one_library
 from distill import Distiller, KLLoss, LogitLoss, Term
 from models import Net, batch
 
@@ -13,6 +13,12 @@ pytestmark = [
     needs_compiler,
     pytest.mark.filterwarnings("ignore:.torch.jit"),  # inductor's own imports
 ]
+
+
+@pytest.fixture(autouse=True)
+def _one_library():
+    with one_library():
+        yield
 
 
 def test_fullgraph_step_with_a_tap_equals_eager():
