@@ -84,8 +84,8 @@ def setup(app: Any) -> None:
 
 
 def shorten_contents(_app: Any, page: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
-    """Give the contents beside a page of losses one line a loss; that of the loss in view unfolds."""
-    if page.startswith("losses/"):
+    """Give the contents beside a page of reference one line a loss or class; that of the one in view unfolds."""
+    if page.startswith(("losses/", "distiller-reference")):
         context["theme_show_toc_level"] = 1
 
 
