@@ -112,15 +112,15 @@ def entries(name: str) -> str:
 
 
 def link(text: str) -> str:
-    """Link the first mention of a public name under each heading, and a loss that a row of a table begins with.
+    """Link the first mention of a public name under each heading, and a loss at the start of a table's row.
 
-    Code blocks, headings and links stay as they are.
+    The table's first heading is *loss*. Code blocks, headings and links stay as they are.
 
     Args:
         text: The page, in Markdown.
     """
     code = re.compile(r"(?<![\[`}])`(" + "|".join(distill.__all__) + r")`(?![\]`])")
-    lines, seen, fenced = [], set[str](), False
+    lines, seen, fenced, of_losses = [], set[str](), False, False
 
     def reference(match: re.Match[str]) -> str:
         known = match[1] in seen
@@ -132,7 +132,9 @@ def link(text: str) -> str:
             fenced = not fenced
         if line.startswith("#") and not fenced:
             seen.clear()
-        lines.append(line if fenced or line.startswith("#") else code.sub(reference, ROW.sub(_linked_row, line)))
+        of_losses = line.startswith("| loss |") or (of_losses and line.startswith("|"))
+        row = ROW.sub(_linked_row, line) if of_losses else line
+        lines.append(line if fenced or line.startswith("#") else code.sub(reference, row))
     return "\n".join(lines)
 
 

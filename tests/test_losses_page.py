@@ -135,9 +135,10 @@ def test_a_name_is_a_link_where_it_is_first_mentioned_under_a_heading():
 
 
 def test_a_loss_at_the_start_of_a_row_is_a_link():
-    assert losses_page.link("| `kl` | `dkd` |\n| `nothing` | x |") == (
-        "| {py:obj}`kl <distill.KLLoss>` | `dkd` |\n| `nothing` | x |"
-    )
+    rows, linked = "| `kl` | `dkd` |\n| `nothing` | x |", "| {py:obj}`kl <distill.KLLoss>` | `dkd` |\n| `nothing` | x |"
+    head = "| loss | take it when |\n|---|---|\n"
+    assert losses_page.link(head + rows) == head + linked
+    assert losses_page.link(f"{head}\n{rows}") == f"{head}\n{rows}"  # another table, of another library's names
 
 
 def test_sphinx_gets_formulas_as_they_are_written():

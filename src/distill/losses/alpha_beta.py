@@ -234,7 +234,7 @@ def alpha_beta_loss(
         samples; its form for language models, `ab_div` in `distillation_llm/distillm/losses.py`, has no temperature.
 
         Caveat: Where one exponent is 0 and the other is not 1, that code has the other exponent times this value, which
-        is the limit of its own formula and that of Cichocki et al. The script with the temperature was not to be seen,
+        is the limit of its own formula and that of Cichocki et al. The script with the temperature could not be seen,
         only the code it builds on (`zkxufo/TTM`), nor were the exponents for language models.
 
     Reference:

@@ -78,7 +78,7 @@ def dist_loss(
         classification in `hunto/image_classification_sota`, which fix the 1e-8; both are without a temperature. The
         factor T^2 is that of torchdistill's `DISTLoss`.
 
-        Caveat: The authors' settings for ImageNet and CIFAR-100 were not to be seen.
+        Caveat: The authors' settings for ImageNet and CIFAR-100 could not be seen.
 
     Reference:
         Tao Huang, Shan You, Fei Wang, Chen Qian and Chang Xu, "Knowledge Distillation from a Stronger Teacher",

@@ -79,7 +79,7 @@ def ofa_loss(
         the sum over the classes, averaged over the samples, without a factor T^2.
 
         Caveat: That code takes the logarithm of a softmax, which is infinite for logits 0 and -200 in float32; here it
-        is 200 times the weight. The values of `eps` for other pairs of networks were not to be seen.
+        is 200 times the weight. The values of `eps` for other pairs of networks could not be seen.
 
     Reference:
         Zhiwei Hao, Jianyuan Guo, Kai Han, Yehui Tang, Han Hu, Yunhe Wang and Chang Xu, "One-for-All: Bridge the Gap

@@ -42,7 +42,7 @@ def sdd_loss(
         target: The class of every sample, `(N,)`, integers.
         loss: A loss of rows of logits: `KLLoss`, `DKDLoss` and others, with its options; classes last. Its reduction is
             not used.
-        complementary: The weight of the regions about which the teacher thinks otherwise, positive and finite.
+        complementary: The weight of the regions whose teacher answer differs from the image's, positive and finite.
         mask: Bool or weights, `(N,)`: where it is 0 the label may be anything. It hides nothing else.
 
     Returns:
