@@ -42,8 +42,8 @@ def sdd_loss(
         target: The class of every sample, `(N,)`, integers.
         loss: A loss of rows of logits: `KLLoss`, `DKDLoss` and others, with its options; classes last. Its reduction is
             not used.
-        complementary: The weight of regions that the teacher gets right and the whole image wrong, or vice versa; positive
-            and finite.
+        complementary: The weight of regions that the teacher gets right and the whole image wrong, or vice versa;
+            positive and finite.
         mask: Bool or weights, `(N,)`: where it is 0 the label may be anything. It hides nothing else.
 
     Returns:
@@ -118,8 +118,8 @@ class SDDLoss(Loss):
         teacher_head: The teacher's classifier. A constant.
         scales: Into how many rows and columns of regions the map is cut, one after the other; 1, the whole image,
             comes first.
-        complementary: The weight of regions that the teacher gets right and the whole image wrong, or vice versa; positive
-            and finite.
+        complementary: The weight of regions that the teacher gets right and the whole image wrong, or vice versa;
+            positive and finite.
 
     Raises:
         TypeError: If the loss is no loss of rows.
