@@ -80,7 +80,12 @@ def setup(app: Any) -> None:
     app.connect("source-read", fill_in)
     app.connect("autodoc-process-docstring", mark_formulas, priority=400)  # before napoleon
     app.connect("html-page-context", shorten_contents, priority=400)  # before the theme
-    app.connect("autodoc-skip-member", lambda *event: event[2] in FOR_THE_DISTILLER or None)
+    app.connect("autodoc-skip-member", lambda *event: skipped(event[2], event[3]) or None)
+
+
+def skipped(name: str, value: object) -> bool:
+    """Whether a member has no entry: it is for the Distiller, or a field that its class describes."""
+    return name in FOR_THE_DISTILLER or (getattr(value, "__doc__", None) or "").startswith("Alias for field number")
 
 
 def shorten_contents(_app: Any, page: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
