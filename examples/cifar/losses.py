@@ -173,6 +173,18 @@ def find_setup(name: str) -> Setup:
     return SETUPS.get(name, Setup(1.0))
 
 
+# An operator, since a compiled backward pass would compute the share again, from a count that has gone on.
+@torch.library.custom_op("cifar::count", mutates_args={"forwards"})
+def _count(forwards: Tensor, more: int, steps: int) -> Tensor:
+    forwards += more
+    return (forwards / steps).clamp(max=1)
+
+
+@_count.register_fake
+def _(forwards: Tensor, more: int, steps: int) -> Tensor:  # noqa: ARG001 - the operator's
+    return forwards.new_empty((), dtype=torch.get_default_dtype())
+
+
 class WarmUp(nn.Module):
     """A loss that is multiplied by a share, which rises from 0 to 1 in equal steps, one for each training forward.
 
@@ -204,10 +216,9 @@ class WarmUp(nn.Module):
         Returns:
             A scalar.
         """
-        if self.training:
-            self.forwards += 1
+        share: Tensor = _count(self.forwards, int(self.training), self.steps)
         value: Tensor = self.loss(student, teacher, target)
-        return value * (self.forwards / self.steps).clamp(max=1)
+        return value * share
 
 
 def build_distiller(

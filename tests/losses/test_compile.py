@@ -121,6 +121,8 @@ class Together:
             except torch._dynamo.exc.RecompileError:  # to notice is enough: tracing again would take all the time
                 pass
             setattr(own, name, before)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                self.check(0)  # or the next one would be noticed for this one
 
     def change_options(self):
         """Change one option of each loss, which changes its result."""

@@ -8,6 +8,25 @@ from distill.losses._gather import gather_batches, is_alone
 from distill.losses._vectors import normalize_each
 
 
+@torch.library.custom_op("distill::as_now", mutates_args=())
+def _as_now(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+@_as_now.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+def as_now(tensor: Tensor) -> Tensor:
+    """A value computed from a memory, for a backward pass that runs when the memory has moved on.
+
+    In eager mode it is what it is. A compiled backward pass may compute it again, from the memory as it is by then,
+    even where the forward pass copied it: what an operator gives that PyTorch does not know is kept.
+    """
+    return _as_now(tensor) if torch.compiler.is_compiling() else tensor
+
+
 def move_entries(memory: Tensor, own: Tensor, embeddings: Tensor, kept: Tensor | None, momentum: float) -> None:
     """Let entries become `momentum * entry + (1 - momentum) * embedding`, divided by their norm, in place.
 

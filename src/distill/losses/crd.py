@@ -19,7 +19,7 @@ from distill._checks import (
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
 from distill.losses._batches import count, select
-from distill.losses._memory import by_class, make_ordinary, move_entries
+from distill.losses._memory import as_now, by_class, make_ordinary, move_entries
 from distill.losses._random import drawing
 from distill.losses._vectors import normalize_each
 
@@ -264,7 +264,7 @@ class CRDLoss(BatchLoss):
         sides = ((ours, self.teacher_memory), (theirs, self.student_memory))
         for side, (anchors, memory) in enumerate(sides):
             scores = _scores(anchors, memory, entries) / self.temperature
-            stored = self.log_means[side].to(scores.dtype)
+            stored = as_now(self.log_means[side].to(scores.dtype))
             log_mean = torch.where(stored.isnan(), _log_mean(scores, counted), stored)
             if self.training:
                 self.log_means[side] = torch.where(log_mean.isfinite(), log_mean, stored)
@@ -340,8 +340,8 @@ def _scores(anchors: Tensor, memory: Tensor, entries: Tensor) -> Tensor:
     """Inner products of each anchor with its own choice of entries, (N, d), (M, d), (N, 1 + K) -> (N, 1 + K)."""
     with without_autocast(anchors):
         if entries.numel() < len(memory):
-            chosen = memory[entries].to(anchors.dtype)
+            chosen = as_now(memory[entries].to(anchors.dtype))
             return (chosen @ anchors[:, :, None]).squeeze(2)
         # Fewer entries than choices: all products are less work than an entry gathered for each choice. The copy is for
         # backward, which comes when the memory has moved on.
-        return (anchors @ memory.clone().to(anchors.dtype).mT).gather(1, entries)
+        return (anchors @ as_now(memory.clone()).to(anchors.dtype).mT).gather(1, entries)

@@ -12,7 +12,7 @@ from distill._reduction import Reduction, check_mask
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
 from distill.losses._layers import check_device
-from distill.losses._memory import enter, make_ordinary
+from distill.losses._memory import as_now, enter, make_ordinary
 from distill.losses._sizes import EMBEDDINGS
 from distill.losses._softened import divergence_of_logits
 from distill.losses._vectors import normalize_each
@@ -190,6 +190,6 @@ class QueueKLLoss(SampleLoss):
         if self.training:
             make_ordinary(self)
             enter(self.queue, self.entered, theirs, None if mask is None else mask != 0)
-        filled = torch.arange(self.queue_size, device=student.device) < self.entered
+        filled = torch.arange(self.queue_size, device=student.device) < as_now(self.entered)
         # What enters later must not change what backward needs.
-        return _compare(normalize_each(projected, dim=1), theirs, self.queue.clone(), filled, self.temperature)
+        return _compare(normalize_each(projected, dim=1), theirs, as_now(self.queue.clone()), filled, self.temperature)
