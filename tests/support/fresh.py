@@ -5,8 +5,10 @@ import sys
 import tempfile
 
 _SERVER = """
-import ast, os, sys
+import ast, gc, os, sys
 import numpy, torch, typing_extensions
+gc.collect()
+gc.freeze()  # or a collection in a fork would copy all pages that torch's objects lie on
 for line in sys.stdin:
     code, arguments, output = ast.literal_eval(line)
     pid = os.fork()

@@ -7,15 +7,10 @@ from distill._checks import check_tensor, is_integer, ordinary
 from distill.losses._gather import gather_batches, is_alone
 from distill.losses._vectors import normalize_each
 
-
-@torch.library.custom_op("distill::as_now", mutates_args=())
-def _as_now(tensor: Tensor) -> Tensor:
-    return tensor.clone()
-
-
-@_as_now.register_fake
-def _(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
+if not hasattr(torch.ops.distill, "as_now"):  # the module may be loaded again
+    # In parts: `torch.library.custom_op` takes milliseconds at import. The kernel is that of fake tensors too.
+    torch.library.define("distill::as_now", "(Tensor tensor) -> Tensor")
+    torch.library.impl("distill::as_now", "CompositeExplicitAutograd", torch.clone)
 
 
 def as_now(tensor: Tensor) -> Tensor:
@@ -24,7 +19,10 @@ def as_now(tensor: Tensor) -> Tensor:
     In eager mode it is what it is. A compiled backward pass may compute it again, from the memory as it is by then,
     even where the forward pass copied it: what an operator gives that PyTorch does not know is kept.
     """
-    return _as_now(tensor) if torch.compiler.is_compiling() else tensor
+    if not torch.compiler.is_compiling():
+        return tensor
+    kept: Tensor = torch.ops.distill.as_now(tensor)  # pragma: no cover - traced
+    return kept  # pragma: no cover - traced
 
 
 def move_entries(memory: Tensor, own: Tensor, embeddings: Tensor, kept: Tensor | None, momentum: float) -> None:
