@@ -51,6 +51,13 @@ def test_every_loss_and_both_peers(monkeypatch, capsys):
     assert calls == []  # too large for peers
 
 
+@pytest.mark.parametrize("name", [name for name in linear_losses.LOSSES if name != "alpha_beta"])
+def test_the_formed_way_computes_the_loss(name):
+    case, generator = linear_losses.LOSSES[name], torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 40, generator=generator)
+    torch.testing.assert_close(case.formed(student, teacher), case.ours(student, teacher))
+
+
 def test_absent_peers_are_said_to_be_absent(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
