@@ -79,8 +79,14 @@ def setup(app: Any) -> None:
     app.connect("config-inited", find_inventories)
     app.connect("source-read", fill_in)
     app.connect("autodoc-process-docstring", mark_formulas, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", lambda *event: own_signature(event[3], event[5]))
     app.connect("html-page-context", shorten_contents, priority=400)  # before the theme
     app.connect("autodoc-skip-member", lambda *event: skipped(event[2], event[3]) or None)
+
+
+def own_signature(value: object, arguments: str | None) -> tuple[str, None] | None:
+    """The signature of a module without options, which inherits `(*args, **kwargs)`."""
+    return ("()", None) if isinstance(value, type) and (arguments or "").startswith("(*args:") else None
 
 
 def skipped(name: str, value: object) -> bool:

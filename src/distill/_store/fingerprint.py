@@ -17,7 +17,7 @@ def fingerprint(model: nn.Module) -> str:
         model: The model. What its `state_dict()` does not have (buffers that are not saved, code) counts nowhere.
 
     Returns:
-        32 hexadecimal digits: equal for equal weights, wherever they are.
+        32 hexadecimal digits, equal for equal weights, wherever they are.
 
     Raises:
         TypeError: If the model is no module.

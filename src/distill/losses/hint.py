@@ -35,7 +35,7 @@ def hint_loss(student: Tensor, teacher: Tensor, *, dim: int | None = None, posit
         positions: Whether each position of a map is a sample of its own, as each vector is.
 
     Returns:
-        One value per sample: `(N,)` for maps, with `positions` `(N, H, W)`, and `(...)` for vectors, in squared units
+        One value per sample, `(N,)` for maps, with `positions` `(N, H, W)`, and `(...)` for vectors, in squared units
         of the inputs; float32, or float64 if an input is.
 
     Raises:
@@ -200,7 +200,7 @@ class HintLoss(SampleLoss):
             denominator: A mean becomes the sum divided by this number.
 
         Returns:
-            A scalar, or with `reduction="none"` one value per sample, each times its weight: `(N,)`, `(N, H, W)` where
+            A scalar, or with `reduction="none"` one value per sample, each times its weight, `(N,)`, `(N, H, W)` where
             positions have weights, or `(...)`.
 
         Raises:

@@ -291,7 +291,7 @@ class LinearLogitLoss(SampleLoss):
             samples: How many hidden states a call has, N.
 
         Returns:
-            A tuple: `method`, `costs` (of the possible forms, in 10^9 float32 multiply-adds) and `reason` in words.
+            A tuple of `method`, `costs` (of the possible forms, in 10^9 float32 multiply-adds) and `reason` in words.
 
         Raises:
             ValueError: If `samples` is not positive, or the method cannot be taken in this state.

@@ -46,7 +46,7 @@ def matryoshka_loss(
         **given: What else the loss is called with, such as `mask` or `denominator`.
 
     Returns:
-        The weighted sum of what the loss gives: a scalar, or with a reduction of `"none"` one value per sample.
+        The weighted sum of what the loss gives, a scalar, or with a reduction of `"none"` one value per sample.
 
     Raises:
         TypeError: If an input is no tensor.
