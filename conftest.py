@@ -32,9 +32,16 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown() -> None:
-    """A loss that a test or an example registers is gone after it."""
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A loss that a test or an example registers is gone after it, and denormal numbers are numbers again."""
     from distill import _registry
+
+    if item.get_closest_marker("compile"):
+        import torch
+
+        torch.set_flush_denormal(
+            False
+        )  # which the code that PyTorch 2.5 compiles (-ffast-math) switches on when loaded
 
     if _registry._registered != _table:
         _registry._registered.clear()

@@ -75,6 +75,7 @@ class Rows:
     labels: bool = False
     topk: bool = False
     sampled: Rows | None = None
+    _merged: Rows | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     @functools.cached_property
     def least(self) -> float:
@@ -93,6 +94,20 @@ class Rows:
         """The block function: its own, or the formula's by autograd."""
         return self.block or functools.partial(block_by_autograd, self.formula)
 
+    def __post_init__(self) -> None:
+        if not self.topk:
+            return
+        changed: dict[str, Any] = {
+            "few": None,
+            "mean": False,
+            "labels": True,
+            "fused_from": 1 / 4,
+            "masked_from": 1 / 4,
+            "topk": False,
+        }
+        # Here and not where it is needed: PyTorch 2.5 does not trace `replace`.
+        object.__setattr__(self, "_merged", dataclasses.replace(self, **merged(self.formula), **changed))
+
     def in_blocks(self) -> Callable[..., Tensor]:
         """The block function: on a GPU its kernel, if it has one and that takes the block."""
         return self.own_block() if self.kernel is None else kernel_first(self.kernel, self.own_block())
@@ -106,7 +121,7 @@ class Rows:
             TypeError: If the loss takes no `TopK`.
             ValueError: If it takes none with drawn classes, and as `check_rows`.
         """
-        if not self.topk:
+        if self._merged is None:
             raise TypeError(refusal("the loss"))
         if topk.samples and self.sampled is None:
             raise ValueError(
@@ -115,14 +130,7 @@ class Rows:
         check_rows(topk, classes, mask, options["temperature"])
         if topk.samples and self.sampled is not None:
             return self.sampled, {**options, "samples": topk.samples}
-        changed: dict[str, Any] = {
-            "few": None,
-            "mean": False,
-            "labels": True,
-            "fused_from": 1 / 4,
-            "masked_from": 1 / 4,
-        }
-        return dataclasses.replace(self, **merged(self.formula), **changed), options
+        return self._merged, options
 
     def values(
         self,
