@@ -77,6 +77,20 @@ class Rows:
     sampled: Rows | None = None
     _merged: Rows | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if not self.topk:
+            return
+        changed: dict[str, Any] = {
+            "few": None,
+            "mean": False,
+            "labels": True,
+            "fused_from": 1 / 4,
+            "masked_from": 1 / 4,
+            "topk": False,
+        }
+        # Here and not where it is needed: PyTorch 2.5 does not trace `replace`.
+        object.__setattr__(self, "_merged", dataclasses.replace(self, **merged(self.formula), **changed))
+
     @functools.cached_property
     def least(self) -> float:
         """From how many times `fused.SMALL` elements on the fused form pays on a CPU."""
@@ -93,20 +107,6 @@ class Rows:
     def own_block(self) -> Callable[..., Tensor]:
         """The block function: its own, or the formula's by autograd."""
         return self.block or functools.partial(block_by_autograd, self.formula)
-
-    def __post_init__(self) -> None:
-        if not self.topk:
-            return
-        changed: dict[str, Any] = {
-            "few": None,
-            "mean": False,
-            "labels": True,
-            "fused_from": 1 / 4,
-            "masked_from": 1 / 4,
-            "topk": False,
-        }
-        # Here and not where it is needed: PyTorch 2.5 does not trace `replace`.
-        object.__setattr__(self, "_merged", dataclasses.replace(self, **merged(self.formula), **changed))
 
     def in_blocks(self) -> Callable[..., Tensor]:
         """The block function: on a GPU its kernel, if it has one and that takes the block."""

@@ -14,10 +14,10 @@ if not hasattr(torch.ops.distill, "as_now"):  # the module may be loaded again
 
 
 def as_now(tensor: Tensor) -> Tensor:
-    """A value computed from a memory, for a backward pass that runs when the memory has moved on.
+    """Keep what was read of a memory for the backward pass, which runs after the memory has changed.
 
-    In eager mode it is what it is. A compiled backward pass may compute it again, from the memory as it is by then,
-    even where the forward pass copied it: what an operator gives that PyTorch does not know is kept.
+    Eager mode keeps it anyway. A compiled backward pass may instead read the memory again, as it is by then, even where
+    the forward pass copied it; it never computes the result of an operator again that PyTorch does not know.
     """
     if not torch.compiler.is_compiling():
         return tensor
