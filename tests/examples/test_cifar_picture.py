@@ -140,7 +140,8 @@ def test_picture_has_a_panel_of_agreement_only_where_it_was_measured():
         assert near[:500].sum() > 20  # the bar alone has some 50 pixels
     assert (panel[510:] == panel[-1, -1]).all()  # nothing was measured on the second data set
     moved = [replace(it, agreement=None if it.agreement is None else it.agreement / 2) for it in measured]
-    assert (picture(moved + other)[:, :1110] == image[:, :1110]).all()  # the curves do not depend on it
+    # The curves do not depend on it, but the palette does.
+    assert abs(picture(moved + other)[:, :1110] - image[:, :1110]).max() <= 3
 
 
 @pytest.mark.parametrize("epochs", [1, 15])

@@ -155,6 +155,8 @@ def test_on_a_terminal_a_bar_shows_the_epoch(tmp_path, capsys, monkeypatch):
 
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
+    for name in ("COLUMNS", "LINES"):  # what tqdm takes for the terminal's size where it cannot ask
+        monkeypatch.setenv(name, "120")
     monkeypatch.setattr("cifar.progress.REFRESH_SECONDS", 0.0)
     monkeypatch.setattr("cifar.progress.tqdm", Unhurried)  # else a run this short would show none
     assert run(tmp_path, "--no-baseline") == 0
