@@ -122,8 +122,8 @@ def _log_mean(scores: Tensor, counted: Tensor | None = None) -> Tensor:
 
 
 def _log(number: int, like: Tensor) -> float | Tensor:
-    """The logarithm of a size; `math.log` would make a graph of this size alone."""
-    return like.new_full((), number).log() if torch.compiler.is_compiling() else math.log(number)
+    """The logarithm of a size; `math.log`, or `new_full` on PyTorch 2.5, would make a graph of this size alone."""
+    return like.new_zeros(()).add(number).log() if torch.compiler.is_compiling() else math.log(number)
 
 
 def _check_momentum(name: str, momentum: float) -> float:

@@ -130,7 +130,7 @@ def _check_boxes(target: Tensor | None, maps: Tensor, mask: Tensor | None) -> Te
     boxes = target.detach().to(maps.dtype)
     if mask is not None:
         boxes = hide(boxes, mask)
-    if boxes.numel() and may_look(boxes) and bool(boxes.amax() > 2):
+    if may_look(boxes) and boxes.numel() and bool(boxes.amax() > 2):
         raise ValueError(
             "target must be boxes in fractions of the picture's width and height, from 0 to 1, "
             f"got {float(boxes.amax())}: divide pixels by the picture's size"
