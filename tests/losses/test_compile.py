@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("stems", GROUPS, ids=[f"{group[0]}-to-{group[-1]}" for group in GROUPS])
 def test_every_loss(stems):
-    """Two batch sizes through inductor; every option that is changed is noticed; then with a mask."""
+    """Two batch sizes through inductor; every option that is changed is noticed; then both with a mask."""
     together = Together(stems, [next(find_contracts(stem)) for stem in stems], "inductor")
     if not HAS_COMPILER:
         together.backend = "aot_eager"
@@ -37,7 +37,10 @@ def test_every_loss(stems):
         together.check_each_option()
         together.change_options()
         together.backend = "aot_eager"
+        together.check(0, masked=True)
+        traces = together.traces
         together.check(1, masked=True)
+        assert together.traces == traces, "a batch size is compiled anew with a mask"
 
 
 def test_what_else_a_loss_gives_the_contract():
@@ -57,9 +60,11 @@ class Case:
     def arguments(self, less, *, masked):
         student, teacher = self.pair(torch.float32, less=less)
         labels = None if self.target is None else self.target[: len(student)].clone()
-        for tensor in (student, teacher, *([] if labels is None else [labels])):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # or the second batch size would be traced anew
-        return student, teacher, labels, self.mask(student, teacher, labels) if masked else None
+        given = student, teacher, labels, self.mask(student, teacher, labels) if masked else None
+        for tensor in given:
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)  # or the second batch size would be traced anew
+        return given
 
     def mask(self, *given):
         """All samples but the second one."""
