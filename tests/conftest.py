@@ -12,6 +12,12 @@ from fresh import Fresh
 # Inductor's own processes would take longer to start than what they compile here.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+# A garbage collection after each compilation frees nothing that tests wait for.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+
+# What is imported stays: no garbage collection looks through it before `pytest_collection_finish`.
+gc.disable()
+
 # What they load from the Hub's library is made here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -76,3 +82,4 @@ def pytest_collection_finish():
     """What is there now stays to the end: let no garbage collection look through it again."""
     gc.collect()
     gc.freeze()
+    gc.enable()

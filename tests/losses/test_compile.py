@@ -14,7 +14,10 @@ import contract
 from compilers import HAS_COMPILER, one_library
 from twins import STEMS, find_contracts
 
-GROUPS = [STEMS[i::8] for i in range(8)]
+# A graph has no symbol for an exponent: when that has changed, it is traced twice, with all that stands beside it.
+ALONE = ["srd"]
+TOGETHER = [stem for stem in STEMS if stem not in ALONE]
+GROUPS = [*(TOGETHER[i::7] for i in range(7)), ALONE]
 
 pytestmark = [
     pytest.mark.compile,
@@ -36,16 +39,22 @@ def test_every_loss(stems):
         assert together.traces == 1, "a batch size is compiled anew"
         together.check_each_option()
         together.change_options()
-        together.backend = "aot_eager"
+        together.backend, traces = "aot_eager", together.traces
         together.check(0, masked=True)
+        assert together.traces - traces <= 1 + (stems == ALONE), "an option is no symbol: compiled anew for each value"
         traces = together.traces
         together.check(1, masked=True)
         assert together.traces == traces, "a batch size is compiled anew with a mask"
 
 
 def test_what_else_a_loss_gives_the_contract():
-    """Maps of one dimension, sizes that differ, each method of LinearLogitLoss."""
-    others = [(stem, given) for stem in STEMS for given in itertools.islice(find_contracts(stem), 1, None)]
+    """Maps of one dimension and sizes that differ. (The methods of LinearLogitLoss: test_linear_logit_masked.py.)"""
+    others = [
+        (stem, given)
+        for stem in STEMS
+        if stem != "linear_logit"
+        for given in itertools.islice(find_contracts(stem), 1, None)
+    ]
     Together(*zip(*others, strict=True), "aot_eager").check(1)
 
 
@@ -85,7 +94,9 @@ class Case:
         own = contract.inner(self.loss)
         fixed = {"mask_ratio", *getattr(own, "built", ())}  # with the first, mgd draws anew in each call
         names = [name for name in getattr(own, "options", ()) if name not in fixed]
-        return [(own, name, getattr(own, name) / 2 or 0.25) for name in names if isinstance(getattr(own, name), float)]
+        found = [(name, getattr(own, name)) for name in names if isinstance(getattr(own, name), float)]
+        # Not 1: a loss may leave it out of the graph, which then has no symbol for the option.
+        return [(own, name, value * 0.4 or 0.25) for name, value in found]
 
 
 class Together:

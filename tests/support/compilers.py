@@ -26,23 +26,24 @@ def one_library() -> Iterator[None]:
     its own, as products are: most of the compiler's time goes into starting. The code has no vector instructions, which
     take inductor a third more time; nothing is kept for a later process, and no garbage collected in between.
     """
-    from torch._inductor import config
+    from torch._inductor import config, cpu_vec_isa
     from torch._inductor.async_compile import AsyncCompile
 
-    build, waiting = AsyncCompile.cpp_pybinding, []
+    build, waiting, vectors = AsyncCompile.cpp_pybinding, [], cpu_vec_isa.valid_vec_isa_list
 
     def promise(self: AsyncCompile, types: list[str], source: str) -> "_Kernel":
         waiting.append(_Kernel(types, source, lambda: _build(lambda all_of_it: build(self, [], all_of_it), waiting)))
         return waiting[-1]
 
     AsyncCompile.cpp_pybinding = promise
+    cpu_vec_isa.valid_vec_isa_list = list  # none: to find them takes a library of its own and a Python that loads it
     gc.disable()
     try:
         with config.patch({"cpp.simdlen": 1, "compile_threads": 1, "fx_graph_cache": False}):
             yield
     finally:
         gc.enable()
-        AsyncCompile.cpp_pybinding = build
+        AsyncCompile.cpp_pybinding, cpu_vec_isa.valid_vec_isa_list = build, vectors
 
 
 class _Kernel:

@@ -156,6 +156,11 @@ def pool(maps: Tensor, size: Sequence[int]) -> Tensor:
         return maps
     if torch.compiler.is_compiling():  # inductor cannot pool adaptively where sizes are symbols
         for dim, part in enumerate(size, 2):
+            if part == 1:  # a single operation for what is most often pooled to
+                maps = maps.mean(dim, keepdim=True)
+                continue
+            if part == maps.shape[dim]:
+                continue
             with without_autocast(maps):
                 maps = (maps.movedim(dim, -1) @ _shares(maps, maps.shape[dim], part)).movedim(-1, dim)
         return maps

@@ -87,8 +87,10 @@ def sdd_loss(
         student, teacher, labels if loss.rows.labels else None, dim=-1, reduction="none", **loss.given()
     )
     right = teacher.detach().argmax(-1) == labels
-    weights = torch.where(right == right[:, :1], 1.0, complementary)
-    return (values * weights.to(values.dtype)).mean(1)
+    same = right == right[:, :1]
+    # Not torch.where with two numbers: what is compiled would be compiled anew for each other weight.
+    weights = same.to(values.dtype) + complementary * (~same).to(values.dtype)
+    return (values * weights).mean(1)
 
 
 def _check_loss(loss: Any) -> None:
