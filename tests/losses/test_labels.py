@@ -176,7 +176,9 @@ def test_labels_under_vmap(name):
 
 
 @each_loss
-def test_labels_that_are_hidden_in_a_compiled_loss(name):
+def test_labels_that_are_hidden_in_a_compiled_loss(name, form):
+    if form == "blocks":  # what is compiled is the formula
+        return
     student, teacher = make_pair(6, 10)
     target = make_labels(6)
     target[3] = 255
