@@ -132,6 +132,15 @@ def test_chunk_log_probs_adds_up_what_was_predicted():
     assert whole.tolist() == [[True, True, False, False], [False, True, True, False]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_chunks_of_half_precision_are_added_up_in_float32(dtype):
+    log_probs = torch.full((1, 1001), -0.1).to(dtype)
+    chunks = torch.tensor([[-1] + [0] * 1000])
+    sums, _ = chunk_log_probs(log_probs, chunks, num_chunks=1)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums, 1000 * log_probs[:, :1].float(), rtol=1e-5, atol=0)
+
+
 def test_a_chunk_with_a_token_that_has_no_target_is_not_whole():
     log_probs = torch.tensor([[-1.0, -2.0, -3.0, torch.nan]])
     chunks = torch.tensor([[-1, 0, 0, 1]])
@@ -192,6 +201,8 @@ TOKENS = torch.tensor([[0, 1, 1]])
         ([[0.0]], TOKENS, {}, TypeError, "log_probs must be a tensor, got list"),
         (torch.zeros(1, 3), [[0]], {}, TypeError, "chunks must be a tensor, got list"),
         (torch.zeros(3), torch.zeros(3).long(), {}, ValueError, r"must be \(B, T\), .*, got \(3,\)"),
+        (TOKENS, TOKENS, {}, ValueError, "log_probs must be floating-point, got torch.int64"),
+        (torch.ones(1, 3).to(torch.float8_e5m2), TOKENS, {}, ValueError, "log_probs must have 16 bits or more"),
         (torch.zeros(1, 3), TOKENS[:, :2], {}, ValueError, r"must be \(B, T\), .*of shape \(1, 2\)"),
         (torch.zeros(1, 3), torch.zeros(1, 3), {}, ValueError, "chunks integers, got .*torch.float32"),
         (torch.zeros(1, 3), TOKENS, {"num_chunks": 1}, ValueError, "above the largest chunk, 1, got 1"),

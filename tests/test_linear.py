@@ -417,6 +417,20 @@ def test_a_hook_put_on_a_head_later_is_noticed():
     (ours, theirs), (student, teacher, _) = heads(), hidden()
     loss = LinearLoss(KLLoss(), ours, theirs)
     loss(student, teacher)
+    harmless = ours.register_forward_hook(lambda module, args, output: output)
+    loss(student, teacher)
+    harmless.remove()
     ours.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match="student_head must compute W h"):
+        loss(student, teacher)
+
+
+def test_a_forward_put_on_a_head_later_is_noticed_where_there_was_one_before():
+    (ours, theirs), (student, teacher, _) = heads(), hidden()
+    real = ours.forward
+    ours.forward = lambda states: real(states)
+    loss = LinearLoss(KLLoss(), ours, theirs)
+    loss(student, teacher)
+    ours.forward = lambda states: 2 * real(states)
     with pytest.raises(ValueError, match="student_head must compute W h"):
         loss(student, teacher)

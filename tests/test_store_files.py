@@ -8,6 +8,7 @@ import stat
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,6 +149,17 @@ def test_other_errors_of_the_disk_stay_what_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
         writer.flush()
+
+
+def test_a_writer_stays_in_its_folder_when_the_process_changes_its_directory(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere/answers").mkdir(parents=True)  # another job has a folder of that name, too
+    monkeypatch.chdir(tmp_path)
+    writer = TeacherWriter("answers")
+    writer.add(np.arange(3)[::-1], random(3, 5))  # ids that lie backwards in memory
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    writer.close()
+    assert not any((tmp_path / "elsewhere/answers").iterdir())
+    assert torch.equal(StoredTeacher(tmp_path / "answers")([2, 1, 0]), random(3, 5))
 
 
 def test_a_writer_goes_on_where_another_was_killed(tmp_path):

@@ -76,6 +76,7 @@ REFUSED = {
     "vocabulary": (ValueError, "classes of the vocabulary, 6, got 5", random(2, 5), {"k": 2, "vocabulary": 6}),
     "classes": (ValueError, "classes from 0 to 1, got", TopK.of(random(2, 5), 4), {"vocabulary": 2}),
     "too many": (ValueError, "k must be at most the number of classes, 5, got 6", random(2, 5), {"k": 6}),
+    "no classes": (ValueError, r"with k the output must be logits .* got shape \(2,\)", random(2), {"k": 1}),
     "k": (ValueError, "writer's k=3 and temperature=1.0, got k=2", TopK.of(random(2, 5), 2), {"k": 3, "vocabulary": 5}),
     "temperature": (
         ValueError,

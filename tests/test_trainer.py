@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 from transformers import LlamaForCausalLM, Trainer  # noqa: E402
 
@@ -425,6 +425,49 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         torch.testing.assert_close(both["hand"], one["hand"], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(both["trainer"], one["trainer"], rtol=1e-3, atol=1e-6)
         assert any(name.startswith("losses.hint") for name in both["trainer"])
+
+
+def test_a_step_that_a_scaler_skips_leaves_no_gradient_of_what_learns(tmp_path, monkeypatch):
+    step, calls = accelerate.optimizer.AcceleratedOptimizer.step, []
+
+    def skip_first(self, closure=None):  # as a scaler of half precision does where something overflowed
+        calls.append(self)
+        return None if len(calls) == 1 else step(self, closure)
+
+    monkeypatch.setattr(accelerate.optimizer.AcceleratedOptimizer, "step", skip_first)
+    distiller = build()
+    before = copy.deepcopy(distiller.state_dict())
+    args = arguments(tmp_path, max_steps=2, per_device_train_batch_size=8)
+    DistillTrainer(distiller=distiller, args=args, train_dataset=rows()).train()
+    by_hand = build()
+    batch = stack(rows())
+    target, mask = next_tokens(batch.pop("labels"))
+    by_hand(batch, target, mask=mask).loss.backward()
+    assert len(calls) == 2
+    for name, parameter in by_hand.named_parameters():
+        torch.testing.assert_close(change(distiller, before)[name], 0.1 * parameter.grad, rtol=1e-4, atol=2e-7)
+
+
+@pytest.mark.parametrize("give", [lambda x: {"logits": x}, lambda x: x, lambda x: (x,), lambda x: [x]])
+def test_predictions_are_those_of_every_sample_whatever_the_student_returns(tmp_path, give):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(VOCABULARY, VOCABULARY)
+
+        def forward(self, input_ids):
+            return give(self.embedding(input_ids))
+
+    student = Plain()
+    logits = lambda output: output["logits"] if isinstance(output, dict) else output[0]  # noqa: E731
+    tensor = torch.is_tensor(give(torch.zeros(1)))
+    distiller = Distiller(student, Plain(), KLLoss(), output=None if tensor else logits)
+    shift = lambda batch: ({"input_ids": batch["input_ids"]}, *next_tokens(batch["labels"]))  # noqa: E731
+    args = arguments(tmp_path, remove_unused_columns=False, label_names=["labels"], per_device_eval_batch_size=4)
+    found = DistillTrainer(distiller=distiller, args=args, prepare=shift).predict(rows())
+    batch = stack(rows())
+    assert torch.equal(torch.from_numpy(found.predictions), student.embedding(batch["input_ids"]).detach())
+    assert torch.equal(torch.from_numpy(found.label_ids), batch["labels"])
 
 
 def test_rejects(tmp_path):

@@ -147,10 +147,15 @@ def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
         raise ValueError(f"student and teacher must not be empty, got shape {tuple(empty.shape)}")
     if ours is theirs is torch.float32:  # what is asked for most costs least
         return torch.float32
-    for name, dtype in (("student", ours), ("teacher", theirs)):
-        if dtype.itemsize < 2:
-            raise ValueError(f"{name} must have 16 bits or more a number, got {dtype}; .float() widens it")
+    check_wide("student", ours)
+    check_wide("teacher", theirs)
     return torch.promote_types(torch.promote_types(ours, theirs), torch.float32)
+
+
+def check_wide(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError for floating-point numbers of 8 bits, which PyTorch combines with no others."""
+    if dtype.itemsize < 2 and dtype.is_floating_point:
+        raise ValueError(f"{name} must have 16 bits or more a number, got {dtype}; .float() widens it")
 
 
 def make_ready(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill._checks import check_labels, ordinary
+from distill._checks import check_labels, check_wide, is_integer, ordinary
 from distill._reduction import Reduction, check_mask
 
 IGNORED = -100  # a label that means "none"
@@ -20,6 +20,7 @@ def check_hidden(side: str, hidden: Tensor, weight: Tensor) -> None:
         )
     if not hidden.is_floating_point():
         raise ValueError(f"the {side}'s hidden states must be floating-point, got {hidden.dtype}")
+    check_wide(f"the {side}'s hidden states", hidden.dtype)
     if hidden.device != weight.device:
         raise ValueError(
             f"the {side}'s hidden states must be on its head's device, {weight.device}, got {hidden.device}"
@@ -42,8 +43,11 @@ def find_labels(
     """Labels `(N, 1)`, checked, -1 where there is none or the mask hides it."""
     if target is None:
         raise ValueError("target must be the class of every sample, got None")
+    if classes < 2:
+        raise ValueError(f"a cross-entropy must have at least 2 classes, got a head of {classes}")
     if isinstance(target, Tensor) and target.shape == hidden.shape[:-1]:
         target = ordinary(target).reshape(-1)
+        target = target.long() if is_integer(target) else target  # as unsigned bytes, 156 would equal -100
         none = target == ignore_index if mask is None else (target == ignore_index) | (mask.detach() == 0)
         checked = check_labels(target, target.new_empty(1).expand(len(target), classes), dim=-1, mask=~none)
         return checked.masked_fill(none.unsqueeze(-1), -1)
@@ -61,6 +65,6 @@ def labelled_share(labels: Tensor, mask: Tensor | None, reduction: Reduction, dt
     if reduction != "mean":
         return 1.0
     labelled = labels.squeeze(-1) >= 0
-    counts = labelled.new_ones(len(labelled), dtype=dtype) if mask is None else mask.detach()
+    counts = labelled.new_ones(len(labelled), dtype=dtype) if mask is None else mask  # which may learn
     having = (counts * labelled).sum()
     return counts.sum() / torch.where(having == 0, 1.0, having)

@@ -101,7 +101,7 @@ def round_rows(log_probs: Tensor, log_tail: Tensor, dtype: torch.dtype, k: int) 
         return tail + given.sum(-1)
 
     short = rest(near) < tail / 2
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     lower = (near.view(integer) + 1).view(dtype)  # the next number of a larger size: these are all negative
     near = torch.where(short.unsqueeze(-1) & (wide(near) > before), lower, near)
     return near, rest(near).clamp(min=0.0).log().to(torch.promote_types(log_tail.dtype, torch.float32))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distill._checks import check_count, check_tensor, is_integer, may_look
+from distill._checks import check_count, check_tensor, check_wide, is_integer, may_look
 
 
 def next_tokens(labels: Tensor, ignore_index: int = -100, *, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -168,12 +168,12 @@ def chunk_log_probs(
             `chunks.max() + 1`.
 
     Returns:
-        The sums, `(B, num_chunks)`, 0 where there is no chunk; and a mask of the chunks that are whole, `(B,
-        num_chunks)`: those of which every token has a target. The first token of a sequence has none.
+        The sums, `(B, num_chunks)`, in float32 or wider, 0 where there is no chunk; and a mask of the chunks that are
+        whole, `(B, num_chunks)`: those of which every token has a target. The first token of a sequence has none.
 
     Raises:
         TypeError: If what must be a tensor is none.
-        ValueError: If the shapes differ, the chunks are no integers, or a chunk has a number that is too large.
+        ValueError: If the shapes or kinds of numbers do not fit, or a chunk has a number that is too large.
 
     Examples:
         >>> import torch
@@ -186,6 +186,9 @@ def chunk_log_probs(
     check_tensor("log_probs", log_probs)
     check_tensor("chunks", chunks)
     check_count("num_chunks", num_chunks)
+    if not log_probs.is_floating_point():
+        raise ValueError(f"log_probs must be floating-point, got {log_probs.dtype}")
+    check_wide("log_probs", log_probs.dtype)
     if log_probs.ndim != 2 or chunks.shape != log_probs.shape or not is_integer(chunks):
         raise ValueError(
             "log_probs and chunks must be (B, T), and chunks integers, got "
@@ -200,6 +203,7 @@ def chunk_log_probs(
     counted = torch.ones_like(chunks[:, 1:], dtype=torch.bool) if mask is None else mask[:, :-1].bool()
     of_next = chunks[:, 1:].long()
     place = of_next.clamp(min=0)
+    log_probs = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))  # sums of many numbers
     log_probs = log_probs[:, :-1].masked_fill(~counted | (of_next < 0), 0.0)
     sums = log_probs.new_zeros(len(log_probs), num_chunks).scatter_add(1, place, log_probs)
 

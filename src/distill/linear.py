@@ -20,7 +20,6 @@ from distill._engine.cross_entropy import CROSS_ENTROPY, with_cross_entropy
 from distill._engine.fused import Call
 from distill._engine.linear import linear_rows
 from distill._engine.products import Side
-from distill._engine.squared.heads import check_vocabulary
 from distill._engine.topk import check_fits
 from distill._hidden import IGNORED, check_compared, check_hidden, find_labels, flat_mask, labelled_share
 from distill._reduction import Reduction, check_denominator, divide
@@ -35,7 +34,8 @@ class LinearLoss(LossOfHeads):
     It gives what `loss(student_head(h_s), teacher_head(h_t), target, mask=mask)` gives, plus `cross_entropy` times the
     cross-entropy of the student's logits. Values and the gradients of the hidden states and of the student's head come
     from one pass, some rows at a time. No logits are formed twice; memory is two chunks of logits beside the gradients.
-    With `reduction="none"` the student's logits are formed once more in backward.
+    With `reduction="none"`, in half precision and under its autocast the student's logits are formed once more in
+    backward.
 
     Use it as a `Term` at what the heads see: `at="lm_head:input"`, or at the last norm of models, which then need no
     logits at all. The heads are referred to, not owned: they are not in the loss's `parameters()`.
@@ -135,8 +135,7 @@ class LinearLoss(LossOfHeads):
 
     def _compared(self) -> int:
         """How many rows of the heads are compared."""
-        weight, _, teacher_weight, _ = self._heads.tensors()
-        return check_vocabulary(len(weight), len(weight if teacher_weight is None else teacher_weight), self.vocab_size)
+        return self._heads.compared(self.vocab_size, self.loss.rows)
 
     @override
     def _after_heads(self) -> AfterHeads:

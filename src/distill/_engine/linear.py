@@ -17,7 +17,16 @@ from typing_extensions import override
 from distill._checks import may_look
 from distill._engine.fused import Call
 from distill._engine.kernels import scale
-from distill._engine.products import Gradients, Side, chunk_rows, logits_dtype, multiply, product_dtype
+from distill._engine.products import (
+    Gradients,
+    Side,
+    autocast_dtype,
+    chunk_rows,
+    logits_dtype,
+    multiply,
+    product_dtype,
+    under_autocast,
+)
 from distill._reduction import hide, reduce, row_weights
 
 # Elements of a block on a CPU: its four buffers at most are all the memory beside the logits of a chunk.
@@ -63,7 +72,8 @@ def linear_rows(
         chunk: How many samples at a time; None: by the device.
     """
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or (mask is not None and mask.requires_grad):
+    learns = (mask is not None and mask.requires_grad) or any(map(torch.is_tensor, call.options.values()))
+    if traced or learns:
         return _plain(call, student, teacher, labels, mask)
     tensors = (student.hidden, student.weight, student.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -85,7 +95,10 @@ class _Linear(torch.autograd.Function):
         call, labels, mask = ctx.extra[0], tensors[6], tensors[7]
         student, teacher = _sides(tensors, ctx.extra)
         # In half a gradient divided by the number of samples can underflow before a gradient scaler gets to it.
-        early = call.reduction != "none" and student.hidden.dtype != torch.half
+        needed = zip(tensors, ctx.needs_input_grad[:3], strict=False)
+        dtypes = product_dtype(student), *(tensor.dtype for tensor, needs in needed if needs)
+        early = call.reduction != "none" and torch.half not in dtypes
+        ctx.autocast = autocast_dtype(student.hidden)
         factors = _factors(call, student.hidden, mask) if early else None
         values, ctx.gradients = _run(
             call, student, teacher, labels, mask, factors, ctx.needs_input_grad[:3], ctx.extra[-1]
@@ -105,20 +118,21 @@ class _Linear(torch.autograd.Function):
         call, labels, mask = ctx.extra[0], tensors[6], tensors[7]
         needs = ctx.needs_input_grad[:3]
         again = torch.is_grad_enabled()
-        if again or torch._C._functorch.is_legacy_batchedtensor(upstream[0]):
-            with torch.enable_grad():
-                value = _plain(call, *_sides(tensors, ctx.extra), labels, mask)
-            wanted = [tensor for tensor, needed in zip(tensors, needs, strict=False) if needed]
-            found = iter(torch.autograd.grad(value, wanted, upstream, create_graph=again))
-            return *(next(found) if needed else None for needed in needs), *(None,) * 6
-        if gradients is None or all(gradient is None for gradient in gradients):
-            student, teacher = _sides(tensors, ctx.extra)
-            factors = _factors(call, student.hidden, mask) * upstream[0]
-            gradients = _run(call, student, teacher, labels, mask, factors, needs, ctx.extra[-1])[1]
-        else:
-            for gradient in gradients:
-                if gradient is not None:
-                    scale(gradient, upstream[0])
+        with under_autocast(ctx.autocast, tensors[0]):
+            if again or torch._C._functorch.is_legacy_batchedtensor(upstream[0]):
+                with torch.enable_grad():
+                    value = _plain(call, *_sides(tensors, ctx.extra), labels, mask)
+                wanted = [tensor for tensor, needed in zip(tensors, needs, strict=False) if needed]
+                found = iter(torch.autograd.grad(value, wanted, upstream, create_graph=again))
+                return *(next(found) if needed else None for needed in needs), *(None,) * 6
+            if gradients is None or all(gradient is None for gradient in gradients):
+                student, teacher = _sides(tensors, ctx.extra)
+                factors = _factors(call, student.hidden, mask) * upstream[0]
+                gradients = _run(call, student, teacher, labels, mask, factors, needs, ctx.extra[-1])[1]
+            else:
+                for gradient in gradients:
+                    if gradient is not None:
+                        scale(gradient, upstream[0])
         return *gradients, *(None,) * 6
 
 

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from distill._checks import without_autocast
 
 # Samples whose logits are formed at a time, where the caller does not say: few enough for memory, enough for products.
 _CPU, _GPU = 256, 2048
@@ -29,7 +32,12 @@ class Side(NamedTuple):
 
     def logits(self) -> Tensor:
         """All logits, (N, V)."""
-        logits = F.linear(self.hidden, self.weight, self.bias)
+        tensors = self.hidden, self.weight, self.bias
+        kinds = {tensor.dtype for tensor in tensors if tensor is not None}
+        if len(kinds) > 1:  # what `product` does, too; autocast narrows after that
+            wide = functools.reduce(torch.promote_types, kinds)
+            tensors = tuple(None if tensor is None else tensor.to(wide) for tensor in tensors)  # type: ignore[assignment]
+        logits = F.linear(*tensors)
         return capped(logits if self.scale == 1 else logits * self.scale, self.softcap)
 
     def product(self, dtype: torch.dtype) -> Side:
@@ -54,11 +62,20 @@ def chunk_rows(chunk: int | None, device: torch.device, count: int) -> int:
 
 
 def product_dtype(side: Side) -> torch.dtype:
-    """The dtype in which hidden states and head are multiplied: autocast's where it is on."""
-    device = side.hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return torch.promote_types(side.hidden.dtype, side.weight.dtype)
+    """The dtype in which hidden states and head are multiplied: where autocast is on its own, but for float64."""
+    wide = torch.promote_types(side.hidden.dtype, side.weight.dtype)
+    return wide if wide == torch.float64 else autocast_dtype(side.hidden) or wide
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on a tensor's device; None where it is off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def under_autocast(dtype: torch.dtype | None, tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast is as `autocast_dtype` found it: a backward pass runs outside the forward's."""
+    return without_autocast(tensor) if dtype is None else torch.autocast(tensor.device.type, dtype=dtype)
 
 
 def logits_dtype(side: Side) -> torch.dtype:

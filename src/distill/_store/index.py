@@ -27,7 +27,7 @@ def as_ids(ids: Any) -> Integers:
         ValueError: If they are something else.
     """
     try:
-        found = torch.as_tensor(ids)
+        found = torch.as_tensor(np.ascontiguousarray(ids) if isinstance(ids, np.ndarray) else ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"ids must be integers (N,), or pairs (N, 2) of a sample and a seed: {error}") from error
     if not is_integer(found) or not (found.ndim == 1 or found.shape[1:] == (2,)) or len(found) == 0:

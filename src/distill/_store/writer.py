@@ -79,7 +79,7 @@ class TeacherWriter:
             raise ImportError('TeacherWriter needs safetensors: pip install "distill[store]"') from error
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # a process may change its directory
         self._k = check_count_or_none("k", k)
         self._temperature = float(as_constant("temperature", check_positive("temperature", temperature)))
         self._vocabulary = check_count_or_none("vocabulary", vocabulary)
@@ -272,6 +272,8 @@ class TeacherWriter:
     def _topk(self, rows: Tensor | TopK) -> tuple[TopK, int]:
         """The output as a `TopK`, and how many classes there are."""
         if isinstance(rows, Tensor):
+            if rows.ndim < 2:
+                raise ValueError(f"with k the output must be logits (N, ..., C), got shape {tuple(rows.shape)}")
             return TopK.of(rows, self._k or 0, temperature=self._temperature), self._check_classes(rows)
         if self._vocabulary is None:
             raise ValueError("vocabulary must be given to store a TopK, which does not know it; got None")

@@ -1,4 +1,4 @@
-"""What a Distiller is called with for a batch of a `transformers.Trainer`."""
+"""What a Distiller is called with for a batch of a `transformers.Trainer`, and what that takes for a model's output."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def split_batch(batch: dict[str, Any], model: Any, *, shifts: bool = False) -> t
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
     return inputs, labels, labels != -100
+
+
+def as_returned(loss: Any, output: Any) -> Any:
+    """A student's output as a Trainer expects it: but for a mapping, it takes the first entry for the loss."""
+    if isinstance(output, dict):
+        return output
+    return (loss, *output) if isinstance(output, (tuple, list)) else (loss, output)
 
 
 def _predicts_next(model: Any) -> bool:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from distill._distiller.distiller import Distiller
 from distill._distiller.evaluate import has_mean
-from distill.integrations._labels import split_batch
+from distill.integrations._labels import as_returned, split_batch
 
 _STATE = "distiller.pt"
 _Prepare = Callable[[dict[str, Any]], tuple[Any, ...]]
@@ -57,7 +57,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         self.prepare = prepare or self._prepare
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # `compute_loss` divides by itself
         self._terms: dict[str, Tensor] = {}
-        self._logged_step, self._hooked, self._micro_batches = 0, False, 1
+        self._logged_step, self._micro_batches = 0, 1
 
     def _prepare(self, batch: dict[str, Any]) -> tuple[Any, ...]:
         shifts = bool(getattr(self, "_loss_shifts_labels", False))
@@ -67,8 +67,8 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batches = len(batches)  # fewer at the end of an epoch
-        masks = [self.prepare(dict(batch))[2] for batch in batches]
-        counts = [mask.float().sum() for mask in masks if isinstance(mask, Tensor)]
+        self._learned().zero_grad()  # a scaler may have skipped the step before
+        counts = [mask.float().sum() for batch in batches if isinstance(mask := self.prepare(dict(batch))[2], Tensor)]
         if not counts or len(counts) < len(batches):  # some versions ask once more at the end of an epoch
             return batches, None
         return batches, self.accelerator.reduce(torch.stack(counts).sum().to(device))
@@ -93,7 +93,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
             if model.training:
                 self._terms[name] = self._terms.get(name, 0) + value.detach() * (1.0 if counted else share)
         loss = loss * self.args.world_size if model.training else loss  # DDP takes the mean of the gradients
-        return (loss, out.student) if return_outputs else loss
+        return (loss, as_returned(loss, out.student)) if return_outputs else loss
 
     @override
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
@@ -121,16 +121,17 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not held.issuperset(map(id, learned)):
             raise ValueError("the optimizer must hold what learns in the losses: build it over distiller.parameters()")
-        if learned and not self._hooked:
-            optimizer.register_step_pre_hook(self._average)
-            optimizer.register_step_post_hook(lambda *_: self._learned().zero_grad())
-            self._hooked = True
+        optimizer.register_step_post_hook(lambda *_: self._learned().zero_grad())  # Trainer clears the model's
         return optimizer
 
-    def _average(self, *_: Any) -> None:
-        for parameter in self._learned().parameters():
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        # Before a scaler of half precision looks for what overflowed: all processes must find the same.
+        for parameter in self._learned().parameters() if self.accelerator.sync_gradients else ():
             if parameter.grad is not None:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        return loss
 
     def _learned(self) -> torch.nn.ModuleDict:
         return torch.nn.ModuleDict({"losses": self.distiller.losses, "adapters": self.distiller.adapters})

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import is_integer
+from distill._checks import check_wide, is_integer
 from distill._engine.products import Side, capped
-from distill._engine.squared.heads import FEWER, check_whole
+from distill._engine.rows import Rows
+from distill._engine.squared.heads import FEWER, check_vocabulary, check_whole
 from distill._options import Options
 from distill.losses._seen import SeenLogits, check_all_positions
 
@@ -80,6 +81,14 @@ class HeadPair:
         student, teacher = self.student, self.teacher
         theirs = getattr(teacher, "weight", None), getattr(teacher, "bias", None)
         return student.weight, getattr(student, "bias", None), *theirs
+
+    def compared(self, size: int | None, rows: Rows) -> int:
+        """How many rows of the heads a loss compares; raise ValueError if they do not fit, or are too few for it."""
+        weight, _, teacher_weight, _ = self.tensors()
+        found = check_vocabulary(len(weight), len(weight if teacher_weight is None else teacher_weight), size)
+        if rows.softmax and found < rows.classes:
+            raise ValueError(f"there must be at least {rows.classes} classes to compare, got {found}")
+        return found
 
     def check_models(self, student: object, teacher: object) -> None:
         """Raise ValueError if a model had its head at its first check and has another module there now."""
@@ -177,10 +186,15 @@ def check_head(name: str, head: nn.Module, scale: float, softcap: float | None =
         )
     if bias is not None and not isinstance(bias, Tensor):
         raise ValueError(f"{name} must have a tensor or None as bias, got {type(bias).__name__}")
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"{name} must have a floating-point weight, got {weight.dtype} in {type(head).__name__}: dequantise it"
-        )
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must have a floating-point {what}, got {tensor.dtype} in {type(head).__name__}: dequantise it"
+            )
+        if tensor is not None:
+            check_wide(f"the {what} of {name}", tensor.dtype)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name} must have a bias of one number a row, {len(weight)}, got shape {tuple(bias.shape)}")
     if "weight" in head.__dict__ and head._forward_pre_hooks:
         raise ValueError(
             f"{name} must have a weight of its own, got one that is made anew before each forward (weight_norm, "
@@ -190,11 +204,11 @@ def check_head(name: str, head: nn.Module, scale: float, softcap: float | None =
         _probe(name, head, weight, bias, scale, softcap)
 
 
-def _kind(head: nn.Module | None) -> tuple[type, bool, bool]:
-    """What tells cheaply that a head has come to compute something else."""
+def _kind(head: nn.Module | None) -> tuple[Any, ...]:
+    """What tells cheaply that a head has come to compute something else: its class, forward and hooks."""
     if head is None:
-        return type(None), False, False
-    return type(head), "forward" in head.__dict__, bool(head._forward_hooks or head._forward_pre_hooks)
+        return ()
+    return type(head), head.__dict__.get("forward"), *head._forward_hooks.values(), *head._forward_pre_hooks.values()
 
 
 def _computes_as_linear(head: nn.Module) -> bool:
