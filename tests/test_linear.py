@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import distill
 from contract import gradient
@@ -228,7 +229,7 @@ def test_under_autocast_and_checkpointing():
     torch.testing.assert_close(value, formed, rtol=1e-3, atol=1e-4)
     assert value.dtype == torch.float32
     expected = gradients(loss(student, teacher), student, ours)
-    again = torch.utils.checkpoint.checkpoint(lambda s: loss(s, teacher), student, use_reentrant=False)
+    again = checkpoint(lambda s: loss(s, teacher), student, use_reentrant=False)
     check(gradients(again, student, ours), expected, rtol=0, atol=0)
 
 

@@ -15,6 +15,7 @@ accelerate = pytest.importorskip("accelerate")
 from transformers import LlamaForCausalLM, Trainer  # noqa: E402
 
 from distill import Distiller, DISTLoss, HintLoss, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
+from distill.integrations._labels import split_batch  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
 from language_models import VOCABULARY, arguments, build, llama, needs_packing, rows, stack  # noqa: E402
 from workers import run_workers  # noqa: E402
@@ -276,6 +277,11 @@ def test_an_optimizer_of_ones_own_must_hold_what_learns(tmp_path):
     trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), optimizers=(mine, None))
     trainer.train()
     assert all(parameter.grad is None for parameter in distiller.losses.parameters())
+
+
+def test_labels_in_unsigned_bytes_are_not_taken_for_missing():
+    labels = torch.tensor([156, 3], dtype=torch.uint8)  # as a byte, -100 is 156
+    assert split_batch({"labels": labels}, nn.Linear(1, 1))[2].all()
 
 
 def test_encoder_decoder_models_get_their_decoder_inputs(tmp_path):

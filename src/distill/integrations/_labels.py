@@ -31,7 +31,7 @@ def split_batch(batch: dict[str, Any], model: Any, *, shifts: bool = False) -> t
         return inputs, *next_tokens(labels, segments=segments)  # no padding on the left predicts a first token
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-    return inputs, labels, labels != -100
+    return inputs, labels, labels.long() != -100  # as unsigned bytes, 156 would equal it
 
 
 def as_returned(loss: Any, output: Any) -> Any:
