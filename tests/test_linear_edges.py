@@ -179,3 +179,19 @@ def test_rejects_numbers_of_8_bits():
         TopK(topk.indices, topk.log_probs.to(narrow.dtype))
     with pytest.raises(ValueError, match="^logits must have 16 bits or more"):
         CrossEntropyLoss()(narrow, labels)
+
+
+def test_rejects_what_is_not_dense():
+    ours, theirs = heads(dtype=torch.float32)
+    student, teacher = (tensor.detach() for tensor in states(dtype=torch.float32))
+    sparse, other = student.to_sparse(), teacher.to_sparse()
+    topk = TopK.of(student, 2)
+    for who, call in {
+        "the student's hidden states": lambda: LinearLoss(KLLoss(), ours, theirs)(sparse, teacher),
+        "the teacher's hidden states": lambda: LinearLoss(KLLoss(), ours, theirs)(student, other),
+        "student": lambda: KLLoss(1.0)(sparse, topk),
+        "logits": lambda: TopK.of(sparse, 2),
+        "log_probs": lambda: TopK(topk.indices, topk.log_probs.to_sparse()),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{who} must be dense .torch.strided., got torch.sparse_coo"):
+            call()

@@ -135,11 +135,9 @@ def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
     ours, theirs = student.dtype, teacher.dtype
     if not (ours.is_floating_point and theirs.is_floating_point):
         raise ValueError(f"student and teacher must be floating-point, got {ours} and {theirs}")
-    if not student.layout is teacher.layout is torch.strided:
-        raise ValueError(
-            f"student and teacher must be dense (torch.strided), got {student.layout} and {teacher.layout}; "
-            ".to_dense() makes a sparse tensor so, .values() a nested one"
-        )
+    if not (ours is theirs is torch.float32 and student.layout is teacher.layout is torch.strided):
+        check_numbers("student", student)
+        check_numbers("teacher", teacher)
     if student.device != teacher.device:
         raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
     if student.numel() == 0 or teacher.numel() == 0:
@@ -147,15 +145,16 @@ def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
         raise ValueError(f"student and teacher must not be empty, got shape {tuple(empty.shape)}")
     if ours is theirs is torch.float32:  # what is asked for most costs least
         return torch.float32
-    check_wide("student", ours)
-    check_wide("teacher", theirs)
     return torch.promote_types(torch.promote_types(ours, theirs), torch.float32)
 
 
-def check_wide(name: str, dtype: torch.dtype) -> None:
-    """Raise ValueError for floating-point numbers of 8 bits, which PyTorch combines with no others."""
-    if dtype.itemsize < 2 and dtype.is_floating_point:
-        raise ValueError(f"{name} must have 16 bits or more a number, got {dtype}; .float() widens it")
+def check_numbers(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for numbers that PyTorch does little with: sparse or nested ones, and floats of 8 bits."""
+    if tensor.layout is not torch.strided:
+        way = ".to_dense() makes a sparse tensor so, .values() a nested one"
+        raise ValueError(f"{name} must be dense (torch.strided), got {tensor.layout}; {way}")
+    if tensor.dtype.itemsize < 2 and tensor.is_floating_point():
+        raise ValueError(f"{name} must have 16 bits or more a number, got {tensor.dtype}; .float() widens it")
 
 
 def make_ready(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

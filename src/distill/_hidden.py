@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill._checks import check_labels, check_wide, is_integer, ordinary
+from distill._checks import check_labels, check_numbers, is_integer, ordinary
 from distill._reduction import Reduction, check_mask
 
 IGNORED = -100  # a label that means "none"
@@ -13,6 +13,7 @@ IGNORED = -100  # a label that means "none"
 
 def check_hidden(side: str, hidden: Tensor, weight: Tensor) -> None:
     """Raise ValueError if hidden states do not fit the weight of their head."""
+    check_numbers(f"the {side}'s hidden states", hidden)
     if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or hidden.numel() == 0:
         raise ValueError(
             f"the {side}'s hidden states must be (..., {weight.shape[1]}), as wide as its head, and not empty, "
@@ -20,7 +21,6 @@ def check_hidden(side: str, hidden: Tensor, weight: Tensor) -> None:
         )
     if not hidden.is_floating_point():
         raise ValueError(f"the {side}'s hidden states must be floating-point, got {hidden.dtype}")
-    check_wide(f"the {side}'s hidden states", hidden.dtype)
     if hidden.device != weight.device:
         raise ValueError(
             f"the {side}'s hidden states must be on its head's device, {weight.device}, got {hidden.device}"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distill._checks import check_count, check_tensor, check_wide, is_integer, may_look
+from distill._checks import check_count, check_numbers, check_tensor, is_integer, may_look
 
 
 def next_tokens(labels: Tensor, ignore_index: int = -100, *, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def chunk_log_probs(
     check_count("num_chunks", num_chunks)
     if not log_probs.is_floating_point():
         raise ValueError(f"log_probs must be floating-point, got {log_probs.dtype}")
-    check_wide("log_probs", log_probs.dtype)
+    check_numbers("log_probs", log_probs)
     if log_probs.ndim != 2 or chunks.shape != log_probs.shape or not is_integer(chunks):
         raise ValueError(
             "log_probs and chunks must be (B, T), and chunks integers, got "

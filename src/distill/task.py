@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from distill._checks import check_fraction, check_integer, check_labels, check_wide, is_integer, may_look, widen
+from distill._checks import check_fraction, check_integer, check_labels, check_numbers, is_integer, may_look, widen
 from distill._options import Options
 from distill._reduction import Reduction, check_denominator, check_mask, divide, hide, reduce
 
@@ -149,7 +149,7 @@ def _class_dim(logits: Tensor, target: Tensor, dim: int | None) -> int:
     shape, labels = tuple(logits.shape), tuple(target.shape)
     if not logits.is_floating_point() or logits.ndim == 0 or 0 in shape:
         raise ValueError(f"logits must be floating-point and not empty, got {logits.dtype} of shape {shape}")
-    check_wide("logits", logits.dtype)
+    check_numbers("logits", logits)
     if logits.device != target.device:
         raise ValueError(f"logits and labels must be on the same device, got {logits.device} and {target.device}")
     if dim is not None and (not isinstance(dim, int) or not -logits.ndim <= dim < logits.ndim):

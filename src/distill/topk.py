@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill._checks import as_constant, check_count, check_positive, check_tensor, check_wide, is_integer, ordinary
+from distill._checks import as_constant, check_count, check_numbers, check_positive, check_tensor, is_integer, ordinary
 from distill._merged import draw, in_blocks, log_probs_of, rest_of, round_rows, wide
 
 _ROUNDED = 1e-3  # what a row may be off one, for log-probabilities that somebody printed with a few digits
@@ -81,7 +81,7 @@ class TopK:
             raise ValueError(f"indices must be integers, got {indices.dtype}")
         if not log_probs.is_floating_point():
             raise ValueError(f"log_probs must be floating-point, got {log_probs.dtype}")
-        check_wide("log_probs", log_probs.dtype)
+        check_numbers("log_probs", log_probs)
         if indices.shape != log_probs.shape or indices.ndim == 0 or indices.shape[-1] == 0:
             raise ValueError(
                 "indices and log_probs must have the same shape (..., k) with a k of at least 1, "
@@ -251,7 +251,7 @@ class TopK:
         if dtype is not None and dtype != self.dtype:
             if not dtype.is_floating_point:
                 raise ValueError(f"dtype must be floating-point, got {dtype}")
-            check_wide("log_probs", dtype)
+            check_numbers("log_probs", torch.empty(0, dtype=dtype))
             narrow = torch.finfo(dtype).eps > torch.finfo(self.dtype).eps
             log_probs, tail = self.log_probs.to(dtype), self.log_tail
             if narrow:
@@ -336,5 +336,5 @@ def _check_logits(logits: Tensor) -> Tensor:
         raise ValueError(
             f"logits must be floating-point (..., C) and not empty, got {logits.dtype} of shape {tuple(logits.shape)}"
         )
-    check_wide("logits", logits.dtype)
+    check_numbers("logits", logits)
     return logits

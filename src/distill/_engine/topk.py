@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill._checks import check_classes, check_dim, check_tensor, check_wide, may_look
+from distill._checks import check_classes, check_dim, check_numbers, check_tensor, may_look
 from distill._engine.blocks import block_by_autograd, redo
 from distill._merged import merge_rest
 from distill._reduction import check_mask
@@ -38,7 +38,7 @@ def ready_student(student: Tensor, topk: TopK, *, dim: int | None, mask: Tensor 
     """
     if not check_tensor("student", student).is_floating_point():
         raise ValueError(f"student must be floating-point, got {student.dtype}")
-    check_wide("student", student.dtype)
+    check_numbers("student", student)
     if student.numel() == 0:
         raise ValueError(f"student must not be empty, got shape {tuple(student.shape)}")
     check_dim(dim)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_wide, is_integer
+from distill._checks import check_numbers, is_integer
 from distill._engine.products import Side, capped
 from distill._engine.rows import Rows
 from distill._engine.squared.heads import FEWER, check_vocabulary, check_whole
@@ -192,7 +192,7 @@ def check_head(name: str, head: nn.Module, scale: float, softcap: float | None =
                 f"{name} must have a floating-point {what}, got {tensor.dtype} in {type(head).__name__}: dequantise it"
             )
         if tensor is not None:
-            check_wide(f"the {what} of {name}", tensor.dtype)
+            check_numbers(f"the {what} of {name}", tensor)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name} must have a bias of one number a row, {len(weight)}, got shape {tuple(bias.shape)}")
     if "weight" in head.__dict__ and head._forward_pre_hooks:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from distill._checks import check_tensor, check_wide, ordinary, without_autocast
+from distill._checks import check_numbers, check_tensor, ordinary, without_autocast
 from distill._engine.squared.classes import by_blocks, forms_early, reduce_by_blocks
 from distill._engine.squared.gram import Factor, Heads, by_factor, by_gram, factorise, teacher_gram
 from distill._engine.squared.plan import Size, has_float64, is_tiny
@@ -188,7 +188,7 @@ def check_heads(
         if tensor.device != device:
             raise ValueError(f"hidden states and heads must be on the same device, got {device} and {tensor.device}")
         if kind != torch.float32:
-            check_wide("hidden states and heads", kind)
+            check_numbers("hidden states and heads", tensor)
             dtype = torch.promote_types(dtype, kind)
     if 0 in ours:
         raise ValueError(f"hidden states must not be empty, got shape {tuple(ours)}")
