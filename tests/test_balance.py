@@ -206,6 +206,7 @@ def test_weights_stay_as_they_were_where_it_fails():
 
 def test_a_share_of_0_switches_off_and_a_term_that_is_off_may_be_named():
     distiller = nets(kl=Term(KLLoss(), weight=0.0), hint=hint(), pull=Term(Pull(), at=("fc", None), weight=0.0))
+    distiller.weights["kl"] = -0.0  # no weight below 0
     weights = calibrate(distiller, [batch(8)], {"task": 0.5, "kl": 0.5, "hint": 0.0})
     assert (weights["hint"], weights["pull"], weights["task"]) == (0.0, 0.0, 1.0)
     assert weights["kl"] > 0

@@ -49,6 +49,31 @@ def test_says_shapes_calls_and_what_is_overwritten_later():
     assert len(shapes) == 8
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_what_torch_jit_runs_has_no_taps_and_keeps_its_buffers():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = self.seen + 1
+            self.seen += 1
+            return self.fc(x)
+
+    model = nn.Sequential(torch.jit.script(Counts()), nn.Linear(4, 3))
+    assert list(tap_shapes(model, batch()[0])) == ["", "1"]
+    assert model[0].seen == 0
+
+
+def test_parts_that_an_encoder_would_fuse_are_seen():
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    shapes = tap_shapes(nn.TransformerEncoder(layer, 1), torch.zeros(2, 4, 8))
+    assert shapes["layers.0.linear1"].shape == (2, 4, 8)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_shows_paths_of_so_many_names_and_models_without_weights():
     with torch.device("meta"):
         inputs = torch.zeros(2, 6)

@@ -120,7 +120,8 @@ def calibrate(
     unit = weights[keep] * sums[keep] / shares[keep]
     for name, share in shares.items():
         if name != keep:
-            weights[name] = math.copysign(unit * share / sums[name], weights[name]) if share > 0 else 0.0
+            size = abs(unit) * share / sums[name] if share > 0 else 0.0
+            weights[name] = -size if size and weights[name] < 0 else size
     inner.weights.update(weights)
     return weights
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from distill._checks import check_classes, check_count, check_inputs
 from distill._distiller.evaluate import call
 from distill._distiller.stand_ins import Listener, listen
+from distill._distiller.taps import scripted, unfused
+from distill._distiller.values import Versions
 from distill._reduction import reduce
 from distill._table import Entries, table
 
@@ -88,7 +89,8 @@ def tap_shapes(model: nn.Module, inputs: Any, *, depth: int | None = None) -> Ta
         depth: Only modules whose path has at most so many names; `"encoder.layers.3"` has three. None: all.
 
     Returns:
-        A mapping from the path of every module to its `TapShape`; printed, a table.
+        A mapping from the path of every module to its `TapShape`, but for what torch.jit runs, which has no taps;
+        printed, a table.
 
     Raises:
         TypeError: If the model is no module.
@@ -112,13 +114,15 @@ def tap_shapes(model: nn.Module, inputs: Any, *, depth: int | None = None) -> Ta
         raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
     if depth is not None:
         check_count("depth", depth)
-    paths = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    unheard = scripted(modules)
+    paths = {path: module for path, module in modules.items() if path not in unheard}
     clock = itertools.count()
     looks = {
         id(module): (_Look(module, clock, takes_input=True), _Look(module, clock, takes_input=False))
         for module in paths.values()
     }
-    with as_it_was(model), torch.no_grad():
+    with as_it_was(model), torch.no_grad(), unfused(model, paths):
         model.eval()
         listen([look for pair in looks.values() for look in pair], lambda: call(model, inputs))
     shown = {path: looks[id(module)] for path, module in paths.items() if depth is None or path.count(".") < depth}
@@ -168,17 +172,16 @@ class _Look(Listener):
         self.clock = clock
         self.last = -1
         self.seen: list[tuple[int, ...] | str] = []
-        self.versions: list[tuple[Tensor, int]] = []
+        self.versions = Versions()
 
     @override
     def hear(self, call: int, value: Any) -> None:
         self.last = next(self.clock)
         self.seen.append(_describe(value))
-        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
-        self.versions += [(leaf, leaf._version) for leaf in leaves]
+        self.versions.note(self.name, value)
 
     def overwritten(self) -> bool:
-        return any(tensor._version != version for tensor, version in self.versions)
+        return self.versions.changed(self.name)
 
 
 def _entry(given: _Look, gave: _Look) -> TapShape:
@@ -189,7 +192,7 @@ def _entry(given: _Look, gave: _Look) -> TapShape:
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Put modes and buffers back."""
     modes = {module: module.training for module in model.modules()}
-    tables = {module: dict(module._buffers) for module in model.modules()}
+    tables = {module: dict(module._buffers.items()) for module in model.modules()}
     kept = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
         yield
@@ -197,7 +200,8 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         for module, table in tables.items():
-            module._buffers.update(table)
+            for name, buffer in table.items():  # that of torch.jit is no dict
+                module._buffers[name] = buffer
         with torch.no_grad():
             for buffer, version, clone in kept:  # a batch norm changes its statistics without a new version
                 if buffer._version != version or not (buffer.is_meta or torch.equal(buffer, clone)):

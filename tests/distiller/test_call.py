@@ -185,6 +185,69 @@ def test_a_weight_of_0_is_off_and_keeps_a_gradient_of_0_for_what_learns():
     distiller(batch()[0])  # the task is off and asks for no labels
 
 
+def test_what_learns_in_a_task_that_is_off_stays_in_the_graph_and_the_total_stays_what_it_is():
+    class Margin(nn.Linear):
+        def forward(self, student, target):
+            return super().forward(student).square().mean()
+
+    class Wide(HintLoss):
+        pass
+
+    find, complex_one = nn.Linear(5, 5), Wide(8, 9)
+    complex_one.extra = nn.Parameter(torch.ones(2, dtype=torch.complex128))
+    distiller = Distiller(
+        Net(),
+        Net(seed=1),
+        {
+            "kl": KLLoss(),
+            "wide": Term(HintLoss(8, 9).double(), at="body", weight=0.0),
+            "meta": Term(HintLoss(8, 9).to("meta"), at="body", weight=0.0),
+            "complex": Term(complex_one, at="body", weight=0.0),
+        },
+        task_loss=Margin(5, 5),
+        task_output=find,
+        task_weight=0.0,
+    )
+    out = distiller(*batch())
+    assert (out.loss.dtype, out.loss.device.type) == (torch.float32, "cpu")
+    out.loss.backward()
+    for learned in (distiller.task_loss, find, distiller.losses["wide"], complex_one):
+        assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in learned.parameters())
+
+
+def test_what_one_loss_changes_in_place_is_not_compared_by_the_next():
+    def margin(logits, target):
+        logits[torch.arange(len(target)), target] -= 1.0
+        return F.cross_entropy(logits, target)
+
+    inputs, labels = batch()
+    distiller = Distiller(Net(), Net(seed=1), KLLoss(), task_loss=margin)
+    with pytest.raises(ValueError, match=r"what term 'distillation' compares must stay .* before it, \['task'\]"):
+        distiller(inputs, labels)
+    relu = nn.ReLU(inplace=True)
+    for side in ("student", "teacher"):
+        terms = {"a": Term(HintLoss(), at="body.0", **{side: relu}), "b": Term(HintLoss(), at="body.0")}
+        models = [nn.Sequential() for _ in range(2)]
+        for seed, model in enumerate(models):
+            model.body = nn.Sequential(Net(seed=seed).body[0])
+        with pytest.raises(ValueError, match=r"what term 'b' compares must stay .* before it, \['a'\]"):
+            Distiller(*models, terms, task_loss=None)(inputs)
+        Distiller(*models, terms["a"], task_loss=None)(inputs).loss.backward()  # nobody else sees it
+
+
+def test_inputs_that_a_model_changes_in_place_are_not_what_the_other_side_is_compared_with():
+    class Scales(Net):
+        def forward(self, x):
+            return super().forward(x.mul_(2.0))
+
+    inputs, labels = batch()
+    with pytest.raises(ValueError, match="the teacher must leave its inputs as they are"):
+        Distiller(Net(), Scales(seed=1), KLLoss())(inputs.clone(), labels)
+    Distiller(Net(), Scales(seed=1), KLLoss())(inputs, labels, teacher_inputs=inputs.clone())
+    with pytest.raises(ValueError, match=r"what term 'distillation' compares must stay .* or the student's forward"):
+        Distiller(Scales(), lambda x: x[:, :5], KLLoss())(inputs.clone(), labels)
+
+
 def test_an_adapter_of_the_student_alone_gets_no_gradient_of_nan_through_a_weight_of_0():
     distiller = Distiller(Net(), Net(seed=1), {"bad": Term(Poison(), weight=0.0)})
     with torch.no_grad():
@@ -256,7 +319,12 @@ def test_a_denominator_is_refused_where_a_mean_cannot_become_a_sum():
     task = Distiller(Net(), Net(seed=1), KLLoss(), task_loss=lambda s, t: F.cross_entropy(s, t))
     with pytest.raises(ValueError, match="a task loss whose mean becomes a sum must take a keyword denominator"):
         task(*batch(), denominator=4)
-    for other in (nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.CrossEntropyLoss(weight=torch.ones(5))):
+
+    class Focal(nn.CrossEntropyLoss):  # its forward may be a mean, whatever its reduction says
+        def forward(self, logits, target):
+            return F.cross_entropy(logits, target, reduction="none").square().mean()
+
+    for other in (nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.CrossEntropyLoss(weight=torch.ones(5)), Focal()):
         own = Distiller(Net(), Net(seed=1), KLLoss(), task_loss=other)
         with pytest.raises(ValueError, match="or be nn.CrossEntropyLoss or nn.NLLLoss without class weights"):
             own(batch()[0], torch.rand(4, 5), denominator=4)

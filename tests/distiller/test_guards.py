@@ -150,6 +150,10 @@ def test_learned_losses_outside_a_wrapper_are_told_by_their_parameters(monkeypat
     for loss in (HintLoss(8, 12), Around(HintLoss(8, 12))):
         with pytest.raises(ValueError, match="the learned part of term 'hint' must get the gradients of all processes"):
             check(loss)
+    for options in ({"task_loss": Around(nn.Linear(5, 5))}, {"task_output": nn.Linear(5, 5)}):
+        distiller = Distiller(Net(), Net(seed=1), LogitLoss(), **options)
+        with pytest.raises(ValueError, match="the learned part of term 'task' must get the gradients of all processes"):
+            guards.check_losses_in_step(distiller, nn.Sequential(distiller.student))
 
 
 class Around(nn.Module):

@@ -1,10 +1,14 @@
 """Taps: what they see, and what they refuse."""
 
+import dataclasses
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from distill import Distiller, LogitLoss, Term
+from distill import Distiller, HintLoss, LogitLoss, Term
 from distill._distiller.taps import parse_path
 from models import Checkpointed, Net, batch
 from tapping import distiller, see
@@ -212,3 +216,126 @@ def test_inference_tensors_are_copied_since_they_count_no_changes():
     with torch.inference_mode():
         _, seen = see(net, "body.1")
         assert torch.equal(seen["body.1"], net.body[1](net.body[0](x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    h: torch.Tensor
+
+
+@dataclasses.dataclass
+class Slotted:
+    __slots__ = ("h",)
+    h: torch.Tensor
+
+
+class Entries(dict):
+    pass
+
+
+class Several(list):
+    pass
+
+
+class Sizes(tuple):
+    __slots__ = ()
+
+
+OBJECTS = {
+    "dataclass": (lambda h: Frozen(h), lambda out: out.h),
+    "slots": (lambda h: Slotted(h), lambda out: out.h),
+    "namespace": (lambda h: SimpleNamespace(deep=SimpleNamespace(h=[h])), lambda out: out.deep.h[0]),
+    "dict": (lambda h: Entries(h=h), lambda out: out["h"]),
+    "list": (lambda h: Several([h]), lambda out: out[0]),
+    "tuple": (lambda h: Sizes([h]), lambda out: out[0]),
+}
+
+
+@pytest.mark.parametrize("kind", list(OBJECTS))
+def test_what_an_object_holds_is_seen_like_what_a_container_holds(kind):
+    build, take = OBJECTS[kind]
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return build(super().forward(x))
+
+    class Model(nn.Module):
+        def __init__(self, seed, change):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.layer, self.fc, self.change = Layer(6, 4), nn.Linear(4, 5), change
+
+        def forward(self, x):
+            out = self.layer(x)
+            h = take(out)
+            if self.change == "in place":
+                h.relu_()
+            if self.change == "later" and kind == "dict":
+                out["h"] = h * 0
+            if self.change == "later" and kind == "namespace":
+                out.deep = None
+            return self.fc(h)
+
+    def step(change, **options):
+        student, teacher = Model(0, change), Model(1, change)
+        term = Term(HintLoss(), at="layer", student=take, teacher=take, **options)
+        return Distiller(student, teacher, term, task_loss=None), student, teacher
+
+    x = batch()[0]
+    for change, options in (("nothing", {}), ("later", {}), ("in place", {"copy": True})):
+        distiller, student, teacher = step(change, **options)
+        loss = distiller(x).loss
+        ours, theirs = (nn.functional.linear(x, m.layer.weight, m.layer.bias) for m in (student, teacher))
+        torch.testing.assert_close(loss, nn.functional.mse_loss(ours, theirs))
+        loss.backward()
+        assert student.layer.weight.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="the teacher's tap 'layer' must not change after the tap"):
+        step("in place")[0](x)
+
+
+def test_an_object_that_refers_to_itself_is_seen_once():
+    class Node(nn.Linear):
+        def forward(self, x):
+            out = SimpleNamespace(h=super().forward(x))
+            out.parent = out
+            return out
+
+    term = Term(HintLoss(), at="0", student=lambda out: out.parent.h, teacher=lambda out: out.h, copy=True)
+    models = [nn.Sequential(Node(6, 4), nn.Identity()) for _ in range(2)]
+    out = Distiller(*models, term, task_loss=None)(batch()[0])
+    torch.testing.assert_close(out.loss, nn.functional.mse_loss(out.student.h, out.teacher.h))
+
+
+def encoder(seed):
+    torch.manual_seed(seed)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+def test_parts_of_an_encoder_that_eval_mode_would_fuse_are_heard():
+    student, teacher = encoder(0), encoder(1)
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    padded = torch.tensor([[False] * 4, [False, False, True, True]])
+    terms = {"layer": Term(HintLoss(), at="layers.0"), "part": Term(HintLoss(), at="layers.1.linear2")}
+    distiller = Distiller(student, teacher, terms, task_loss=None)
+    out = distiller({"src": x, "src_key_padding_mask": padded}, mask=~padded)
+    ours, theirs = (m.layers[0](x, src_key_padding_mask=padded) for m in (student, teacher.train()))
+    torch.testing.assert_close(out.terms["layer"], nn.functional.mse_loss(ours[~padded], theirs[~padded]).detach())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(_module, _inputs):  # runs that overlap leave the switch as it was
+        inside.set()
+        go_on.wait(30)
+
+    handle = teacher.register_forward_pre_hook(wait)
+    thread = threading.Thread(target=distiller, args=({"src": x},))
+    thread.start()
+    inside.wait(30)
+    Distiller(encoder(2), encoder(3), terms["layer"], task_loss=None)(x)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    go_on.set()
+    thread.join()
+    handle.remove()
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from distill import Distiller, KLLoss, LogitLoss, TeacherOutput, Teachers, Term, kl_loss
 from models import Net, batch
@@ -157,6 +158,22 @@ def test_rejects_an_average_in_half_precision():
     distiller = Distiller(Net().bfloat16(), Net().bfloat16(), LogitLoss())
     with pytest.raises(ValueError, match="must be float32 or wider, got torch.bfloat16 in 'body.0.weight'"):
         distiller.update_teacher(0.999)
+
+
+def test_an_average_copies_what_has_no_mean_and_changes_nothing_where_it_is_refused():
+    student = Net()
+    student.scales = nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+    distiller = Distiller(student, copy.deepcopy(student), LogitLoss())
+    student.scales.fill_(7)
+    distiller.update_teacher(0.5)
+    assert torch.equal(distiller.teacher.scales, student.scales)
+    distiller.teacher.fc.bfloat16()
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    with torch.no_grad():
+        student.body[0].weight.add_(1.0)
+    with pytest.raises(ValueError, match="must be float32 or wider"):
+        distiller.update_teacher(0.5)
+    assert all(torch.equal(value, before[name]) for name, value in distiller.teacher.state_dict().items())
 
 
 def test_a_teacher_without_a_share_is_not_run_and_probabilities_keep_their_range():

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -154,12 +155,19 @@ class Two(nn.Module):
         ({"at": "body", "student": (abs,)}, ValueError, "one for each of a tuple of paths, got 1 for 'body'"),
         ({"at": ("body", None), "teacher": abs}, ValueError, "teacher= must have something to adapt"),
         ({"copy": True}, ValueError, "copy=True must have a path to copy from, got at=None"),
+        ({"at": nn.Linear(2, 2)}, ValueError, r"a side of at must have no parameters .* Linear with \['weight', 'bi"),
+        ({"at": ("body", nn.BatchNorm1d(2, affine=False))}, ValueError, "a side of at must have no parameters or buff"),
         ({"at": (None, "body")}, ValueError, "at must be a path, a function .* got \\(None, 'body'\\)"),
     ],
 )
 def test_rejects(arguments, error, match):
     with pytest.raises(error, match=match):
         Term(LogitLoss(), **arguments)
+
+
+def test_weights_may_be_numbers_that_no_tensor_takes():
+    out = Distiller(Net(), Net(seed=1), Term(LogitLoss(), weight=Fraction(1, 4)), task_loss=None)(batch()[0])
+    torch.testing.assert_close(out.loss, out.terms["distillation"] / 4)
 
 
 def test_rejects_a_tensor_as_a_weight_set_later():
@@ -217,7 +225,7 @@ def test_every_error_of_a_term_names_it_and_the_side_and_keeps_type_and_cause(er
         "term 'a', student side ": (Term(LogitLoss(), student=fails), {}),
         "term 'a', teacher side ": (Term(LogitLoss(), teacher=fails), {}),
         "term 'a'": (Term(Loss()), {}),
-        "term 'a', student side  ": (Term(LogitLoss()), {"output": fails}),
+        "term 'a', teacher side  ": (Term(LogitLoss()), {"output": fails}),
         "term 'task', student side": (Term(LogitLoss()), {"task_output": fails, "task_loss": nn.CrossEntropyLoss()}),
         "term 'task'": (Term(LogitLoss()), {"task_loss": lambda output, target: fails(output)}),
     }

@@ -1,6 +1,6 @@
 """Runs teacher and student, taps them and adds the losses up."""
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +12,11 @@ from distill._distiller.evaluate import (
     ask_seen,
     call,
     check_tapped,
+    check_unchanged,
+    inputs_kept,
     recorded,
     seen_by_task,
-    seen_of,
+    sides_of,
     task_value,
     term_value,
 )
@@ -45,8 +47,8 @@ from distill._distiller.terms import (
     named_terms,
     takes,
     taps_of,
-    tensors_in,
 )
+from distill._distiller.values import Versions
 from distill._distiller.weights import Weights
 from distill._reduction import check_denominator
 from distill.task import CrossEntropyLoss
@@ -224,32 +226,34 @@ class Distiller(nn.Module):
         trains = self.training and torch.is_grad_enabled()
         self._check_models(names, model, trains)
 
+        # What is compared is found before any loss runs: a loss may change it in place.
         theirs, theirs_seen = self._run_teacher(names, inputs, teacher_inputs, teacher_output)
+        versions = Versions()
+        teachers = sides_of("teacher", names, self._compared, theirs, theirs_seen, self.output, versions)
         taps = taps_of((self._compared[name].student, self._compared[name].copy) for name in names)
         ours, ours_seen = run_with_taps(self.student, taps, lambda: call(model, inputs), side="student", runs=model)
         if trains:
             check_tapped(ours_seen)
+        students = sides_of("student", names, self._compared, ours, ours_seen, self.output, versions)
 
         losses: dict[str, Tensor] = {}
-        sides: list[Any] = []  # all that the student is compared by
         if TASK in on:
-            sides.append(seen_by_task(ours, self.output, self.task_output))
-            given = (sides[-1], targets[TASK]) if self._task_takes_target else (sides[-1],)
+            students[TASK] = seen_by_task(ours, self.output, self.task_output)
+            given = (students[TASK], targets[TASK]) if self._task_takes_target else (students[TASK],)
             losses[TASK] = task_value(self.task_loss, given, masks[TASK], denominator, ours)
         for name in names:
-            compared = self._compared[name]
-            sides.append(seen_of(name, "student", compared, ours, ours_seen, self.output))
-            teacher = seen_of(name, "teacher", compared, theirs, theirs_seen, self.output)
+            compared, sides = self._compared[name], (students[name], teachers[name])
+            check_unchanged(name, versions, losses)
             losses[name] = term_value(
-                name, self.losses[name], compared, sides[-1], teacher, targets[name], masks[name], denominator
+                name, self.losses[name], compared, *sides, targets[name], masks[name], denominator
             )
-            seen = (sides[-1], ours), (teacher, theirs)
+            seen = (sides[0], ours), (sides[1], theirs)
             ask_seen(name, self.losses[name], compared, inputs, *seen, (targets[name], masks[name]))
         first, *rest = (self._weights[name] * value for name, value in losses.items())
         total = sum(rest, first)
         if trains:
-            self._check_student(sides, total, model)
-            total = with_idle(total, [part[n] for part in (self.losses, self.adapters) for n in part if n not in names])
+            self._check_student(students.values(), total, model)
+            total = with_idle(total, self, on)
         return DistillerOutput(total, ours, theirs, {name: value.detach() for name, value in losses.items()}, losses)
 
     def update_teacher(self, decay: float) -> None:
@@ -330,20 +334,15 @@ class Distiller(nn.Module):
             if self._has_modes and any(module.training for module in self.teacher.modules()):
                 self.teacher.eval()
             given = inputs if teacher_inputs is None else teacher_inputs
-            with torch.no_grad():
+            with torch.no_grad(), inputs_kept(inputs):
                 if isinstance(self.teacher, nn.Module):
                     return run_with_taps(self.teacher, taps, lambda: call(self.teacher, given), side="teacher")
                 teacher_output = call(self.teacher, given)
         return recorded(teacher_output, taps)
 
-    def _check_student(self, sides: list[Any], total: Tensor, model: Any) -> None:
+    def _check_student(self, sides: Iterable[Any], total: Tensor, model: Any) -> None:
         """Raise ValueError if the student gets no gradient, whatever learns beside it."""
-        if not any(tensor.requires_grad for value in sides for tensor in tensors_in(value)):
-            check_trains(self.student)
-            raise ValueError(
-                "the student must get a gradient in training, but nothing that is compared carries one: its forward "
-                "ran under no_grad, or detached its output"
-            )
+        check_trains(self.student, sides)
         if model is not self.student and not torch.compiler.is_compiling() and self._known_model != id(model):
             check_reached(total, self.student, model)
             self._known_model = id(model)

@@ -1,7 +1,8 @@
 """One call: how models are run, what of their results a term compares, and its value."""
 
 import copy as copying
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -14,13 +15,14 @@ from distill._distiller.terms import (
     Compared,
     TeacherOutput,
     adapted,
-    detached,
     takes,
-    tensors_in,
     whole_output,
 )
+from distill._distiller.values import Versions, detached, tensors_in
 from distill._reduction import divide
 from distill.topk import TopK
+
+_MEANS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
@@ -94,14 +96,56 @@ def raise_named(error: Exception, where: str) -> NoReturn:
     raise error
 
 
-def seen_of(
-    name: str, whose: str, compared: Compared, result: Any, seen: Mapping[Tap, Any], output: Callable[[Any], Any] | None
-) -> Any:
-    """What a term compares of the `"student"` or the `"teacher"`, before its adapter; errors name both."""
-    try:
-        return _seen(getattr(compared, whose), result, seen, output, copy=compared.copy)
-    except Exception as error:
-        raise_named(error, f"term {name!r}, {whose} side")
+@contextmanager
+def inputs_kept(inputs: Any) -> Iterator[None]:
+    """Raise ValueError if the teacher changes in place what the student is given next."""
+    versions = Versions()
+    versions.note("inputs", inputs)
+    yield
+    if versions.changed("inputs"):
+        raise ValueError(
+            "the teacher must leave its inputs as they are, which the student gets next, but it changed them in place "
+            "(inplace=True, +=); teacher_inputs= takes a copy"
+        )
+
+
+def sides_of(
+    whose: str,
+    names: Iterable[str],
+    compared: Mapping[str, Compared],
+    result: Any,
+    seen: Mapping[Tap, Any],
+    output: Callable[[Any], Any] | None,
+    versions: Versions,
+) -> dict[str, Any]:
+    """What the terms compare of the `"student"` or the `"teacher"`, before their adapters; errors name term and side.
+
+    Args:
+        whose: The side.
+        names: The terms.
+        compared: By term, what it compares.
+        result: What the model returned.
+        seen: What its taps saw.
+        output: The Distiller's `output`.
+        versions: Notes what is found, by term.
+    """
+    found = {}
+    for name in names:
+        try:
+            found[name] = _seen(getattr(compared[name], whose), result, seen, output, copy=compared[name].copy)
+        except Exception as error:
+            raise_named(error, f"term {name!r}, {whose} side")
+        versions.note(name, found[name])
+    return found
+
+
+def check_unchanged(name: str, versions: Versions, before: Iterable[str]) -> None:
+    """Raise ValueError if what a term compares was changed in place since it was found, by the terms before it."""
+    if versions.changed(name):
+        raise ValueError(
+            f"what term {name!r} compares must stay as the models gave it, but a loss or adapter of the terms before "
+            f"it, {[*before]}, or the student's forward, changed it in place (inplace=True, +=): clone it there"
+        )
 
 
 def seen_by_task(result: Any, output: Callable[[Any], Any] | None, task_output: Callable[[Any], Any] | None) -> Any:
@@ -197,7 +241,9 @@ def _task_value(
         return loss(*arguments, **options), None
     if takes(loss, "denominator"):
         return loss(*arguments, denominator=denominator, **options), None
-    if not isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) or loss.weight is not None:
+    # A subclass with a forward of its own may be no mean over samples.
+    means = isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and type(loss).forward in _MEANS
+    if not means or loss.weight is not None:
         raise ValueError(
             "a task loss whose mean becomes a sum must take a keyword denominator, or be nn.CrossEntropyLoss or "
             f"nn.NLLLoss without class weights (others are means over something else than samples), got {loss!r}"

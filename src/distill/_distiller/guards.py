@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from distill._checks import as_constant, check_number, is_function
+from distill._distiller.terms import TASK
+from distill._distiller.values import tensors_in
 
 
 def ask_losses(losses: Iterable[Any], *, student: nn.Module, teacher: Any) -> None:
@@ -108,14 +110,25 @@ def check_reached(loss: Tensor, student: nn.Module, model: Any) -> None:
     )
 
 
-def check_trains(student: nn.Module) -> None:
-    """Raise ValueError if no parameter of the student wants a gradient."""
+def check_trains(student: nn.Module, sides: Iterable[Any]) -> None:
+    """Raise ValueError if the student gets no gradient, whatever learns beside it.
+
+    Args:
+        student: The student.
+        sides: All that is compared of it.
+    """
+    if any(tensor.requires_grad for value in sides for tensor in tensors_in(value)):
+        return
     parameters = list(student.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         raise ValueError(
             "the student must have a parameter to train, but none requires a gradient (another Distiller may have "
             "frozen it or the model that it was copied from): student.requires_grad_(True), or distiller.eval()"
         )
+    raise ValueError(
+        "the student must get a gradient in training, but nothing that is compared carries one: its forward ran under "
+        "no_grad, or detached its output"
+    )
 
 
 def check_losses_in_step(distiller: Any, model: Any) -> None:
@@ -133,8 +146,8 @@ def check_losses_in_step(distiller: Any, model: Any) -> None:
         return
     if model is distiller.student and not _sharded_alone(distiller):
         return
-    for name, loss in (*distiller.losses.items(), *distiller.adapters.items()):
-        if any(parameter.requires_grad and type(parameter) is nn.Parameter for parameter in _own_parameters(loss)):
+    for name, part in _learning(distiller):
+        if any(parameter.requires_grad and type(parameter) is nn.Parameter for parameter in _own_parameters(part)):
             raise ValueError(
                 f"the learned part of term {name!r} must get the gradients of all processes, but only the student is "
                 "wrapped (student=) or sharded: wrap the whole Distiller (DistributedDataParallel(distiller)), or that "
@@ -195,7 +208,12 @@ def update_average(teacher: Any, student: nn.Module, decay: float) -> None:
                     f"an averaged teacher must be float32 or wider, got {parameter.dtype} in {name!r}: small steps "
                     "would be rounded away"
                 )
-            parameter.lerp_(student.get_parameter(name).to(parameter.dtype), 1 - decay)
+        for name, parameter in teacher.named_parameters():
+            learner = student.get_parameter(name)
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.lerp_(learner.to(parameter.dtype), 1 - decay)
+            else:  # quantised weights have no mean
+                parameter.copy_(learner)
         for name, buffer in teacher.named_buffers():
             buffer.copy_(student.get_buffer(name))
 
@@ -204,10 +222,26 @@ def _shape(tensors: dict[str, Any], name: str) -> tuple[int, ...] | None:
     return tuple(tensors[name].shape) if name in tensors else None
 
 
-def with_idle(total: Tensor, off: Iterable[nn.Module]) -> Tensor:
-    """Keep what learns in terms that are off in the graph, with a gradient of 0: DDP waits for each."""
-    for module in off:
-        for parameter in module.parameters():
-            if parameter.requires_grad and type(parameter) is nn.Parameter:
-                total = total + parameter.flatten()[:0].sum()
+def with_idle(total: Tensor, distiller: Any, on: Iterable[str]) -> Tensor:
+    """Keep what learns in terms that are off in the graph, with a gradient of 0: DDP waits for each.
+
+    Args:
+        total: The total.
+        distiller: The Distiller.
+        on: The terms that count.
+    """
+    for name, part in _learning(distiller):
+        for parameter in () if name in on and part is not distiller.output else part.parameters():
+            if parameter.requires_grad and type(parameter) is nn.Parameter and not parameter.is_meta:
+                nothing = parameter.flatten()[:0].sum()
+                total = total + (nothing.real if nothing.is_complex() else nothing).to(total)
     return total
+
+
+def _learning(distiller: Any) -> Iterator[tuple[str, nn.Module]]:
+    """What may learn beside the student, with the name of its term."""
+    yield from distiller.losses.items()
+    yield from distiller.adapters.items()
+    for part in (distiller.task_loss, distiller.task_output, distiller.output):
+        if isinstance(part, nn.Module):
+            yield TASK, part

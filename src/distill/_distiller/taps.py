@@ -2,15 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from distill._distiller.stand_ins import Listener, listen, listen_traced
+from distill._distiller.values import Versions, mapped
 
 _Result = TypeVar("_Result")
 _PATH = re.compile(r"(?P<module>[^#]*?)(?P<input>:input)?(#(?P<call>\d+))?")
@@ -62,12 +64,64 @@ def check_path(model: nn.Module, path: str, *, side: str) -> None:
         near = difflib.get_close_matches(name, names, n=3) or [child for child, _ in model.named_children()]
         known = ", ".join(map(repr, near)) or "none: it has no submodules"
         raise ValueError(f"a tap must name a module of the {side}, got {name!r}; the nearest are {known}")
-    around = [outer for outer, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
-    if around and any(name == outer or outer == "" or name.startswith(f"{outer}.") for outer in around):
+    if name in scripted(modules):
         raise ValueError(
             f"a tap must name a module that Python runs, but {name!r} of the {side} is in a torch.jit.ScriptModule: "
             "use the model that it was made from, or compare outputs alone"
         )
+
+
+def scripted(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Those of a model's modules, by path, that torch.jit runs, so that nobody hears them."""
+    around = [path for path, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
+    return {path for path in modules for outer in around if outer in ("", path) or path.startswith(f"{outer}.")}
+
+
+@contextmanager
+def unfused(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Let PyTorch's transformer encoders run their parts, where these paths name one.
+
+    In eval mode they would compute a layer in one operation, and a padded batch as nested tensors. They look for hooks,
+    and would not see a stand-in. The switch is one for all threads.
+
+    Args:
+        model: The model that has the paths.
+        paths: Of modules in it.
+    """
+    if torch.compiler.is_compiling() or not any(_in_encoder(model, path) for path in paths):
+        yield
+        return
+    with _FUSED.lock:
+        if not _FUSED.runs:
+            _FUSED.before = torch.backends.mha.get_fastpath_enabled()
+        _FUSED.runs += 1
+        torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        with _FUSED.lock:
+            _FUSED.runs -= 1
+            if not _FUSED.runs:
+                torch.backends.mha.set_fastpath_enabled(_FUSED.before)
+
+
+class _Switch:
+    """The switch of PyTorch's fused encoders: as it was before, and how many runs have it off."""
+
+    def __init__(self) -> None:
+        self.lock, self.runs, self.before = threading.Lock(), 0, True
+
+
+_FUSED = _Switch()
+
+
+def _in_encoder(model: nn.Module, path: str) -> bool:
+    inside: nn.Module = model
+    for name in path.split(".") if path else ():
+        if isinstance(inside, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            return True
+        inside = inside.get_submodule(name)
+    return False
 
 
 def run_with_taps(
@@ -100,7 +154,8 @@ def run_with_taps(
         )
     listeners = [_Listener(model, tap, side) for tap in taps]
     run = listen_traced if torch.compiler.is_compiling() else listen
-    result = run(listeners, call)
+    with unfused(model, [parse_path(tap.path)[0] for tap in taps]):
+        result = run(listeners, call)
     return result, {listener.tap: listener.value() for listener in listeners}
 
 
@@ -113,22 +168,18 @@ class _Listener(Listener):
         self.tap = tap
         self.where = f"{side}'s tap {tap.path!r}"
         self.kept: Any = None
-        self.versions: list[tuple[Tensor, int]] = []
+        self.versions = Versions()
 
     @override
     def hear(self, call: int, value: Any) -> None:
         """Keep the value that belongs to the module's call of this number."""
         if call != (self.number or 0):
             return
-        if torch.compiler.is_compiling():
-            # What is traced counts no versions. The compiler drops copies of what nobody changes.
-            self.kept = tree_map(_copy, value)
-        elif self.tap.copy:
-            self.kept = tree_map(_copy, value)
-        else:
-            # Inference tensors count no versions either.
-            self.kept = tree_map(_copy_inference, value)
-            self.versions = [(leaf, leaf._version) for leaf in tree_leaves(self.kept) if _counts_versions(leaf)]
+        # What is traced counts no versions. The compiler drops copies of what nobody changes.
+        copies = self.tap.copy or torch.compiler.is_compiling()
+        # Inference tensors count no versions either.
+        self.kept = mapped(Tensor.clone if copies else _copy_inference, value)
+        self.versions.note(self.where, self.kept)
 
     def value(self) -> Any:
         """What was seen, once the forward is over."""
@@ -141,7 +192,7 @@ class _Listener(Listener):
                 f"the {self.where} must be reached at least {self.number + 1} times in a forward (calls count from 0), "
                 f"but it {reached}"
             )
-        if any(tensor._version != version for tensor, version in self.versions):
+        if self.versions.changed(self.where):
             raise ValueError(
                 f"the {self.where} must not change after the tap, but a later operation changed it in place "
                 "(inplace=True, +=); copy=True keeps what the module gave"
@@ -149,13 +200,5 @@ class _Listener(Listener):
         return self.kept
 
 
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _copy_inference(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
-
-def _counts_versions(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and not leaf.is_inference()
+def _copy_inference(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -8,7 +8,6 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distill._checks import check_flag, is_function
 from distill._distiller.taps import Tap, check_path, parse_path
@@ -32,8 +31,9 @@ class Term:
         at: What the loss compares. None: the outputs of both models. Otherwise one side for both models, or a pair of
             the student's side and the teacher's. A side is
 
-            - a path: the output of the module that `named_modules()` calls so. `":input"` after it takes the module's
-              first input instead, `"#k"` its k-th call in a forward, from 0, where it is called more than once.
+            - a path: the output of the module that `named_modules()` calls so, as its `forward` returns it, before
+              hooks of yours change it. `":input"` after it takes the module's first input instead, `"#k"` its k-th call
+              in a forward, from 0, where it is called more than once.
             - a tuple of paths: the loss gets a tuple.
             - a function of what the model returned: `lambda out: out.hidden_states[4]`.
             - None, for the teacher in a pair: nothing. The loss is one of the student alone and gets None there.
@@ -46,9 +46,9 @@ class Term:
             (`inplace=True`, `+=`). Without it such a change is an error.
 
     Raises:
-        ValueError: If the loss is no module or cannot be called so, `at` has another form, the weight is not finite, a
-            side that is None has an adapter, the teacher's adapter has something to learn, or `copy` is set and there
-            is no path.
+        ValueError: If the loss is no module or cannot be called so, `at` has another form or is a module with
+            parameters or buffers, the weight is not finite, a side that is None has an adapter, the teacher's adapter
+            has something to learn, or `copy` is set and there is no path.
         TypeError: If the weight is no number (a tensor would not be trained), or an adapter cannot be called.
 
     Examples:
@@ -72,6 +72,17 @@ class Term:
         check_loss(self.loss)
         check_weight("weight", self.weight)
         sides = parse_at(self.at)
+        for side in sides:
+            held = (
+                [name for name, _ in (*side.named_parameters(), *side.named_buffers())]
+                if isinstance(side, nn.Module)
+                else []
+            )
+            if held:
+                raise ValueError(
+                    "a side of at must have no parameters or buffers (they would not be trained, moved or saved), got "
+                    f"{type(side).__name__} with {held[:3]}; an adapter (student=, teacher=) may have them"
+                )
         for name, adapter, side in (("student", self.student, sides[0]), ("teacher", self.teacher, sides[1])):
             _check_adapter(name, adapter, side)
         for module in adapter_modules(self.teacher):
@@ -304,13 +315,3 @@ def adapted(value: Any, adapter: Adapter | None) -> Any:
                 "adapter can take it apart (adapt.Select), or tap a module inside it"
             )
     return value
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of a nested value."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def detached(value: Any) -> Any:
-    """A nested value whose tensors have no graph."""
-    return value.detach() if isinstance(value, Tensor) else tree_map_only(Tensor, Tensor.detach, value)

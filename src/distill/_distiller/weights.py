@@ -46,4 +46,4 @@ def check_weight(what: str, weight: float) -> float:
         )
     if not math.isfinite(weight):
         raise ValueError(f"{what} must be finite, got {weight!r}")
-    return weight
+    return weight if isinstance(weight, (int, float)) else float(weight)  # a tensor takes no Fraction
