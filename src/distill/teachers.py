@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from distill._checks import as_constant, check_count_or_none, check_not_negative, is_function, is_integer
@@ -99,7 +100,7 @@ class Teachers(nn.Module):
         if teacher_ids is not None:
             raise ValueError("teacher_ids need by_id, the teacher of each id, got by_id=None")
         used = [name for name in self._names if self.shares[name] > 0]
-        outputs = {name: self._teacher(name)(*args, **kwargs) for name in used}
+        outputs = {name: self._run(name, args, kwargs) for name in used}
         if self.combine is None:
             return outputs
         if not isinstance(self.combine, str):
@@ -125,7 +126,7 @@ class Teachers(nn.Module):
                 continue
             inputs = _cut([*args, *kwargs.values()], rows, len(names))
             given = inputs[: len(args)], dict(zip(kwargs, inputs[len(args) :], strict=True))
-            logits = self._logits(name, self._teacher(name)(*given[0], **given[1]))
+            logits = self._logits(name, self._run(name, *given))
             if logits.ndim < 2 or len(logits) != len(rows):
                 raise ValueError(
                     f"teacher {name!r} must give logits of its {len(rows)} samples, got shape {tuple(logits.shape)}"
@@ -136,6 +137,19 @@ class Teachers(nn.Module):
         joined = torch.cat(list(parts.values()))
         place = torch.tensor(order, device=joined.device)
         return torch.empty_like(joined).index_copy_(0, place, joined)
+
+    def _run(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a teacher gives; it must not change in place what the next one is given."""
+        shared = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        look = len(self._names) > 1 and not torch.compiler.is_compiling()
+        versions = [(tensor, tensor._version) for tensor in shared if look and not tensor.is_inference()]
+        output = self._teacher(name)(*args, **kwargs)
+        if any(tensor._version != version for tensor, version in versions):
+            raise ValueError(
+                f"a teacher must leave its inputs as they are, which the others get too, but {name!r} changed them in "
+                "place (inplace=True, +=)"
+            )
+        return output
 
     def _logits(self, name: str, output: Any) -> Tensor:
         logits = _find_logits(name, output)

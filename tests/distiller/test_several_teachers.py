@@ -172,3 +172,17 @@ def test_rejects_ids_without_a_mapping_and_teachers_that_give_something_else():
 
 def test_repr_says_which_teacher_has_which_samples():
     assert "by_id={0: 'big', 1: 'small', 7: 'big'}, vocab_size=3" in repr(experts(vocab_size=3))
+
+
+def test_inputs_that_one_teacher_changes_in_place_do_not_reach_the_next():
+    first, second = (Net(seed=seed).eval() for seed in (1, 2))
+    inputs, kept = batch()[0], batch()[0]
+    for options in ({"combine": "logits"}, {"by_id": {0: "first", 1: "second"}}):
+        teachers = Teachers(
+            first=lambda x, bias: first(x) + bias.mul_(2.0), second=lambda x, bias: second(x), **options
+        )
+        ids = {"teacher_ids": [0, 0, 1, 1]} if teachers.by_id else {}
+        with pytest.raises(ValueError, match="a teacher must leave its inputs as they are.*'first' changed them in pl"):
+            teachers(inputs, torch.ones(5), **ids)
+    alone = Teachers(first=lambda x: first(x.mul_(2.0)), combine="logits")
+    torch.testing.assert_close(alone(inputs), first(2.0 * kept))
