@@ -140,11 +140,14 @@ class Teachers(nn.Module):
 
     def _run(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a teacher gives; it must not change in place what the next one is given."""
-        shared = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-        look = len(self._names) > 1 and not torch.compiler.is_compiling()
-        versions = [(tensor, tensor._version) for tensor in shared if look and not tensor.is_inference()]
+        if len(self._names) == 1 or torch.compiler.is_compiling():
+            return self._teacher(name)(*args, **kwargs)
+        tensors = _tensors(args, kwargs)
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         output = self._teacher(name)(*args, **kwargs)
-        if any(tensor._version != version for tensor, version in versions):
+        left = {id(tensor) for tensor in _tensors(args, kwargs)}
+        now = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        if now != versions or any(id(tensor) not in left for tensor in tensors):
             raise ValueError(
                 f"a teacher must leave its inputs as they are, which the others get too, but {name!r} changed them in "
                 "place (inplace=True, +=)"
@@ -185,6 +188,10 @@ class Teachers(nn.Module):
 
 
 Teachers.__module__ = "distill"
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves((list(args), dict(kwargs))) if isinstance(leaf, Tensor)]
 
 
 def _shares(names: list[str], weights: Mapping[str, float] | None, combine: Any) -> dict[str, float]:

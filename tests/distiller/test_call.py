@@ -1,6 +1,7 @@
 """A call: masks and targets by name, weights of 0, outputs of detectors and segmenters, denominators."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +245,18 @@ def test_inputs_that_a_model_changes_in_place_are_not_what_the_other_side_is_com
     with pytest.raises(ValueError, match="the teacher must leave its inputs as they are"):
         Distiller(Net(), Scales(seed=1), KLLoss())(inputs.clone(), labels)
     Distiller(Net(), Scales(seed=1), KLLoss())(inputs, labels, teacher_inputs=inputs.clone())
+    for data in ([inputs], SimpleNamespace(x=inputs)):
+
+        class Replaces(Net):
+            def forward(self, data):
+                if isinstance(data, list):
+                    data[0] = 2.0 * data[0]
+                    return super().forward(data[0])
+                data.x = 2.0 * data.x
+                return super().forward(data.x)
+
+        with pytest.raises(ValueError, match="the teacher must leave its inputs as they are"):
+            Distiller(Replaces(), Replaces(seed=1), KLLoss())(data, labels)
     with pytest.raises(ValueError, match=r"what term 'distillation' compares must stay .* or the student's forward"):
         Distiller(Scales(), lambda x: x[:, :5], KLLoss())(inputs.clone(), labels)
 

@@ -154,6 +154,10 @@ def test_learned_losses_outside_a_wrapper_are_told_by_their_parameters(monkeypat
         distiller = Distiller(Net(), Net(seed=1), LogitLoss(), **options)
         with pytest.raises(ValueError, match="the learned part of term 'task' must get the gradients of all processes"):
             guards.check_losses_in_step(distiller, nn.Sequential(distiller.student))
+    student = Net()
+    student.second = nn.Linear(5, 5)
+    distiller = Distiller(student, Net(seed=1), LogitLoss(), task_output=student.second)
+    guards.check_losses_in_step(distiller, nn.Sequential(student))  # with the student it is in step
 
 
 class Around(nn.Module):

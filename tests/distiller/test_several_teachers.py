@@ -184,5 +184,8 @@ def test_inputs_that_one_teacher_changes_in_place_do_not_reach_the_next():
         ids = {"teacher_ids": [0, 0, 1, 1]} if teachers.by_id else {}
         with pytest.raises(ValueError, match="a teacher must leave its inputs as they are.*'first' changed them in pl"):
             teachers(inputs, torch.ones(5), **ids)
+    taken = Teachers(first=lambda parts: first(parts.pop()), second=lambda parts: second(parts.pop()), combine="logits")
+    with pytest.raises(ValueError, match="a teacher must leave its inputs as they are"):
+        taken([inputs, kept])
     alone = Teachers(first=lambda x: first(x.mul_(2.0)), combine="logits")
     torch.testing.assert_close(alone(inputs), first(2.0 * kept))

@@ -98,14 +98,17 @@ def raise_named(error: Exception, where: str) -> NoReturn:
 
 @contextmanager
 def inputs_kept(inputs: Any) -> Iterator[None]:
-    """Raise ValueError if the teacher changes in place what the student is given next."""
-    versions = Versions()
-    versions.note("inputs", inputs)
+    """Raise ValueError if the teacher changes in place, or takes away, what the student is given next."""
+    versions, before = Versions(), tensors_in(inputs)
+    versions.note("inputs", before)
     yield
-    if versions.changed("inputs"):
+    if torch.compiler.is_compiling():
+        return
+    left = {id(tensor) for tensor in tensors_in(inputs)}  # it may add what it has computed of them
+    if versions.changed("inputs") or any(id(tensor) not in left for tensor in before):
         raise ValueError(
             "the teacher must leave its inputs as they are, which the student gets next, but it changed them in place "
-            "(inplace=True, +=); teacher_inputs= takes a copy"
+            "(inplace=True, +=, another tensor in a list or object); teacher_inputs= takes a copy"
         )
 
 

@@ -243,5 +243,6 @@ def _learning(distiller: Any) -> Iterator[tuple[str, nn.Module]]:
     yield from distiller.losses.items()
     yield from distiller.adapters.items()
     for part in (distiller.task_loss, distiller.task_output, distiller.output):
-        if isinstance(part, nn.Module):
+        learns = isinstance(part, nn.Module) and next(part.parameters(), None) is not None
+        if learns and not any(part is module for module in distiller.student.modules()):  # such as its second head
             yield TASK, part
