@@ -274,6 +274,8 @@ def test_rejects_terms_that_are_no_scalars():
         Distiller(*pair(), {"a": LogitLoss(reduction="none")})(*batch())
     with pytest.raises(ValueError, match=r"term 'task' must be a scalar tensor .* got shape \(4,\)"):
         Distiller(*pair(), {}, task_loss=nn.CrossEntropyLoss(reduction="none"))(*batch())
+    with pytest.raises(ValueError, match="term 'task' must be a scalar tensor .* real, got torch.complex64"):
+        Distiller(*pair(), {}, task_loss=lambda output, target: torch.fft.fft(output).sum())(*batch())
     with pytest.raises(ValueError, match="term 'task' must be a scalar tensor .* got float"):
         Distiller(*pair(), {}, task_loss=lambda output, target: 1.0)(*batch())
 

@@ -107,8 +107,41 @@ def test_teachers_adapter_is_a_constant_that_follows_the_teacher():
     teacher = Net(seed=1).eval()
     expected = (Net().body(batch()[0]) - norm(teacher.body(batch()[0]))).square().mean()
     torch.testing.assert_close(out.terms["distillation"], expected.detach())
+    norm.train()  # behind its back
+    distiller(batch()[0], batch()[1])
+    assert torch.equal(norm.running_mean, before)
     distiller.double()
     assert norm.running_mean.dtype == torch.float64
+
+
+def test_an_adapter_on_both_sides_has_the_mode_of_each():
+    drop = nn.Dropout(0.5)
+    distiller = Distiller(Net(), Net(seed=1), Term(LogitLoss(), at="body", student=drop, teacher=drop))
+    assert drop.training
+    seen = []
+    distiller.losses["distillation"].register_forward_pre_hook(lambda _, given: seen.append(given))
+    distiller.train()(*batch())
+    ours, theirs = seen[0][:2]
+    assert torch.equal(theirs, Net(seed=1).eval().body(batch()[0]))
+    assert not torch.equal(ours, Net().body(batch()[0]))
+    norm, fixed = nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"adapter must have no buffers in common with what trains.*Sequential"):
+        Distiller(Net(), Net(), Term(LogitLoss(), at="body", student=norm, teacher=nn.Sequential(norm)))
+    both = Distiller(Net(), Net(seed=1), Term(LogitLoss(), at="body", student=fixed, teacher=fixed))
+    nn.init.zeros_(fixed.weight)  # what is loaded into one is that of both
+    assert both(*batch()).terms["distillation"] == 0
+
+
+def test_rejects_a_term_without_a_gradient_in_training():
+    class Detached(nn.Module):
+        def forward(self, student, teacher, target=None):
+            return (student.detach() - teacher).square().mean()
+
+    for task_loss in (None, nn.CrossEntropyLoss()):
+        distiller = Distiller(Net(), Net(seed=1), {"a": Detached()}, task_loss=task_loss)
+        with pytest.raises(ValueError, match="term 'a' must carry a gradient in training, but it has none"):
+            distiller(*batch())
+        distiller.eval()(*batch())
 
 
 def test_teachers_adapter_builds_no_graph():

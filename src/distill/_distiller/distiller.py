@@ -1,6 +1,6 @@
 """Runs teacher and student, taps them and adds the losses up."""
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,7 +136,8 @@ class Distiller(nn.Module):
         self._weights = Weights({name: term.weight for name, term in terms.items()})
         if task_loss is not None:
             self._weights.add(TASK, task_weight)
-        self._compared = {name: Compared.of(term) for name, term in terms.items()}
+        trained = {*self.modules()}
+        self._compared = {name: Compared.of(term).apart_from(trained) for name, term in terms.items()}
         self._takes_mask = {name: takes(term.loss, "mask") for name, term in terms.items()}
         self._takes_mask[TASK] = task_loss is not None and takes(task_loss, "mask")
         check_paths(student, (compared.student for compared in self._compared.values()), side="student")
@@ -252,7 +253,8 @@ class Distiller(nn.Module):
         first, *rest = (self._weights[name] * value for name, value in losses.items())
         total = sum(rest, first)
         if trains:
-            self._check_student(students.values(), total, model)
+            check_trains(self.student, students.values(), losses)
+            self._check_reached(total, model)
             total = with_idle(total, self, on)
         return DistillerOutput(total, ours, theirs, {name: value.detach() for name, value in losses.items()}, losses)
 
@@ -326,13 +328,14 @@ class Distiller(nn.Module):
         taps = taps_of((self._compared[name].teacher, self._compared[name].copy) for name in names)
         if all(self._compared[name].teacher is None for name in names):
             return None, {}
+        for part in (*([self.teacher] if self._has_modes else []), *self._constants()):
+            if any(module.training for module in part.modules()):
+                part.eval()
         if teacher_output is None:
             if self.teacher is None:
                 raise ValueError(
                     f"the terms {names} must have a teacher to compare with, got teacher=None and no teacher_output"
                 )
-            if self._has_modes and any(module.training for module in self.teacher.modules()):
-                self.teacher.eval()
             given = inputs if teacher_inputs is None else teacher_inputs
             with torch.no_grad(), inputs_kept(inputs):
                 if isinstance(self.teacher, nn.Module):
@@ -340,9 +343,8 @@ class Distiller(nn.Module):
                 teacher_output = call(self.teacher, given)
         return recorded(teacher_output, taps)
 
-    def _check_student(self, sides: Iterable[Any], total: Tensor, model: Any) -> None:
-        """Raise ValueError if the student gets no gradient, whatever learns beside it."""
-        check_trains(self.student, sides)
+    def _check_reached(self, total: Tensor, model: Any) -> None:
+        """Raise ValueError if another model than the student was run."""
         if model is not self.student and not torch.compiler.is_compiling() and self._known_model != id(model):
             check_reached(total, self.student, model)
             self._known_model = id(model)

@@ -284,7 +284,8 @@ def has_mean(loss: Any) -> bool:
 
 
 def _check_scalar(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"term {name!r} must be a scalar tensor (reduction='mean' or 'sum'), got {got}")
+    if not isinstance(value, Tensor) or value.ndim != 0 or value.is_complex():
+        got = type(value).__name__ if not isinstance(value, Tensor) else f"shape {tuple(value.shape)}"
+        got = str(value.dtype) if isinstance(value, Tensor) and value.is_complex() else got
+        raise ValueError(f"term {name!r} must be a scalar tensor (reduction='mean' or 'sum'), real, got {got}")
     return value

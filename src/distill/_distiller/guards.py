@@ -110,14 +110,21 @@ def check_reached(loss: Tensor, student: nn.Module, model: Any) -> None:
     )
 
 
-def check_trains(student: nn.Module, sides: Iterable[Any]) -> None:
-    """Raise ValueError if the student gets no gradient, whatever learns beside it.
+def check_trains(student: nn.Module, sides: Iterable[Any], losses: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if the student gets no gradient, whatever learns beside it, or a term has none to give.
 
     Args:
         student: The student.
         sides: All that is compared of it.
+        losses: The values of the terms.
     """
     if any(tensor.requires_grad for value in sides for tensor in tensors_in(value)):
+        for name, value in losses.items():
+            if not value.requires_grad:
+                raise ValueError(
+                    f"term {name!r} must carry a gradient in training, but it has none: its loss detached what it was "
+                    "given, counts something, or compares what nothing before it trains"
+                )
         return
     parameters = list(student.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy as copying
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class Term:
         student: Adapter for the student's side: a module or function, applied before the loss sees it, or a tuple of
             them for a tuple of paths (`distill.adapt` has the usual ones). A module may learn: it trains and is saved
             with the losses.
-        teacher: Adapter for the teacher's side. A constant: a module with something to learn is refused.
+        teacher: Adapter for the teacher's side. A constant, in eval mode: a module with something to learn is refused.
         copy: Compare a copy of what the paths give, taken before a later operation of the model overwrites it
             (`inplace=True`, `+=`). Without it such a change is an error.
 
@@ -251,6 +252,20 @@ class Compared:
     def of(cls, term: Term) -> Compared:
         """What a term says of it."""
         return cls(*parse_at(term.at), term.copy, term.student, term.teacher)
+
+    def apart_from(self, trained: set[nn.Module]) -> Compared:
+        """The same with a teacher's adapter that is in eval mode, also where the student's side has that module too."""
+        modules = adapter_modules(self.adapt_teacher)
+        if not any(part in trained for module in modules for part in module.modules()):
+            return self
+        if any(True for module in modules for _ in module.buffers()):
+            raise ValueError(
+                "the teacher's adapter must have no buffers in common with what trains, whose statistics would then be "
+                f"those of both sides, got {[type(module).__name__ for module in modules]}; give it a module of its own "
+                "(copy.deepcopy)"
+            )
+        holds = any(True for module in modules for _ in module.parameters())  # frozen, and the same for both
+        return self if holds else replace(self, adapt_teacher=copying.deepcopy(self.adapt_teacher))
 
     def plain(self) -> tuple[Any, ...]:
         """The same for a pickle, which names nothing of this file."""
