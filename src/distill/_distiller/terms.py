@@ -260,8 +260,8 @@ class Compared:
             return self
         if any(True for module in modules for _ in module.buffers()):
             raise ValueError(
-                "the teacher's adapter must have no buffers in common with what trains, whose statistics would then be "
-                f"those of both sides, got {[type(module).__name__ for module in modules]}; give it a module of its own "
+                "the teacher's adapter must have no buffers in common with what trains (they would be of both sides), "
+                f"got {[type(module).__name__ for module in modules]}; give it a module of its own "
                 "(copy.deepcopy)"
             )
         holds = any(True for module in modules for _ in module.parameters())  # frozen, and the same for both
