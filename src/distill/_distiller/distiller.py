@@ -13,8 +13,8 @@ from distill._distiller.evaluate import (
     call,
     check_tapped,
     check_unchanged,
-    inputs_kept,
     recorded,
+    run_teacher,
     seen_by_task,
     sides_of,
     task_value,
@@ -337,10 +337,7 @@ class Distiller(nn.Module):
                     f"the terms {names} must have a teacher to compare with, got teacher=None and no teacher_output"
                 )
             given = inputs if teacher_inputs is None else teacher_inputs
-            with torch.no_grad(), inputs_kept(inputs):
-                if isinstance(self.teacher, nn.Module):
-                    return run_with_taps(self.teacher, taps, lambda: call(self.teacher, given), side="teacher")
-                teacher_output = call(self.teacher, given)
+            return run_teacher(self.teacher, given, taps, inputs)
         return recorded(teacher_output, taps)
 
     def _check_reached(self, total: Tensor, model: Any) -> None:

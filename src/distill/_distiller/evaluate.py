@@ -1,14 +1,13 @@
 """One call: how models are run, what of their results a term compares, and its value."""
 
 import copy as copying
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from distill._distiller.taps import Tap
+from distill._distiller.taps import Tap, run_with_taps
 from distill._distiller.terms import (
     TASK,
     Adapter,
@@ -96,20 +95,37 @@ def raise_named(error: Exception, where: str) -> NoReturn:
     raise error
 
 
-@contextmanager
-def inputs_kept(inputs: Any) -> Iterator[None]:
-    """Raise ValueError if the teacher changes in place, or takes away, what the student is given next."""
-    versions, before = Versions(), tensors_in(inputs)
+def run_teacher(
+    teacher: Callable[..., Any], given: Any, taps: Sequence[Tap], inputs: Any
+) -> tuple[Any, dict[Tap, Any]]:
+    """Run the teacher without a graph.
+
+    Args:
+        teacher: The teacher, a module or function.
+        given: What it is called with.
+        taps: What must be heard in it.
+        inputs: What the student is called with next.
+
+    Returns:
+        What it returned, and what each tap has seen.
+
+    Raises:
+        ValueError: If the teacher changes in place, or takes away, what the student is given.
+    """
+    versions, before = Versions(), [] if torch.compiler.is_compiling() else tensors_in(inputs)
     versions.note("inputs", before)
-    yield
-    if torch.compiler.is_compiling():
-        return
-    left = {id(tensor) for tensor in tensors_in(inputs)}  # it may add what it has computed of them
+    with torch.no_grad():
+        if isinstance(teacher, nn.Module):
+            result, seen = run_with_taps(teacher, taps, lambda: call(teacher, given), side="teacher")
+        else:
+            result, seen = recorded(call(teacher, given), taps)
+    left = {id(tensor) for tensor in tensors_in(inputs)} if before else ()  # it may add what it has computed of them
     if versions.changed("inputs") or any(id(tensor) not in left for tensor in before):
         raise ValueError(
             "the teacher must leave its inputs as they are, which the student gets next, but it changed them in place "
             "(inplace=True, +=, another tensor in a list or object); teacher_inputs= takes a copy"
         )
+    return result, seen
 
 
 def sides_of(

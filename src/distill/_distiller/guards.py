@@ -250,6 +250,6 @@ def _learning(distiller: Any) -> Iterator[tuple[str, nn.Module]]:
     yield from distiller.losses.items()
     yield from distiller.adapters.items()
     for part in (distiller.task_loss, distiller.task_output, distiller.output):
-        learns = isinstance(part, nn.Module) and next(part.parameters(), None) is not None
+        learns = isinstance(part, nn.Module) and len(list(part.parameters())) > 0
         if learns and not any(part is module for module in distiller.student.modules()):  # such as its second head
             yield TASK, part

@@ -88,7 +88,7 @@ def unfused(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
         model: The model that has the paths.
         paths: Of modules in it.
     """
-    if torch.compiler.is_compiling() or not any(_in_encoder(model, path) for path in paths):
+    if not any(_in_encoder(model, path) for path in paths):
         yield
         return
     with _FUSED.lock:
@@ -153,9 +153,11 @@ def run_with_taps(
             "nn.parallel.DistributedDataParallel, or compare outputs alone"
         )
     listeners = [_Listener(model, tap, side) for tap in taps]
-    run = listen_traced if torch.compiler.is_compiling() else listen
-    with unfused(model, [parse_path(tap.path)[0] for tap in taps]):
-        result = run(listeners, call)
+    if torch.compiler.is_compiling():
+        result = listen_traced(listeners, call)
+    else:
+        with unfused(model, [parse_path(tap.path)[0] for tap in taps]):
+            result = listen(listeners, call)
     return result, {listener.tap: listener.value() for listener in listeners}
 
 
