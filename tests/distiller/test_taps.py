@@ -306,6 +306,20 @@ def test_an_object_that_refers_to_itself_is_seen_once():
     torch.testing.assert_close(out.loss, nn.functional.mse_loss(out.student.h, out.teacher.h))
 
 
+def test_an_object_that_many_refer_to_is_looked_at_once():
+    class Chain(nn.Linear):
+        def forward(self, x):
+            out = SimpleNamespace(h=super().forward(x))
+            for _ in range(40):  # 2^40 ways to the first one
+                out = SimpleNamespace(left=out, right=out, h=out.h)
+            return out
+
+    term = Term(HintLoss(), at="0", student=lambda out: out.left.right.h, teacher=lambda out: out.h, copy=True)
+    models = [nn.Sequential(Chain(6, 4), nn.Identity()) for _ in range(2)]
+    out = Distiller(*models, term, task_loss=None)(batch()[0])
+    torch.testing.assert_close(out.loss, nn.functional.mse_loss(out.student.h, out.teacher.h))
+
+
 def encoder(seed):
     torch.manual_seed(seed)
     layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)

@@ -17,7 +17,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     found: list[Tensor] = []
-    _find(value, found, set())
+    _find(value, found, {})
     return found
 
 
@@ -53,12 +53,13 @@ def _detached(leaf: Any) -> Any:
     return mapped(Tensor.detach, leaf) if holds_graph else leaf
 
 
-def _find(value: Any, found: list[Tensor], around: set[int]) -> None:
+def _find(value: Any, found: list[Tensor], seen: dict[int, Any]) -> None:
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        elif id(leaf) not in around and (parts := _parts(leaf)):
-            _find(parts, found, {*around, id(leaf)})
+        elif id(leaf) not in seen and (parts := _parts(leaf)):
+            seen[id(leaf)] = leaf  # the object too, or another one could get its id
+            _find(parts, found, seen)
 
 
 def _parts(leaf: Any) -> list[Any]:
