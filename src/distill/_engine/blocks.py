@@ -20,6 +20,9 @@ def block_by_autograd(
     *operands, factors, gradient, _ = rest
     if factors is None:
         return formula(student, teacher, *operands, dim=-1, **options)
+    if torch.is_anomaly_enabled() and isinstance(factors, Tensor):  # NaN in a row that does not count is no anomaly
+        hidden = factors.view(-1, 1) == 0
+        student, teacher = student.masked_fill(hidden, 0.0), teacher.masked_fill(hidden, 0.0)
     # Hooks from outside (checkpointing, offloading) are for what outlives the forward; they would recompute it here.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved):
         student = student.detach().requires_grad_()
