@@ -433,6 +433,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         assert any(name.startswith("losses.hint") for name in both["trainer"])
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler:UserWarning")  # which does not know of the skipping
 def test_a_step_that_a_scaler_skips_leaves_no_gradient_of_what_learns(tmp_path, monkeypatch):
     step, calls = accelerate.optimizer.AcceleratedOptimizer.step, []
 
