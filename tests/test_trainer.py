@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -15,7 +16,7 @@ accelerate = pytest.importorskip("accelerate")
 from transformers import LlamaForCausalLM, Trainer  # noqa: E402
 
 from distill import Distiller, DISTLoss, HintLoss, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
-from distill.integrations._labels import split_batch  # noqa: E402
+from distill.integrations._labels import UNSHIFTED, split_batch  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
 from language_models import VOCABULARY, arguments, build, llama, needs_packing, rows, stack  # noqa: E402
 from workers import run_workers  # noqa: E402
@@ -282,6 +283,38 @@ def test_an_optimizer_of_ones_own_must_hold_what_learns(tmp_path):
 def test_labels_in_unsigned_bytes_are_not_taken_for_missing():
     labels = torch.tensor([156, 3], dtype=torch.uint8)  # as a byte, -100 is 156
     assert split_batch({"labels": labels}, nn.Linear(1, 1))[2].all()
+
+
+def bart():
+    config = transformers.BartConfig(vocab_size=31, d_model=8, decoder_layers=1, decoder_attention_heads=2)
+    return transformers.BartForCausalLM(config)
+
+
+def test_a_model_whose_own_loss_does_not_shift_is_refused_without_prepare(tmp_path):
+    model, ids = bart().eval(), torch.tensor([[3, 5, 7, 9]])
+    own = model(input_ids=ids, labels=ids)
+    torch.testing.assert_close(own.loss, nn.functional.cross_entropy(own.logits.flatten(0, 1), ids.flatten()))
+    with pytest.raises(ValueError, match="BartForCausalLM must have a prepare= that makes target and mask"):
+        split_batch({"input_ids": ids, "labels": ids}, model)
+    DistillTrainer(
+        distiller=Distiller(bart(), bart(), KLLoss()),
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=rows(),
+        prepare=lambda batch: ({"input_ids": batch["input_ids"]}, *next_tokens(batch["labels"])),
+    ).train()
+
+
+def test_every_causal_language_model_that_does_not_shift_is_known():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = set()
+    for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        for source in re.split("^class ", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            name = re.match(r"\w+", source)[0]
+            shifts = re.search(r"loss_function|shift_labels|\[\.\.\., 1:|\[:, 1:", source)
+            if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and re.search("(?i)cross_?entropy", source):
+                found |= set() if shifts else {name}
+    assert "BartForCausalLM" in found <= UNSHIFTED
 
 
 def test_encoder_decoder_models_get_their_decoder_inputs(tmp_path):

@@ -9,6 +9,27 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from distill.language import next_tokens
 
+# Causal language models whose own loss takes the labels as they are. Others of their kind shift them.
+UNSHIFTED = {
+    "BartForCausalLM",
+    "BigBirdPegasusForCausalLM",
+    "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM",
+    "CpmAntForCausalLM",
+    "MBartForCausalLM",
+    "MarianForCausalLM",
+    "MusicgenForCausalLM",
+    "MusicgenMelodyForCausalLM",
+    "MvpForCausalLM",
+    "PLBartForCausalLM",
+    "PegasusForCausalLM",
+    "Speech2Text2ForCausalLM",
+    "TrOCRForCausalLM",
+    "WhisperForCausalLM",
+    "XLMWithLMHeadModel",
+    "XLNetLMHeadModel",
+}
+
 
 def split_batch(batch: dict[str, Any], model: Any, *, shifts: bool = False) -> tuple[Any, Any, Any]:
     """Take a batch apart into inputs, target and mask.
@@ -21,12 +42,22 @@ def split_batch(batch: dict[str, Any], model: Any, *, shifts: bool = False) -> t
     Returns:
         The inputs without the labels. The labels, shifted where the model predicts the next token. The mask: where
         there is a label; without labels the `attention_mask`, if there is one.
+
+    Raises:
+        ValueError: If nobody can tell whether the labels must be shifted.
     """
     inputs = dict(batch)
     labels, seen = inputs.pop("labels", None), inputs.get("attention_mask")
     if labels is None or labels.is_floating_point():
         return inputs, labels, seen.bool() if labels is None and seen is not None else None
-    if labels.ndim == 2 and (shifts or _predicts_next(model)):
+    kinds = _kinds(model)
+    if labels.ndim == 2 and (odd := [*kinds & UNSHIFTED]):
+        raise ValueError(
+            f"{odd[0]} must have a prepare= that makes target and mask of the labels, since its own loss does not "
+            "shift them as those of other causal language models do; if they are the input_ids: "
+            "prepare=lambda batch: ({'input_ids': batch['input_ids']}, *distill.next_tokens(batch['labels']))"
+        )
+    if labels.ndim == 2 and (shifts or kinds & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}):
         segments = seen.long() if isinstance(seen, Tensor) and seen.shape == labels.shape else None
         return inputs, *next_tokens(labels, segments=segments)  # no padding on the left predicts a first token
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
@@ -41,6 +72,8 @@ def as_returned(loss: Any, output: Any) -> Any:
     return (loss, *output) if isinstance(output, (tuple, list)) else (loss, output)
 
 
-def _predicts_next(model: Any) -> bool:
-    kinds = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__mro__
-    return bool({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} & {kind.__name__ for kind in kinds})
+def _kinds(model: Any) -> set[str]:
+    """The names of a model's class and of those that it comes from."""
+    return {
+        kind.__name__ for kind in type(model.get_base_model() if hasattr(model, "get_base_model") else model).__mro__
+    }
