@@ -341,6 +341,16 @@ def test_few_rows_keep_the_digits_of_the_gradient_near_agreement(loss):
     assert (gradient(loss, near, teacher) - exact).norm() <= 1e-6 * exact.norm()  # through autograd 3e-5 and more
 
 
+def test_few_rows_in_half_precision_need_no_buffers(monkeypatch):
+    student, teacher = (x.bfloat16() for x in make_pair(6, 10))
+    monkeypatch.setattr(engine.Call, "_run_blocks", lambda *_: pytest.fail("in blocks"))
+    found = student.detach().clone().requires_grad_()
+    KLLoss()(found, teacher).backward()
+    wide = student.detach().float().requires_grad_()
+    KLLoss()(wide, teacher.float()).backward()
+    assert torch.equal(found.grad, wide.grad.bfloat16())
+
+
 @pytest.mark.parametrize("offset", [100, 10000])
 def test_an_offset_between_student_and_teacher_costs_kl_of_blocks_no_more_than_the_formula(offset):
     student, teacher = make_pair(64, 1000)

@@ -194,6 +194,13 @@ class Rows:
         operands = () if labels is None else (labels,)
         mean = loss.mean and reduction == "mean" and mask is None
         traced = torch.compiler.is_compiling()
+        if (
+            not traced
+            and not student.dtype is teacher.dtype is dtype
+            and student.is_cpu
+            and student.numel() <= fused.FEW
+        ):
+            student, teacher = student.to(dtype), teacher.to(dtype)  # a few rows cost less in one piece than in buffers
         if not traced and fused.can_fuse(
             student,
             teacher,
