@@ -14,9 +14,9 @@ from distill._checks import check_classes, check_count, check_inputs
 from distill._distiller.evaluate import call
 from distill._distiller.stand_ins import Listener, listen
 from distill._distiller.taps import scripted, unfused
-from distill._distiller.values import Versions
 from distill._reduction import reduce
 from distill._table import Entries, table
+from distill._values import Versions
 
 __all__ = ["TapShape", "TapShapes", "agreement", "tap_shapes"]
 

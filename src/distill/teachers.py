@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from distill._checks import as_constant, check_count_or_none, check_not_negative, is_function, is_integer
+from distill._values import Given
 
 
 class Teachers(nn.Module):
@@ -140,14 +140,9 @@ class Teachers(nn.Module):
 
     def _run(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a teacher gives; it must not change in place what the next one is given."""
-        if len(self._names) == 1 or torch.compiler.is_compiling():
-            return self._teacher(name)(*args, **kwargs)
-        tensors = _tensors(args, kwargs)
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        given = Given((args, kwargs) if len(self._names) > 1 else ())
         output = self._teacher(name)(*args, **kwargs)
-        left = {id(tensor) for tensor in _tensors(args, kwargs)}
-        now = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        if now != versions or any(id(tensor) not in left for tensor in tensors):
+        if not given.is_left_alone():
             raise ValueError(
                 f"a teacher must leave its inputs as they are, which the others get too, but {name!r} changed them in "
                 "place (inplace=True, +=)"
@@ -188,10 +183,6 @@ class Teachers(nn.Module):
 
 
 Teachers.__module__ = "distill"
-
-
-def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves((list(args), dict(kwargs))) if isinstance(leaf, Tensor)]
 
 
 def _shares(names: list[str], weights: Mapping[str, float] | None, combine: Any) -> dict[str, float]:

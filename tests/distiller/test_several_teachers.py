@@ -1,5 +1,7 @@
 """A teacher for each sample of a batch, and teachers whose vocabularies differ at the end."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -187,5 +189,8 @@ def test_inputs_that_one_teacher_changes_in_place_do_not_reach_the_next():
     taken = Teachers(first=lambda parts: first(parts.pop()), second=lambda parts: second(parts.pop()), combine="logits")
     with pytest.raises(ValueError, match="a teacher must leave its inputs as they are"):
         taken([inputs, kept])
+    held = Teachers(first=lambda data: first(data.x.mul_(2.0)), second=lambda data: second(data.x), combine="logits")
+    with pytest.raises(ValueError, match="a teacher must leave its inputs as they are"):
+        held(SimpleNamespace(x=inputs.clone()))
     alone = Teachers(first=lambda x: first(x.mul_(2.0)), combine="logits")
     torch.testing.assert_close(alone(inputs), first(2.0 * kept))

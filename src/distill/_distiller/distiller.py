@@ -48,9 +48,9 @@ from distill._distiller.terms import (
     takes,
     taps_of,
 )
-from distill._distiller.values import Versions
 from distill._distiller.weights import Weights
 from distill._reduction import check_denominator
+from distill._values import Versions
 from distill.task import CrossEntropyLoss
 
 

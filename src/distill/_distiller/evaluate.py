@@ -17,8 +17,8 @@ from distill._distiller.terms import (
     takes,
     whole_output,
 )
-from distill._distiller.values import Versions, detached, tensors_in
 from distill._reduction import divide
+from distill._values import Given, Versions, detached, tensors_in
 from distill.topk import TopK
 
 _MEANS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
@@ -112,15 +112,13 @@ def run_teacher(
     Raises:
         ValueError: If the teacher changes in place, or takes away, what the student is given.
     """
-    versions, before = Versions(), [] if torch.compiler.is_compiling() else tensors_in(inputs)
-    versions.note("inputs", before)
+    for_student = Given(inputs)
     with torch.no_grad():
         if isinstance(teacher, nn.Module):
             result, seen = run_with_taps(teacher, taps, lambda: call(teacher, given), side="teacher")
         else:
             result, seen = recorded(call(teacher, given), taps)
-    left = {id(tensor) for tensor in tensors_in(inputs)} if before else ()  # it may add what it has computed of them
-    if versions.changed("inputs") or any(id(tensor) not in left for tensor in before):
+    if not for_student.is_left_alone():
         raise ValueError(
             "the teacher must leave its inputs as they are, which the student gets next, but it changed them in place "
             "(inplace=True, +=, another tensor in a list or object); teacher_inputs= takes a copy"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill._checks import as_constant, check_number, is_function
 from distill._distiller.terms import TASK
-from distill._distiller.values import tensors_in
+from distill._values import tensors_in
 
 
 def ask_losses(losses: Iterable[Any], *, student: nn.Module, teacher: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._distiller.stand_ins import Listener, listen, listen_traced
-from distill._distiller.values import Versions, mapped
+from distill._values import Versions, mapped
 
 _Result = TypeVar("_Result")
 _PATH = re.compile(r"(?P<module>[^#]*?)(?P<input>:input)?(#(?P<call>\d+))?")

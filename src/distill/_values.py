@@ -48,6 +48,20 @@ class Versions:
         return any(tensor._version != version for tensor, version in self._noted.get(name, ()))
 
 
+class Given:
+    """What a model is given, and whether it has left that alone."""
+
+    def __init__(self, value: Any) -> None:
+        self._value, self._versions = value, Versions()
+        self._before = [] if torch.compiler.is_compiling() else tensors_in(value)
+        self._versions.note("", self._before)
+
+    def is_left_alone(self) -> bool:
+        """Whether no tensor was changed in place or taken away. A model may add what it has computed."""
+        left = {id(tensor) for tensor in tensors_in(self._value)} if self._before else ()
+        return not self._versions.changed("") and all(id(tensor) in left for tensor in self._before)
+
+
 def _detached(leaf: Any) -> Any:
     holds_graph = any(tensor.requires_grad for tensor in tensors_in(leaf))
     return mapped(Tensor.detach, leaf) if holds_graph else leaf
