@@ -6,6 +6,7 @@ commands:
     python examples/cifar_resnet.py --dataset cifar100 --student 20 --teacher 110 --recipe logits
     python examples/cifar_resnet.py --dataset cifar10 --loss logit,kl,dkd,at    # losses beside one another
     python examples/cifar_resnet.py --dataset cifar10 --loss at,at --weight default,90 --epochs 15 --teacher-epochs 50
+    python examples/cifar_resnet.py --dataset cifar10 --loss kl,sp --calibrate  # weights for half of the gradient
     python examples/cifar_resnet.py --reproduce                                 # the whole published table
     python examples/cifar_resnet.py --reproduce --recipe logits --only 20/cifar10,20-110/cifar10
 
@@ -36,6 +37,7 @@ import torch
 
 from cifar.agreement import measure_agreement
 from cifar.arguments import LOGITS, read_arguments
+from cifar.calibration import describe_weights
 from cifar.checkpoints import CheckpointError, RunFiles, read_result
 from cifar.crew import EXPECTED, STOPPING, Place, RunError, train_all
 from cifar.data import Dataset, load_dataset
@@ -198,6 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     runs = plan(args)
+    students = [run for run in runs if run.teacher is not None]
+    if args.calibrate is not None:
+        runs = [students[0].teacher_config()]
     try:
         finished = [run for run in runs if RunFiles.of(args.out, run).result.exists()]
         remove_leftovers(args.out)
@@ -208,9 +213,9 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     place.prepare()
     names = dict.fromkeys(setting.dataset for setting in args.settings)
     datasets = {name: load_dataset(name, args.data_dir).to(args.device) for name in names}
-    for run in runs:
+    for run in students:
         # A teacher may take hours: what its student would stumble over is found before.
-        if run.teacher is not None and run.seed == args.seed:
+        if run.seed == args.seed:
             try:
                 check_student(run, datasets[run.dataset])
             except Exception as error:  # a loss of somebody else's may raise anything
@@ -231,6 +236,9 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     overview = Overview(runs, {run.run_id for run in finished})
     train_all(runs, place, datasets, jobs=args.jobs, overview=overview, finished=report)
     report(runs[-1])
+    if args.calibrate is not None:
+        print(f"\n{describe_weights(students, args.out, datasets, args.calibrate)}")
+        return 0
     remove_leftovers(args.out)  # of another command, killed meanwhile
     print(f"\n{(args.out / 'results.md').read_text(encoding='utf-8')}")
     print(f"Table: {args.out / 'results.md'}  curves: {args.out / 'curves.png'}  networks: {args.out / 'weights'}")

@@ -59,6 +59,15 @@ def build_parser(text: str) -> argparse.ArgumentParser:
         help="of the run, over which the loss's weight rises from 0; default: the published one, 0 for most",
     )
     add("--task-weight", type=_weight, help="of the cross-entropy; default: the published one, 1 for most")
+    add(
+        "--calibrate",
+        type=_part,
+        nargs="?",
+        const=0.5,
+        metavar="SHARE",
+        help="train the teacher alone, then print for each --loss the weight with which it starts with this share of "
+        "the student's gradient; default: 0.5",
+    )
     add("--epochs", type=_up_to(MOST_EPOCHS), help=f"default: {epochs}")
     add(
         "--teacher-epochs",
@@ -143,6 +152,9 @@ def read_arguments(arguments: Sequence[str] | None, text: str) -> tuple[argparse
         args.engine = find_mode(args.engine, args.device)
     except ValueError as error:
         parser.error(f"argument --engine: {error}")
+    if args.calibrate is not None:
+        none_of = ["weight", "warmup", "runs", "no_baseline", "reproduce"]
+        _refuse(parser, args, arguments, none_of, "not with --calibrate, which trains no student")
     _complete_reproduction(parser, args, arguments)
     if args.threads is not None and args.device.type != "cpu":
         parser.error(f"argument --threads: only for the CPU, got device {args.device}")
@@ -160,6 +172,9 @@ def read_arguments(arguments: Sequence[str] | None, text: str) -> tuple[argparse
     for name, weight in zip(args.losses, weights, strict=True):
         if (use := (name, _use(name, weight, args))) not in args.use:
             args.use.append(use)
+    several = [f"{name} at {use['at']}" for name, use in args.use if "," in (use["at"] or "")]
+    if args.calibrate is not None and several:
+        parser.error(f"argument --calibrate: a loss must compare one place, which --at sets, got {several[0]}")
     return parser, args
 
 
@@ -187,14 +202,25 @@ def _complete_reproduction(
         return
     fixed = [*("dataset", "student", "teacher", "teacher_epochs", "loss", "weight", "at", "warmup", "task_weight")]
     fixed += ["no_baseline"]
-    given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(fixed)))  # without the defaults
-    for name in fixed:
-        if getattr(given, name) is not None:
-            parser.error(f"argument --{name.replace('_', '-')}: fixed by --reproduce, got {getattr(args, name)!r}")
+    _refuse(parser, args, arguments, fixed, "fixed by --reproduce")
     try:
         args.settings = published_settings(args.recipe, args.only)
     except ValueError as error:
         parser.error(f"argument --only: {error}")
+
+
+def _refuse(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    arguments: Sequence[str] | None,
+    names: Sequence[str],
+    why: str,
+) -> None:
+    """End with an error if one of these options is given."""
+    given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names)))  # without the defaults
+    for name in names:
+        if getattr(given, name) is not None:
+            parser.error(f"argument --{name.replace('_', '-')}: {why}, got {getattr(args, name)!r}")
 
 
 def _number(kind: type[int] | type[float], text: str) -> Any:
@@ -245,6 +271,13 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
     return share
+
+
+def _part(text: str) -> float:
+    part: float = _number(float, text)
+    if not 0 < part < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 1, got {text}")
+    return part
 
 
 def _weights(text: str) -> str:

@@ -76,10 +76,23 @@ def build_model(
     Returns:
         A module that maps images and labels to an output with `loss`, `student` and `terms`.
     """
-    student = build_student(config, data)
     if teacher_weights is None:
-        return CrossEntropy(student)
-    teacher = build_teacher(config, data, teacher_weights)
+        return CrossEntropy(build_student(config, data))
+    return build_distilled(config, data, teacher_weights)
+
+
+def build_distilled(config: RunConfig, data: Dataset, teacher_weights: dict[str, Tensor]) -> Distiller:
+    """Build the student of a run with its teacher and its loss.
+
+    Args:
+        config: The run's settings.
+        data: The data set.
+        teacher_weights: State dict of the teacher.
+
+    Returns:
+        The Distiller.
+    """
+    student, teacher = build_student(config, data), build_teacher(config, data, teacher_weights)
     weight = 1.0 if config.weight is None else config.weight
     task_weight = 1.0 if config.task_weight is None else config.task_weight
     steps = config.epochs * (len(data.train_labels) // config.recipe.batch_size)

@@ -144,6 +144,18 @@ def test_two_weights_and_a_teacher_of_other_epochs_are_told_apart(tmp_path, caps
     assert trained(capsys.readouterr().out) == ["teacher", "kl+task0.1 seed 0"]  # another teacher, another student
 
 
+def test_calibrate_trains_the_teacher_alone_and_prints_the_options_of_a_command(tmp_path, capsys):
+    assert run(tmp_path, "--loss", "kl,srd", "--calibrate", "0.3") == 0
+    told = capsys.readouterr().out
+    assert trained(told) == ["teacher"]
+    given = told.splitlines()[-1].split()
+    assert given[:3] == ["--loss", "kl,srd", "--weight"]
+    used = {run.method: run.weight for run in plan(*SMALL, *given) if run.teacher is not None}
+    assert used.keys() == {"kl", "srd"}
+    for method, default in (("kl", "0.9"), ("srd", "2")):
+        assert re.search(rf"^{method} +{default} +{re.escape(f'{used[method]:.3g}')}$", told, re.MULTILINE)
+
+
 def test_on_a_terminal_a_bar_shows_the_epoch(tmp_path, capsys, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -271,6 +283,13 @@ def test_plan_gives_the_teacher_epochs_of_its_own():
         (["--data-dir", "."], "--data-dir: only for CIFAR"),
         (["--tea", "14"], "unrecognized arguments: --tea"),
         (["--at", "fc:inputs"], "--loss logit at fc:inputs does not work here: .*'fc:inputs'"),
+        (["--calibrate", "1"], "--calibrate: must be above 0 and below 1, got 1"),
+        (["--calibrate", "--weight", "2"], "--weight: not with --calibrate, which trains no student, got '2'"),
+        (["--calibrate", "--reproduce"], "--reproduce: not with --calibrate"),
+        (
+            ["--calibrate", "--loss", "kl,at"],
+            "--calibrate: a loss must compare one place, .* got at at relu1,relu2,relu3",
+        ),
         (["--at", "layer4"], "--loss logit at layer4 does not work here: .*'layer4'.*'layer1'"),
     ],
 )
