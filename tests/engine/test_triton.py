@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from contract import gradient, make_pair
-from distill import KLLoss, LinearLoss, LogitLoss, ReverseKLLoss, TopK
+from distill import CosineLoss, KLLoss, LinearLoss, LogitLoss, ReverseKLLoss, SigmoidKLLoss, TopK
 from distill._engine import kernels as engine
 from distill._engine.rows import Rows
-from distill.losses import _from_teacher, logit, reverse_kl
+from distill.losses import _from_teacher, cosine, logit, reverse_kl, sigmoid_kl
 
 WORKER = Path(__file__).parents[1] / "support/triton_worker.py"
 
@@ -146,17 +146,25 @@ def linear_cross_entropy(head, hidden, labels):
     return torch.nn.functional.cross_entropy(head(hidden), labels).detach()
 
 
-@pytest.mark.parametrize(("loss", "rows"), [(_from_teacher, KLLoss.rows), (reverse_kl, ReverseKLLoss.rows)])
-def test_blocks_on_a_gpu_without_a_kernel_look_at_no_value(fused, monkeypatch, loss, rows):
+@pytest.mark.parametrize(
+    ("loss", "rows", "looks", "options"),
+    [
+        (_from_teacher, KLLoss.rows, "compare_rows", {"temperature": 2.0}),
+        (reverse_kl, ReverseKLLoss.rows, "compare_rows", {"temperature": 2.0}),
+        (sigmoid_kl, SigmoidKLLoss.rows, "far_rows", {"temperature": 2.0, "classes": "mean"}),
+        (cosine, CosineLoss.rows, "not_ordinary", {}),
+    ],
+)
+def test_blocks_on_a_gpu_without_a_kernel_look_at_no_value(fused, monkeypatch, loss, rows, looks, options):
     student, teacher = make_pair(6, 10)
     teacher[0, 3] = -torch.inf
 
     def call(s):
-        return rows.reduced(s, teacher, dim=-1, reduction="mean", mask=torch.arange(6) % 5, temperature=2.0)
+        return rows.reduced(s, teacher, dim=-1, reduction="mean", mask=torch.arange(6) % 5, **options)
 
     expected = call(student), gradient(call, student)
     monkeypatch.setattr(loss, "may_look", lambda x: False)
-    monkeypatch.setattr(loss, "compare_rows", None)
+    monkeypatch.setattr(loss, looks, None)
     torch.testing.assert_close((call(student), gradient(call, student)), expected)
 
 

@@ -47,12 +47,12 @@ def test_by_default_the_temperature_is_1_and_the_classes_are_summed():
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("classes", ["sum", "none"])
-def test_gradient(classes):
+@pytest.mark.parametrize(("classes", "share"), [("sum", 1), ("none", 1), ("mean", 1 / 5)])
+def test_gradient(classes, share):
     student, teacher = make_pair(4, 5)
     assert torch.autograd.gradcheck(lambda s: sigmoid_kl_loss(s, teacher, temperature=2.0, classes=classes), student)
     slope = gradient(lambda s: sigmoid_kl_loss(s, teacher, temperature=2.0, classes=classes).sum(), student)
-    torch.testing.assert_close(slope, 2 * ((student / 2).sigmoid() - (teacher / 2).sigmoid()).detach())
+    torch.testing.assert_close(slope, 2 * share * ((student / 2).sigmoid() - (teacher / 2).sigmoid()).detach())
 
 
 def test_contract():
@@ -82,6 +82,15 @@ def test_zero_when_equal_and_else_positive():
 
 def test_keeps_its_digits_near_agreement_and_is_never_negative():
     assert_keeps_digits(SigmoidKLLoss)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_the_gradient_keeps_its_digits_near_agreement(form, scale):
+    teacher = scale * make_pair(6, 10, dtype=torch.float32)[1]
+    student = teacher + 1e-4 * make_pair(6, 10, seed=1, dtype=torch.float32)[1]
+    slope = gradient(SigmoidKLLoss(2.0), student, teacher).double()
+    wanted = gradient(SigmoidKLLoss(2.0), student.double(), teacher.double())
+    assert (slope - wanted).norm() < {"blocks": 1e-6, "plain": 1e-2}[form] * wanted.norm()
 
 
 def test_each_class_counts_by_itself_and_shifts_count():

@@ -135,8 +135,16 @@ def compare_rows(
     highest = d.amax(-1)
     low, high = map(float, highest.aminmax())
     u = exp_rows(d, out=v).sub_(1.0) if low > APART else torch.expm1(d, out=v)
-    far = None if high < LARGEST else torch.logical_not(highest < LARGEST).nonzero().squeeze(-1)
-    return u.sub_(d).mul_(p), v.sum(-1, keepdim=True), far
+    return u.sub_(d).mul_(p), v.sum(-1, keepdim=True), far_rows(highest, high)
+
+
+def far_rows(highest: Tensor, high: float) -> Tensor | None:
+    """Find rows with exponents that may overflow or are no number, by the largest of each and of all.
+
+    Returns:
+        Their indices; None for none.
+    """
+    return None if high < LARGEST else torch.logical_not(highest < LARGEST).nonzero().squeeze(-1)
 
 
 def are_apart(values: Tensor, least: float) -> bool:

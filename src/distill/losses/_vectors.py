@@ -1,5 +1,6 @@
 """Vectors of unit norm, as losses on maps and on relations between samples compare them."""
 
+import functools
 import math
 
 import torch
@@ -72,6 +73,15 @@ def are_ordinary(sizes: Tensor) -> bool:
     """Whether sizes of numbers, on the CPU, are all such that squares need no care: not 0, NaN or infinite either."""
     least, most = _MIDDLE
     return least < float(sizes.detach().amin()) and float(sizes.detach().amax()) < most
+
+
+def not_ordinary(*sizes: Tensor) -> Tensor | None:
+    """The indices of the rows of which `are_ordinary` does not hold, of sizes `(R, 1)` each; None for none."""
+    if all(map(are_ordinary, sizes)):
+        return None
+    least, most = _MIDDLE
+    good = [(least < size) & (size < most) for size in sizes]  # False for NaN
+    return torch.logical_not(functools.reduce(torch.logical_and, good)).squeeze(-1).nonzero().squeeze(-1)
 
 
 def magnitude(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:

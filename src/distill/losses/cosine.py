@@ -1,12 +1,15 @@
 """Direction of hidden states: Sanh, Debut, Chaumond and Wolf, "DistilBERT" (2019)."""
 
+import torch
 from torch import Tensor
 
+from distill._checks import may_look
+from distill._engine.blocks import block_by_autograd, redo
 from distill._engine.rows import Rows
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._vectors import magnitude, normalize_each
+from distill.losses._vectors import magnitude, normalize_each, not_ordinary
 
 FAMILY = "embeddings"
 
@@ -18,7 +21,20 @@ def _formula(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
     return values.masked_fill(zero.squeeze(dim), 1.0)
 
 
-_ROWS = Rows(_formula, softmax=False)
+def _block(student: Tensor, teacher: Tensor, factors: Tensor | float | None, gradient: Tensor, spare: Tensor) -> Tensor:
+    if not may_look(student):  # on a GPU: to see how long the vectors are would wait for it
+        return block_by_autograd(_formula, student, teacher, factors, gradient, spare)
+    lengths = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (student, teacher)]
+    direction = torch.div(student, lengths[0], out=gradient)
+    difference = torch.sub(direction, torch.div(teacher, lengths[1], out=spare), out=spare)
+    values: Tensor = torch.linalg.vector_norm(difference, dim=-1, keepdim=True).square_().div_(2)
+    if factors is not None:  # (cos a - b) / |s| with the unit vectors a and b
+        torch.addcmul(difference, direction, values, value=-1, out=gradient).mul_(factors / lengths[0])
+    far = not_ordinary(*lengths)
+    return redo(far, values.squeeze(-1), _formula, student, teacher, factors, gradient)
+
+
+_ROWS = Rows(_formula, block=_block, softmax=False)
 
 
 def cosine_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:

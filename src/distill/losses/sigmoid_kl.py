@@ -2,16 +2,18 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from distill._checks import check_positive, check_tensors
+from distill._checks import check_positive, check_tensors, may_look
+from distill._engine.blocks import block_by_autograd, redo
 from distill._engine.rows import Rows
 from distill._reduction import Reduction, divide
 from distill._registry import register_loss
 from distill.losses._base import RowLoss
-from distill.losses._softened import divergence, harden, soften
+from distill.losses._softened import divergence, far_rows, harden, soften
 
 FAMILY = "divergences"
 
@@ -26,7 +28,43 @@ def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float, 
     return harden(values / student.shape[dim] if classes == "mean" else values, temperature)
 
 
-_ROWS = Rows(_formula, classes=1)
+def _block(
+    student: Tensor,
+    teacher: Tensor,
+    factors: Tensor | float | None,
+    gradient: Tensor,
+    spare: Tensor,
+    *,
+    temperature: float,
+    classes: str,
+) -> Tensor:
+    options = {"temperature": temperature, "classes": classes}
+    if not may_look(student):  # on a GPU: to see how far the rows are apart would wait for it
+        return block_by_autograd(_formula, student, teacher, factors, gradient, spare, **options)
+    # That of -s and -t is the same. With the sign that puts s above t nothing cancels, but exp(s - t) may overflow.
+    d = torch.sub(student, teacher, out=gradient)
+    sign = d.sign()
+    d.abs_().mul_(1 / temperature)
+    highest = d.amax(-1)
+    far = far_rows(highest, float(highest.amax()))
+    t = torch.mul(teacher, sign, out=spare).mul_(1 / temperature)
+    p = torch.sigmoid(t)
+    rest = torch.sigmoid(t.neg_(), out=spare)  # 1 - p
+    yes = torch.expm1(d)
+    no = p * yes
+    log = torch.log1p(no)  # log((1 - p) / (1 - q))
+    whole = no + 1.0
+    yes.mul_(rest).div_(whole)  # q / p - 1
+    no.div_(whole)  # 1 - (1 - q) / (1 - p)
+    terms = torch.sub(yes, torch.log1p(yes, out=whole), out=whole).mul_(p).addcmul_(rest, log.sub_(no))
+    share = 1.0 if classes == "sum" else 1 / student.shape[-1]
+    values = harden(terms.sum(-1), temperature).mul_(share)
+    if factors is not None:  # T (q - p)
+        torch.mul(p, yes, out=gradient).mul_(sign).mul_(factors * (temperature * share))
+    return redo(far, values, _formula, student, teacher, factors, gradient, **options)
+
+
+_ROWS = Rows(_formula, block=_block, classes=1)
 
 
 def sigmoid_kl_loss(
