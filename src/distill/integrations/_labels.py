@@ -31,13 +31,16 @@ UNSHIFTED = {
 }
 
 
-def split_batch(batch: dict[str, Any], model: Any, *, shifts: bool = False) -> tuple[Any, Any, Any]:
+def split_batch(
+    batch: dict[str, Any], model: Any, *, shifts: bool = False, name: str = "labels"
+) -> tuple[Any, Any, Any]:
     """Take a batch apart into inputs, target and mask.
 
     Args:
         batch: The batch; it is not changed.
         model: The student, unwrapped.
         shifts: Whether the model's own loss shifts the labels, where its class does not say so.
+        name: What the labels are called.
 
     Returns:
         The inputs without the labels. The labels, shifted where the model predicts the next token. The mask: where
@@ -47,7 +50,7 @@ def split_batch(batch: dict[str, Any], model: Any, *, shifts: bool = False) -> t
         ValueError: If nobody can tell whether the labels must be shifted.
     """
     inputs = dict(batch)
-    labels, seen = inputs.pop("labels", None), inputs.get("attention_mask")
+    labels, seen = inputs.pop(name, None), inputs.get("attention_mask")
     if labels is None or labels.is_floating_point():
         return inputs, labels, seen.bool() if labels is None and seen is not None else None
     kinds = _kinds(model)

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 from typing_extensions import override
 
 from distill._distiller.distiller import Distiller
 from distill._distiller.evaluate import has_mean
 from distill.integrations._labels import as_returned, split_batch
+from distill.integrations._learned import Learned
+from distill.integrations._predictions import PredictingTrainer
+from distill.integrations._term_log import TermLog
 
-_STATE = "distiller.pt"
 _Prepare = Callable[[dict[str, Any]], tuple[Any, ...]]
 
 
-class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types depend on the version
+class DistillTrainer(PredictingTrainer):
     """A `Trainer` whose model is a Distiller's student, and whose loss is the Distiller's.
 
     What it saves is the student, as `from_pretrained` wants it. What learns in the losses is in the optimizer, in the
     checkpoints and resumed; the terms are logged. With a mask every mean is over all that it counts in the accumulated
-    batch on all processes, however that is cut; without one the micro-batches' means are averaged. `evaluate` gives the
-    Distiller's loss, also without labels where no term needs them (`task_loss=None`, or `weights["task"] = 0`).
+    batch on all processes, however that is cut; without one, or with masks by name, the micro-batches' means are
+    averaged. `evaluate` gives the Distiller's loss, also without labels where no term needs them (`task_loss=None`, or
+    `weights["task"] = 0`); `predict` gives a loss only with labels.
 
     Args:
         distiller: The Distiller.
         prepare: Makes of a batch what the Distiller is called with: `prepare(batch) -> (inputs, target, mask)`, and
             where the teacher is asked something else than the student `(inputs, target, mask, teacher_inputs)`, as the
             ids of a stored teacher (`remove_unused_columns=False` leaves a column of ids in the batch). It is called
-            twice. None: labels are taken out of the batch, shifted by `next_tokens` if the student's own
-            loss shifts them, and masked where they are -100 or predicted from padding; without labels the
-            `attention_mask` is the mask.
+            twice. None: labels (`labels`, or the one name in `label_names`) are taken out of the batch, shifted by
+            `next_tokens` if the student's own loss shifts them, and masked where they are -100 or predicted from
+            padding; without labels the `attention_mask` is the mask.
         **trainer: What `Trainer` takes, but for `model` and `compute_loss_func`.
 
     Raises:
@@ -56,18 +57,22 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
             distiller.teacher.config.use_cache = False  # with a cache, models do not see that sequences are packed
         self.prepare = prepare or self._prepare
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # `compute_loss` divides by itself
-        self._terms: dict[str, Tensor] = {}
-        self._logged_step, self._micro_batches = 0, 1
+        # A student whose forward takes no labels has none of its own: those of the batch are for the Distiller.
+        self.label_names = self.label_names or ["labels"]
+        self._learned, self._terms = Learned(distiller), TermLog()
+        self.add_callback(self._terms)
+        self._micro_batches = 1
 
     def _prepare(self, batch: dict[str, Any]) -> tuple[Any, ...]:
+        name = self.label_names[0] if len(self.label_names) == 1 else "labels"
         shifts = bool(getattr(self, "_loss_shifts_labels", False))
-        return split_batch(batch, self.accelerator.unwrap_model(self.model), shifts=shifts)
+        return split_batch(batch, self.accelerator.unwrap_model(self.model), shifts=shifts, name=name)
 
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batches = len(batches)  # fewer at the end of an epoch
-        self._learned().zero_grad()  # a scaler may have skipped the step before
+        self._learned.zero_grad()  # a scaler may have skipped the step before
         counts = [mask.float().sum() for batch in batches if isinstance(mask := self.prepare(dict(batch))[2], Tensor)]
         if not counts or len(counts) < len(batches):  # some versions ask once more at the end of an epoch
             return batches, None
@@ -91,60 +96,42 @@ class DistillTrainer(Trainer):  # type: ignore[misc,unused-ignore]  # its types 
             if count is not None and not counted:
                 loss = loss - (1 - share) * self.distiller.weights[name] * value
             if model.training:
-                self._terms[name] = self._terms.get(name, 0) + value.detach() * (1.0 if counted else share)
+                self._terms.add(name, value.detach() * (1.0 if counted else share))
         loss = loss * self.args.world_size if model.training else loss  # DDP takes the mean of the gradients
         return (loss, as_returned(loss, out.student)) if return_outputs else loss
 
     @override
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        if not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        # The loss alone, also of batches without labels: Trainer would give none for those.
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-    @override
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._terms:
-            steps = max(self.state.global_step - self._logged_step, 1)
-            logs |= {f"term/{name}": self.accelerator.reduce(v).item() / steps for name, v in self._terms.items()}
-            self._terms, self._logged_step = {}, self.state.global_step
+        if "loss" in logs:
+            logs |= {f"term/{name}": self.accelerator.reduce(value).item() for name, value in self._terms.take()}
         super().log(logs, *args, **kwargs)
 
     @override
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        learned = [parameter for parameter in self._learned().parameters() if parameter.requires_grad]
-        if fresh and learned:
-            optimizer.add_param_group({"params": learned, "weight_decay": self.args.weight_decay})
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not held.issuperset(map(id, learned)):
-            raise ValueError("the optimizer must hold what learns in the losses: build it over distiller.parameters()")
-        optimizer.register_step_post_hook(lambda *_: self._learned().zero_grad())  # Trainer clears the model's
+        self._learned.join(optimizer, fresh=fresh, weight_decay=self.args.weight_decay)
         return optimizer
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)
         # Before a scaler of half precision looks for what overflowed: all processes must find the same.
-        for parameter in self._learned().parameters() if self.accelerator.sync_gradients else ():
-            if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        if self.accelerator.sync_gradients:
+            self._learned.average(self.accelerator)
         return loss
 
-    def _learned(self) -> torch.nn.ModuleDict:
-        return torch.nn.ModuleDict({"losses": self.distiller.losses, "adapters": self.distiller.adapters})
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        state = {"learned": self._learned().state_dict(), "weights": dict(self.distiller.weights)}
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / _STATE)
+    @override
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
+            self._learned.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / _STATE).is_file():
-            state = torch.load(Path(checkpoint) / _STATE, map_location="cpu", weights_only=True)
-            self._learned().load_state_dict(state["learned"])
-            self.distiller.weights.update(state["weights"])
+        if checkpoint is not None:
+            self._learned.load(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._learned.load(str(self.state.best_model_checkpoint))

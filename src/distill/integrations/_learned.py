@@ -1,0 +1,71 @@
+"""What learns in the losses and adapters of a Distiller, in a `transformers.Trainer`, which knows only its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill._distiller.distiller import Distiller
+
+_FILE = "distiller.pt"
+
+
+class Learned:
+    """The learned losses and adapters: in the optimizer, over processes, and in checkpoints with the terms' weights.
+
+    Args:
+        distiller: The Distiller.
+    """
+
+    def __init__(self, distiller: Distiller) -> None:
+        self._modules = nn.ModuleDict({"losses": distiller.losses, "adapters": distiller.adapters})
+        self._weights = distiller.weights
+        self._cleared_by: Any = None
+
+    def zero_grad(self) -> None:
+        """Clear the gradients; a Trainer clears the model's."""
+        self._modules.zero_grad()
+
+    def join(self, optimizer: Any, *, fresh: bool, weight_decay: float) -> None:
+        """Have the optimizer step and clear what learns.
+
+        Args:
+            optimizer: The optimizer.
+            fresh: Whether it was just built, over the model alone.
+            weight_decay: The Trainer's.
+
+        Raises:
+            ValueError: If it is the user's and does not hold what learns.
+        """
+        learned = [parameter for parameter in self._modules.parameters() if parameter.requires_grad]
+        if fresh and learned:
+            optimizer.add_param_group({"params": learned, "weight_decay": weight_decay})
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not held.issuperset(map(id, learned)):
+            raise ValueError("the optimizer must hold what learns in the losses: build it over distiller.parameters()")
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate has wrapped it where `train` is called again
+        if self._cleared_by is not inner:
+            inner.register_step_post_hook(lambda *_: self.zero_grad())
+            self._cleared_by = inner
+
+    def average(self, accelerator: Any) -> None:
+        """Average the gradients over the processes."""
+        for parameter in self._modules.parameters():
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+
+    def save(self, folder: str) -> None:
+        """Save it in a checkpoint."""
+        state = {"learned": self._modules.state_dict(), "weights": dict(self._weights)}
+        torch.save(state, Path(folder) / _FILE)
+
+    def load(self, folder: str) -> None:
+        """Load it from a checkpoint, if it was saved there."""
+        file = Path(folder) / _FILE
+        if file.is_file():
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            self._modules.load_state_dict(state["learned"])
+            self._weights.update(state["weights"])
