@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from distill import (
     KLLoss,
     LinearLoss,
     StoredTeacher,
+    StoreError,
     TeacherOutput,
     Teachers,
+    TeacherWriter,
     Term,
     TopK,
     record,
@@ -185,6 +188,21 @@ def test_state_copies_pickles_and_moves_are_those_of_a_module(tmp_path):
     twin = pickle.loads(pickle.dumps(distiller))
     assert torch.equal(twin.teacher([1]), distiller.teacher([1]))
     assert repr(asked).startswith("StoredTeacher(\n  '")
+
+
+def test_a_copy_refuses_a_folder_whose_teacher_was_replaced(tmp_path):
+    asked = write(tmp_path / "a", range(3), random(3, 9), k=2, temperature=2.0, model="A")
+    data = pickle.dumps(asked)
+    with TeacherWriter(tmp_path / "a", k=2, temperature=2.0, model="A") as writer:
+        writer.add([3], random(1, 9, seed=1))
+    assert len(pickle.loads(data)) == 4  # more of the same may come
+    shutil.rmtree(tmp_path / "a")
+    write(tmp_path / "a", range(4), random(4, 9, seed=2), k=2, temperature=1.0, model="B")
+    for make in (lambda: pickle.loads(data), lambda: copy.deepcopy(asked)):
+        with pytest.raises(
+            StoreError, match=r"a must have what it had .*, but 1 of 1 shards are gone: another teacher"
+        ):
+            make()
 
 
 def test_top_k_moves_as_it_is_stored(tmp_path):

@@ -29,7 +29,7 @@ class StoredTeacher(nn.Module):
     `teacher_inputs=ids`, `(ids, tokens)` or `(ids, tokens, mask)`. Paths of terms find the features that were stored
     under them. It has no parameters and nothing in its `state_dict()`. `.to()` says where its answers go and in which
     dtype; until then they are on the CPU, as stored. Copies and pickles open the folder again, so that workers of a
-    `DataLoader` may read it.
+    `DataLoader` may read it, and refuse it where what was there has been replaced.
 
     Samples are read by memory map. Each is compared with its checksum when a process reads it first.
 
@@ -173,12 +173,21 @@ class StoredTeacher(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without what is opened again: maps of files, and modules of a private class."""
         left_out = ("_opened", "_modules", "_calls")
-        return {name: value for name, value in self.__dict__.items() if name not in left_out} | {"_modules": {}}
+        kept = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return kept | {"_modules": {}, "_shards": [shard.path.stem for shard in self._opened.shards]}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {"_shards": [], **state}
+        shards = state.pop("_shards")
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._opened = Folder(self._folder)
+        # Writers have names of their own: with these shards it is the teacher that was asked for, with more or not.
+        if gone := {*shards} - {shard.path.stem for shard in self._opened.shards}:
+            raise StoreError(
+                f"{self._folder} must have what it had when this StoredTeacher was opened, but {len(gone)} of "
+                f"{len(shards)} shards are gone: another teacher may be there now; open it with StoredTeacher(folder)"
+            )
         self._build()
 
     @override
