@@ -199,9 +199,7 @@ def test_a_copy_refuses_a_folder_whose_teacher_was_replaced(tmp_path):
     shutil.rmtree(tmp_path / "a")
     write(tmp_path / "a", range(4), random(4, 9, seed=2), k=2, temperature=1.0, model="B")
     for make in (lambda: pickle.loads(data), lambda: copy.deepcopy(asked)):
-        with pytest.raises(
-            StoreError, match="but 1 of 1 shards are gone: another teacher may be"
-        ):
+        with pytest.raises(StoreError, match="but 1 of 1 shards are gone: another teacher may be"):
             make()
 
 

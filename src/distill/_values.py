@@ -55,11 +55,22 @@ class Given:
         self._value, self._versions = value, Versions()
         self._before = [] if torch.compiler.is_compiling() else tensors_in(value)
         self._versions.note("", self._before)
+        # A cache of keys and values, by the method that all of `transformers` have: it is filled, not changed.
+        leaves = [] if torch.compiler.is_compiling() else tree_leaves(value, is_leaf=_is_cache)
+        self._caches = [(leaf, len(tensors_in(leaf))) for leaf in leaves if _is_cache(leaf)]
 
     def is_left_alone(self) -> bool:
-        """Whether no tensor was changed in place or taken away. A model may add what it has computed."""
+        """Whether no tensor was changed in place or taken away, and no cache filled.
+
+        A model may add what it has computed to anything else.
+        """
         left = {id(tensor) for tensor in tensors_in(self._value)} if self._before else ()
-        return not self._versions.changed("") and all(id(tensor) in left for tensor in self._before)
+        kept = not self._versions.changed("") and all(id(tensor) in left for tensor in self._before)
+        return kept and all(len(tensors_in(cache)) == count for cache, count in self._caches)
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length") and not isinstance(value, nn.Module)
 
 
 def _detached(leaf: Any) -> Any:

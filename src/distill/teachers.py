@@ -145,7 +145,7 @@ class Teachers(nn.Module):
         if not given.is_left_alone():
             raise ValueError(
                 f"a teacher must leave its inputs as they are, which the others get too, but {name!r} changed them in "
-                "place (inplace=True, +=)"
+                "place (inplace=True, +=, a cache that it filled)"
             )
         return output
 

@@ -261,6 +261,29 @@ def test_inputs_that_a_model_changes_in_place_are_not_what_the_other_side_is_com
         Distiller(Scales(), lambda x: x[:, :5], KLLoss())(inputs.clone(), labels)
 
 
+def test_a_cache_that_the_teacher_fills_is_not_what_the_student_reads():
+    class Cache:  # of keys and values, as language models fill it
+        def __init__(self):
+            self.layers = []
+
+        def get_seq_length(self):
+            return len(self.layers)
+
+    class Remembers(Net):
+        def forward(self, x, cache):
+            cache.layers.append(SimpleNamespace(keys=x + 1))
+            return super().forward(sum(layer.keys for layer in cache.layers))
+
+    inputs, labels = batch()
+    distiller = Distiller(Remembers(), Remembers(seed=1), KLLoss())
+    with pytest.raises(
+        ValueError, match=r"leave its inputs as they are.* a cache that it filled\); teacher_inputs= take"
+    ):
+        distiller({"x": inputs, "cache": Cache()}, labels)
+    out = distiller({"x": inputs, "cache": Cache()}, labels, teacher_inputs=(inputs, Cache()))
+    torch.testing.assert_close(out.loss, Distiller(Net(), Net(seed=1), KLLoss())(inputs + 1, labels).loss)
+
+
 def test_an_adapter_of_the_student_alone_gets_no_gradient_of_nan_through_a_weight_of_0():
     distiller = Distiller(Net(), Net(seed=1), {"bad": Term(Poison(), weight=0.0)})
     with torch.no_grad():

@@ -259,6 +259,22 @@ def test_parametrised_heads_are_used_as_they_are(method):
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch has moved its quantised layers elsewhere
+def test_rejects_fake_quantisation_that_is_still_off_and_shows_its_observers_nothing():
+    quantisation, layers = pytest.importorskip("torch.ao.quantization"), pytest.importorskip("torch.ao.nn.qat")
+    student, teacher = heads()
+    student.qconfig = quantisation.get_default_qat_qconfig("fbgemm")
+    student = layers.Linear.from_float(student)
+    student.add_module("activation_post_process", student.qconfig.activation())
+    observe = lambda head, _, output: head.activation_post_process(output)  # noqa: E731 - as prepare_qat adds it
+    student.register_forward_hook(observe)
+    student.apply(quantisation.disable_fake_quant)
+    seen = student.activation_post_process.activation_post_process.max_val.clone()
+    with pytest.raises(ValueError, match=r"got Linear with fake quantisation or an observer: leave the head out"):
+        LinearLogitLoss(student, teacher)
+    assert torch.equal(student.activation_post_process.activation_post_process.max_val, seen)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch has moved its quantised layers elsewhere
 @pytest.mark.parametrize("kind", ["quantised", "integers", "lazy"])
 def test_rejects_weights_that_are_not_there(kind):
     if kind == "integers":

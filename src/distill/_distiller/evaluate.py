@@ -121,7 +121,8 @@ def run_teacher(
     if not for_student.is_left_alone():
         raise ValueError(
             "the teacher must leave its inputs as they are, which the student gets next, but it changed them in place "
-            "(inplace=True, +=, another tensor in a list or object); teacher_inputs= takes a copy"
+            "(inplace=True, +=, another tensor in a list or object, a cache that it filled); teacher_inputs= takes a "
+            "copy, or a cache of its own"
         )
     return result, seen
 

@@ -235,6 +235,11 @@ def _probe(
             f"{name} must compute W h + b with its weight and bias alone, got {kind} with {', '.join(more[:3])} beside "
             f"them: {ways}"
         )
+    if any(map(_quantises, head.modules())):  # before observers see the large vector, and also while they are off
+        raise ValueError(
+            f"{name} must compute W h + b, got {kind} with fake quantisation or an observer: leave the head out of the "
+            "quantisation, or compare formed logits"
+        )
     if weight.is_meta:
         return
     try:
@@ -254,6 +259,11 @@ def _probe(
     factor = ((got * expected).sum() / expected.square().sum()).item()
     hint = f", {factor:.6g} times that" if _close(got, factor * expected, tolerance) else ""
     raise ValueError(f"{name} must compute W h + b, got {kind}, which gives other numbers{hint}: {ways}")
+
+
+def _quantises(part: nn.Module) -> bool:
+    """Whether a part of a head is an observer or a fake quantisation, of PyTorch or of torchao."""
+    return hasattr(part, "calculate_qparams") or "fakequant" in type(part).__name__.lower()
 
 
 def _outputs(head: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
