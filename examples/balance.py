@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         digits, test = (x[order[600:]], y[order[600:]]), (x[order[:600]], y[order[:600]])
         train(Distiller(teacher := build(32), None, {}), digits, args.epochs)
         for name, kind in [("alone", ""), *itertools.product(TERMS, ("published", "calibrated"))]:
-            torch.manual_seed(seed)  # the same student and the same batches
+            torch.manual_seed(seed)  # the same student; its batches come in another order
             distiller = Distiller(build(4), teacher, {name: TERMS[name]()} if kind else {})
             if kind == "calibrated":
                 calibrate(distiller, batches(digits)[:4], {"task": 0.5, name: 0.5})

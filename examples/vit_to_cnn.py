@@ -55,11 +55,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--teacher")
     parser.add_argument("--pictures", type=Path)
     args = parser.parse_args(arguments)
+    files = sorted(args.pictures.glob("**/*.*")) if args.pictures else []
+    if len(files) <= HELD if args.teacher else args.pictures:
+        parser.error(f"--teacher NAME and --pictures FOLDER, with more than {HELD} pictures, go together")
     if args.teacher is None:
         pictures, _, targets = scenes(2000 + HELD, seed=0, side=32, digits=1)
         teacher = small_vit(pictures[HELD:], torch.cat([target["labels"] for target in targets])[HELD:])
     else:
-        opened = [Image.open(file).convert("RGB").resize((224, 224)) for file in sorted(args.pictures.glob("**/*.*"))]
+        opened = [Image.open(file).convert("RGB").resize((224, 224)) for file in files]
         pictures = torch.stack([torch.tensor(np.array(picture)).movedim(-1, 0) / 255 for picture in opened])
         teacher = load_vit(args.teacher)
     torch.manual_seed(0)

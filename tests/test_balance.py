@@ -168,6 +168,7 @@ def test_nothing_changes_but_the_weights():
     student.append(nn.Sequential(nn.Flatten(), nn.Linear(8, 5)))
     queue = Term(QueueKLLoss(8, 16, queue_size=32), at=("2", "body"))
     drawn = Term(MGDLoss(8, 16), at=("3", "body"), teacher=nn.Unflatten(1, (16, 1, 1)))
+    masks = drawn.loss.generator = torch.Generator().manual_seed(5)
     distiller = Distiller(student, Net(width=16), {"queue": queue, "drawn": drawn, "learned": CTKDLoss()})
     distiller.student[4].eval()  # a part of it alone
     (inputs, target), more = batch(8), batch(4)
@@ -175,11 +176,12 @@ def test_nothing_changes_but_the_weights():
     before = {name: tensor.clone() for name, tensor in distiller.state_dict().items()}
     slopes = {name: None if p.grad is None else p.grad.clone() for name, p in distiller.named_parameters()}
     modes = [module.training for module in distiller.modules()]
-    state = torch.random.get_rng_state()
+    state, own = torch.random.get_rng_state(), masks.get_state()
     shares = {"task": 0.4, "queue": 0.2, "drawn": 0.2, "learned": 0.2}
     for options in ({}, {"by": "value"}):
         calibrate(distiller, [(inputs, target), more], shares, **options)
         assert torch.equal(torch.random.get_rng_state(), state)
+        assert torch.equal(masks.get_state(), own)
         assert [module.training for module in distiller.modules()] == modes
         assert not any(module.training for module in distiller.teacher.modules())
         for name, tensor in distiller.state_dict().items():

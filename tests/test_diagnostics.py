@@ -120,6 +120,39 @@ def test_leaves_the_model_as_it_was():
         assert torch.equal(buffer, values[name]), name
 
 
+def test_a_model_that_draws_in_eval_mode_leaves_the_random_numbers_as_they_were():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = torch.Generator().manual_seed(3)
+
+        def forward(self, x):
+            return x * torch.rand(len(x), 1) * torch.rand(len(x), 1, generator=self.own)
+
+    model = Masked()
+    before = torch.get_rng_state(), model.own.get_state()
+    with torch.random.fork_rng():
+        tap_shapes(model, torch.ones(2, 3))
+        assert all(map(torch.equal, (torch.get_rng_state(), model.own.get_state()), before))
+
+
+def test_a_dropout_in_place_counts_as_in_training():
+    from distill import Distiller, LogitLoss, Term
+
+    def network(inplace=True, p=0.5):
+        return nn.Sequential(nn.Linear(6, 8), nn.Flatten(), nn.Dropout(p, inplace=inplace), nn.Linear(8, 5))
+
+    x, target = batch()
+    shapes = tap_shapes(network(), x)
+    assert [path for path, entry in shapes.items() if entry.overwritten] == ["0", "1"]
+    assert [path for path, entry in shapes.items() if entry.input_overwritten] == ["1", "2"]
+    for harmless in (network(inplace=False), network(p=0.0)):
+        assert not any(entry.overwritten or entry.input_overwritten for entry in tap_shapes(harmless, x).values())
+    distiller = Distiller(network(), network(), Term(LogitLoss(), at="0"))
+    with pytest.raises(ValueError, match="copy=True"):  # as the table says
+        distiller(x, target)
+
+
 def test_builds_no_graph():
     model, seen = nn.Linear(8, 3), []
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))

@@ -85,6 +85,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none: for few numbers that need the digits."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def rest_of(log_probs: Tensor) -> Tensor:
     """The logarithm of what rows leave of one, in float32 or wider; -inf where nothing is left."""
     dtype = torch.promote_types(log_probs.dtype, torch.float32)

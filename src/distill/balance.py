@@ -4,7 +4,6 @@ import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from distill._distiller.distiller import Distiller
 from distill._distiller.terms import TASK, DistillerOutput
+from distill._merged import wide
 from distill.diagnostics import as_it_was
 from distill.gradients import check_output, gradients_of, norms_of, shared_by_all, tensors_of
 
@@ -97,7 +97,7 @@ def calibrate(
     weights, on = dict(inner.weights), [name for name, share in shares.items() if share > 0]
     sums, number = dict.fromkeys(on, 0.0), 0
     device = next((tensor.device for tensor in (*inner.parameters(), *inner.buffers())), torch.device("cpu"))
-    with as_it_was(inner), _same_random_numbers(inner), torch.set_grad_enabled(by == "gradient"):
+    with as_it_was(inner), torch.set_grad_enabled(by == "gradient"):
         try:
             inner.weights.update({name: float(name in on) for name in weights})
             for number, batch in enumerate(_in_step(batches, device), 1):
@@ -202,7 +202,8 @@ def _averaged(gradients: list[Tensor | None], parameters: Sequence[Tensor]) -> l
     averaged: list[Tensor | None] = []
     for gradient, parameter, reaches in zip(gradients, parameters, reached.tolist(), strict=True):
         if reaches:
-            total = torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.contiguous()
+            dtype = torch.promote_types(parameter.dtype, torch.float32)  # that of a gradient elsewhere
+            total = torch.zeros_like(parameter, dtype=dtype) if gradient is None else gradient.contiguous()
             dist.all_reduce(total)
             averaged.append(total / _processes())
         else:
@@ -211,7 +212,7 @@ def _averaged(gradients: list[Tensor | None], parameters: Sequence[Tensor]) -> l
 
 
 def _values(out: DistillerOutput, device: torch.device) -> dict[str, float]:
-    values = torch.stack([value.double().to(device) for value in out.terms.values()])
+    values = torch.stack([wide(value).to(device) for value in out.terms.values()])
     if _processes() > 1:
         dist.all_reduce(values)
     return dict(zip(out.terms, (values / _processes()).tolist(), strict=True))
@@ -229,11 +230,3 @@ def _in_step(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         if not more:
             return
         yield batch
-
-
-@contextmanager
-def _same_random_numbers(module: nn.Module) -> Iterator[None]:
-    """Put the generators back, of the CPU and of the GPUs that the module is on."""
-    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers()) if tensor.is_cuda}
-    with torch.random.fork_rng(sorted(device.index for device in devices)):
-        yield

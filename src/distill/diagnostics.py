@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.nn.modules.dropout import _DropoutNd
 from typing_extensions import override
 
 from distill._checks import check_classes, check_count, check_inputs
@@ -79,8 +81,9 @@ class TapShapes(Entries[TapShape]):
 def tap_shapes(model: nn.Module, inputs: Any, *, depth: int | None = None) -> TapShapes:
     """Run a model once and list the input and output shapes of its modules: the paths that a `Term` can name.
 
-    The model runs in eval mode and without gradients. Its modes and buffers are afterwards as they were. On the device
-    `"meta"` a model of any size needs neither weights nor time: build it and the inputs under `torch.device("meta")`.
+    The model runs in eval mode and without gradients, but a dropout with `inplace=True` counts as changing its input,
+    as it does in training. Modes, buffers and random numbers are afterwards as they were. On the device `"meta"` a
+    model of any size needs neither weights nor time: build it and the inputs under `torch.device("meta")`.
 
     Args:
         model: The model, a student or a teacher.
@@ -122,9 +125,15 @@ def tap_shapes(model: nn.Module, inputs: Any, *, depth: int | None = None) -> Ta
         id(module): (_Look(module, clock, takes_input=True), _Look(module, clock, takes_input=False))
         for module in paths.values()
     }
+    dropped = [
+        _Dropped(module, "distill drop", takes_input=True)
+        for module in {*paths.values()}
+        if isinstance(module, _DropoutNd) and module.inplace and module.p > 0
+    ]
     with as_it_was(model), torch.no_grad(), unfused(model, paths):
         model.eval()
-        listen([look for pair in looks.values() for look in pair], lambda: call(model, inputs))
+        # The looks first: what they note at the same place is from before.
+        listen([*(look for pair in looks.values() for look in pair), *dropped], lambda: call(model, inputs))
     shown = {path: looks[id(module)] for path, module in paths.items() if depth is None or path.count(".") < depth}
     return TapShapes(
         {path: _entry(*pair) for path, pair in shown.items()}, {path: shown[path][1].last for path in shown}
@@ -164,6 +173,15 @@ def agreement(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, d
     return reduce(same, "mean", mask)
 
 
+class _Dropped(Listener):
+    """Counts what a dropout in place is given as changed, which it changes in training alone."""
+
+    @override
+    def hear(self, call: int, value: Any) -> None:
+        if isinstance(value, Tensor) and not value.is_inference():
+            increment_version(value)
+
+
 class _Look(Listener):
     """Notes what passes, and the version of every tensor in it."""
 
@@ -190,13 +208,22 @@ def _entry(given: _Look, gave: _Look) -> TapShape:
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put modes and buffers back."""
+    """Put modes, buffers and random numbers back: of the CPU, of the GPUs that it is on, and of generators of its own.
+
+    A model may draw in eval mode too, as a masked autoencoder does.
+    """
+    held = (value for module in model.modules() for value in vars(module).values())
+    states = [(value, value.get_state()) for value in held if isinstance(value, torch.Generator)]
+    devices = {tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     modes = {module: module.training for module in model.modules()}
     tables = {module: dict(module._buffers.items()) for module in model.modules()}
     kept = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
-        yield
+        with torch.random.fork_rng(sorted(devices)):
+            yield
     finally:
+        for generator, state in states:
+            generator.set_state(state)
         for module, mode in modes.items():
             module.training = mode
         for module, table in tables.items():

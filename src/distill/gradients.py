@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from distill._checks import widen
 from distill._distiller.terms import DistillerOutput
+from distill._merged import wide
 from distill._table import Entries, table
 
 __all__ = ["GradientReport", "TermGradient", "gradient_report"]
@@ -175,7 +176,7 @@ def norms_of(gradients: Sequence[Tensor]) -> list[float]:
     if not gradients:
         return []
     device = gradients[0].device
-    return torch.stack([torch.linalg.vector_norm(g).double().to(device) for g in gradients]).tolist()
+    return torch.stack([wide(torch.linalg.vector_norm(g)).to(device) for g in gradients]).tolist()
 
 
 def shared_by_all(reached: Mapping[str, Sequence[bool]]) -> list[int]:

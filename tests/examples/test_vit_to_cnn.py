@@ -79,6 +79,17 @@ def test_the_command_brings_the_student_nearer(folder, narrow, tmp_path_factory,
     assert "alike" in lines[1]
 
 
+@pytest.mark.parametrize(
+    "options", [["--teacher", "vit"], ["--pictures", "."], ["--teacher", "vit", "--pictures", "."]]
+)
+def test_a_teacher_goes_with_pictures_to_train_and_to_measure_with(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.png").touch()
+    with pytest.raises(SystemExit):
+        vit_to_cnn.main(options)
+    assert "with more than 200 pictures, go together" in capsys.readouterr().err
+
+
 def test_the_small_vit_gives_tokens_of_its_patches():
     teacher = small_vit(torch.rand(4, 3, 32, 32), torch.tensor([1, 2, 3, 4]), steps=1)
     tokens = teacher.tokens(teacher.model(torch.rand(2, 3, 32, 32)))

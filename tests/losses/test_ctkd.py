@@ -42,6 +42,12 @@ def test_gradient_for_logits_and_temperature():
     assert torch.autograd.gradcheck(lambda s, t: ctkd_loss(s, teacher, temperature=t), (student, temperature))
 
 
+@pytest.mark.parametrize("bad", [0.0, -2.0])
+def test_rejects_a_temperature_that_is_not_positive(bad):
+    with pytest.raises(ValueError, match=f"temperature must be positive, got {bad}"):
+        ctkd_loss(*make_pair(4, 5), temperature=torch.tensor(bad))
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
 def test_the_gradient_of_the_temperature_is_turned_round(strength):
     student, teacher = make_pair(4, 5)

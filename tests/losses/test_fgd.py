@@ -166,6 +166,14 @@ def test_rejects_boxes_that_are_none():
                 call(bad)
         with pytest.raises(ValueError, match=r"from 0 to 1, got 500\.0: divide pixels by the picture's size"):
             call(torch.full((3, 1, 4), 500.0))
+        with pytest.raises(ValueError, match=r"from 0 to 1, got nan"):
+            call(torch.full((3, 1, 4), math.nan))
+        boxes = torch.zeros(3, 2, 4)
+        boxes[2, 1] = torch.tensor([0.5, 0.25, 0.125, 0.5])  # centre and size, as other detectors have them
+        with pytest.raises(
+            ValueError, match=r"x1 and y1 before .*, got \[0\.5, 0\.25, 0\.125, 0\.5\]: a center and a size"
+        ):
+            call(boxes)
         with pytest.raises(ValueError, match="target must be on the device of the maps, cpu, got meta"):
             call(torch.zeros(3, 1, 4, device="meta"))
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_classes, check_not_negative, check_pair, check_positive
+from distill._checks import check_classes, check_not_negative, check_pair, check_positive, may_look
 from distill._reduction import Reduction, check_mask, divide, hide, reduce
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
@@ -40,8 +40,8 @@ def ctkd_loss(student: Tensor, teacher: Tensor, *, temperature: Tensor, dim: int
     Raises:
         TypeError: If an input or the temperature is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not one
-            number, there is only one class, or `dim` is out of range or not given where there are four dimensions or
-            more.
+            number, or on a CPU not positive, there is only one class, or `dim` is out of range or not given where there
+            are four dimensions or more.
 
     Examples:
         >>> import torch
@@ -69,6 +69,8 @@ def ctkd_loss(student: Tensor, teacher: Tensor, *, temperature: Tensor, dim: int
         raise TypeError(f"temperature must be a tensor, got {type(temperature).__name__}")
     if temperature.numel() != 1:
         raise ValueError(f"temperature must be one number, got shape {tuple(temperature.shape)}")
+    if may_look(temperature) and bool(temperature <= 0):
+        raise ValueError(f"temperature must be positive, got {temperature.item()!r}")
     student, teacher = check_pair(student, teacher, dim=-1 if dim is None else dim)
     if temperature.device != student.device:
         raise ValueError(

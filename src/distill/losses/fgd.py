@@ -46,8 +46,9 @@ def fgd_loss(
         student: The student's map, `(N, C, H, W)`. Any floating dtype; half and bfloat16 are computed in float32.
         teacher: The teacher's map, same shape. Gets no gradient.
         target: The boxes of each sample, `(N, M, 4)`, floating-point, as fractions of the picture's width and height:
-            x and y of the first corner, then of the last. One whose last corner is not beyond the first counts nowhere,
-            so that rows of zeros fill up what is less than M. M may be 0.
+            x and y of the first corner, then of the last. A box without an area counts nowhere, so that rows of zeros
+            fill up what is less than M. M may be 0. On a CPU numbers that are no such boxes are refused. On a GPU,
+            where to look would wait, one whose last corner is before the first counts nowhere.
         relations: R of student and teacher, shaped like the maps; the teacher's is no constant, since its layers learn.
             None: that part is left out.
         alpha: Weight of the boxes, zero or positive.
@@ -62,7 +63,7 @@ def fgd_loss(
     Raises:
         TypeError: If what must be a tensor is none.
         ValueError: If shapes or devices differ, an input is not of four dimensions, empty or not floating-point, the
-            target is missing or no boxes in fractions, or an option is out of its range.
+            target is missing or no boxes of corners in fractions, or an option is out of its range.
 
     Examples:
         >>> import torch
@@ -130,11 +131,18 @@ def _check_boxes(target: Tensor | None, maps: Tensor, mask: Tensor | None) -> Te
     boxes = target.detach().to(maps.dtype)
     if mask is not None:
         boxes = hide(boxes, mask)
-    if may_look(boxes) and boxes.numel() and bool(boxes.amax() > 2):
-        raise ValueError(
-            "target must be boxes in fractions of the picture's width and height, from 0 to 1, "
-            f"got {float(boxes.amax())}: divide pixels by the picture's size"
-        )
+    if may_look(boxes) and boxes.numel():
+        if not boxes.amax() <= 2:  # NaN too
+            raise ValueError(
+                "target must be boxes in fractions of the picture's width and height, from 0 to 1, "
+                f"got {float(boxes.amax())}: divide pixels by the picture's size"
+            )
+        reversed_ = (boxes[..., 2:] < boxes[..., :2]).any(2)
+        if reversed_.any():
+            raise ValueError(
+                "target must be boxes of two corners, x1 and y1 before x2 and y2, "
+                f"got {boxes[reversed_][0].tolist()}: a center and a size must be made corners first"
+            )
     return boxes
 
 

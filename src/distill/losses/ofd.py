@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distill._checks import check_count, check_pair, check_tensor
+from distill._merged import exact
 from distill._reduction import Reduction
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
@@ -52,12 +53,12 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
             f"weight and bias must be of one shape (C,), got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     dtype = torch.promote_types(torch.promote_types(weight.dtype, bias.dtype), torch.float32)
-    spread, mean = weight.detach().double().abs(), bias.detach().double()
+    spread, mean = exact(weight.detach()).abs(), exact(bias.detach())
     ratio = mean / torch.where(spread == 0, 1.0, spread)
     log_below = torch.special.log_ndtr(-ratio)
     expected = mean - spread * (-(ratio**2) / 2 - math.log(2 * math.pi) / 2 - log_below).exp()
     margin = torch.where(log_below > math.log(0.001), expected, -3 * spread)
-    return torch.where(spread == 0, mean.clamp(max=0), margin).to(dtype)
+    return torch.where(spread == 0, mean.clamp(max=0), margin).to(weight.device, dtype)
 
 
 def ofd_loss(student: Tensor, teacher: Tensor, *, margin: Tensor) -> Tensor:

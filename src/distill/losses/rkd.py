@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from distill._checks import check_not_negative, without_autocast
+from distill._merged import exact
 from distill._registry import register_loss
 from distill.losses._base import BatchLoss
 from distill.losses._batches import count, hide_pairs, mean_of_pairs, select
@@ -99,7 +100,8 @@ def _squared_distances(features: Tensor, kept: Tensor | None = None) -> Tensor:
     and since TF32 does not reach it. Neither distances over their mean nor angles know the scale, and with the largest
     at 1 no inverse leaves float32; what is nearer than 1e-15 of it counts as the same.
     """
-    wide = features.double()
+    wide = exact(features)
+    kept = None if kept is None else kept.to(wide.device)
     wide = wide - wide.sum(0) / (len(wide) if kept is None else count(kept))
     with without_autocast(wide):
         products = wide @ wide.mT
@@ -110,7 +112,7 @@ def _squared_distances(features: Tensor, kept: Tensor | None = None) -> Tensor:
     largest = squares.detach().amax()
     # Asked so that NaN is not the same, but stays.
     same = (squares <= rounding * norms) | (squares <= 1e-30 * largest)
-    return (squares.masked_fill(same, 0.0) / largest.masked_fill(largest <= 0, 1.0)).to(features.dtype)
+    return (squares.masked_fill(same, 0.0) / largest.masked_fill(largest <= 0, 1.0)).to(features)
 
 
 def _relative_distances(squares: Tensor) -> Tensor:
