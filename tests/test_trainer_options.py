@@ -9,7 +9,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from distill import Distiller, KLLoss, next_tokens  # noqa: E402
+from distill import CrossEntropyLoss, Distiller, KLLoss, next_tokens  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
 from language_models import VOCABULARY, arguments, build, rows, stack  # noqa: E402
 
@@ -150,3 +150,37 @@ def test_labels_of_another_name_are_labels(tmp_path):
     DistillTrainer(distiller=plain, args=arguments(tmp_path), train_dataset=rows(2)).train()
     for name, value in named.state_dict().items():
         assert torch.equal(value, plain.state_dict()[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:You are using .torch.load:FutureWarning")
+def test_a_task_loss_that_learns_is_trained_saved_and_resumed(tmp_path):
+    class Scaled(nn.Module):
+        reduction = "mean"
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, logits, target, **options):
+            return CrossEntropyLoss()(logits * self.scale, target, **options)
+
+    def make():
+        return build({"kl": KLLoss()}, task_loss=Scaled())
+
+    distiller, by_hand, again = make(), make(), make()
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "per_device_train_batch_size": 8}
+    args = arguments(tmp_path, **options)
+    DistillTrainer(distiller=distiller, args=args, train_dataset=rows()).train()
+    batch = stack(rows())
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        target, mask = next_tokens(batch["labels"])
+        by_hand(inputs, target, mask=mask).loss.backward()
+        optimizer.step()
+    assert by_hand.task_loss.scale.item() != 1.5
+    torch.testing.assert_close(distiller.task_loss.scale, by_hand.task_loss.scale, rtol=1e-5, atol=1e-7)
+    trainer = DistillTrainer(distiller=again, args=args, train_dataset=rows())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert torch.equal(again.task_loss.scale, distiller.task_loss.scale)

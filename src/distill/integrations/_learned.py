@@ -1,4 +1,4 @@
-"""What learns in the losses and adapters of a Distiller, in a `transformers.Trainer`, which knows only its model."""
+"""What learns in a Distiller beside its student, in a `transformers.Trainer`, which knows only its model."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ _FILE = "distiller.pt"
 
 
 class Learned:
-    """The learned losses and adapters: in the optimizer, over processes, and in checkpoints with the terms' weights.
+    """Losses, adapters and a task loss that learn: in the optimizer, over processes, in checkpoints with the weights.
 
     Args:
         distiller: The Distiller.
     """
 
     def __init__(self, distiller: Distiller) -> None:
-        self._modules = nn.ModuleDict({"losses": distiller.losses, "adapters": distiller.adapters})
+        children = distiller.named_children()
+        self._modules = nn.ModuleDict({name: child for name, child in children if child is not distiller.student})
+        self._student = distiller.student
         self._weights = distiller.weights
         self._cleared_by: Any = None
 
     def zero_grad(self) -> None:
         """Clear the gradients; a Trainer clears the model's."""
-        self._modules.zero_grad()
+        for parameter in self._parameters():
+            parameter.grad = None
 
     def join(self, optimizer: Any, *, fresh: bool, weight_decay: float) -> None:
         """Have the optimizer step and clear what learns.
@@ -40,7 +43,7 @@ class Learned:
         Raises:
             ValueError: If it is the user's and does not hold what learns.
         """
-        learned = [parameter for parameter in self._modules.parameters() if parameter.requires_grad]
+        learned = [parameter for parameter in self._parameters() if parameter.requires_grad]
         if fresh and learned:
             optimizer.add_param_group({"params": learned, "weight_decay": weight_decay})
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -53,7 +56,7 @@ class Learned:
 
     def average(self, accelerator: Any) -> None:
         """Average the gradients over the processes."""
-        for parameter in self._modules.parameters():
+        for parameter in self._parameters():
             if parameter.grad is not None:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
@@ -69,3 +72,8 @@ class Learned:
             state = torch.load(file, map_location="cpu", weights_only=True)
             self._modules.load_state_dict(state["learned"])
             self._weights.update(state["weights"])
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """Those that the student has not as well."""
+        shared = {*self._student.parameters()}
+        return [parameter for parameter in self._modules.parameters() if parameter not in shared]
