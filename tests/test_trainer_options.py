@@ -9,9 +9,9 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from distill import CrossEntropyLoss, Distiller, KLLoss, next_tokens  # noqa: E402
+from distill import CrossEntropyLoss, Distiller, KLLoss, Teachers, next_tokens  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
-from language_models import VOCABULARY, arguments, build, rows, stack  # noqa: E402
+from language_models import VOCABULARY, arguments, build, needs_packing, rows, stack  # noqa: E402
 
 LOGGED = ("term/kl", "term/hint", "term/task")
 
@@ -150,6 +150,19 @@ def test_labels_of_another_name_are_labels(tmp_path):
     DistillTrainer(distiller=plain, args=arguments(tmp_path), train_dataset=rows(2)).train()
     for name, value in named.state_dict().items():
         assert torch.equal(value, plain.state_dict()[name]), name
+
+
+@needs_packing
+def test_several_teachers_see_that_sequences_are_packed_as_one_does(tmp_path):
+    places = torch.cat([torch.arange(4), torch.arange(5)])
+    packed = [{"input_ids": row["input_ids"], "position_ids": places, "labels": row["input_ids"]} for row in rows(2)]
+    alone = build({"kl": KLLoss()})
+    two = Teachers(combine="logits", first=copy.deepcopy(alone.teacher), second=copy.deepcopy(alone.teacher))
+    several = Distiller(copy.deepcopy(alone.student), two, {"kl": KLLoss()})
+    for distiller in (alone, several):
+        DistillTrainer(distiller=distiller, args=arguments(tmp_path), train_dataset=packed, data_collator=stack).train()
+    for name, value in alone.student.state_dict().items():
+        torch.testing.assert_close(several.student.state_dict()[name], value, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore:You are using .torch.load:FutureWarning")

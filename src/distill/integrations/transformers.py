@@ -53,8 +53,11 @@ class DistillTrainer(PredictingTrainer):
             raise ValueError("leave compute_loss_func and label_smoothing_factor out, and give each GPU a process")
         self.distiller = distiller.to(self.args.device)
         self.distiller._averaged_outside = True
-        if hasattr(getattr(distiller.teacher, "config", None), "use_cache"):
-            distiller.teacher.config.use_cache = False  # with a cache, models do not see that sequences are packed
+        # With a cache, models do not see that sequences are packed; a teacher may hold several, as Teachers does.
+        for part in distiller.teacher.modules() if isinstance(distiller.teacher, torch.nn.Module) else ():
+            config: Any = getattr(part, "config", None)
+            if hasattr(config, "use_cache"):
+                config.use_cache = False
         self.prepare = prepare or self._prepare
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # `compute_loss` divides by itself
         # A student whose forward takes no labels has none of its own: those of the batch are for the Distiller.
