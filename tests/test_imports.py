@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "src/distill"
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
 
 # Each room and the rooms that it may import from, beside itself; "" is the index, distill/__init__.py.
-BASE = {"_checks", "_hidden", "_merged", "_options", "_reduction", "_registry", "_table", "_values", "topk"}
+BASE = {"_checks", "_hidden", "_layouts", "_merged", "_options", "_reduction", "_registry", "_table", "_values", "topk"}
 LIBRARY = {*BASE, "_engine", "losses"}
 OVER_LOSSES = {"adapt", "language", "linear", "task", "teachers"}
 MAY_IMPORT = {

@@ -282,3 +282,52 @@ class Stages(nn.Module):
 def test_a_norm_after_the_last_stage_with_channels_last_does_not_hide_it():
     pairs = pair_layers(ResNet(), Stages(), torch.zeros(2, 3, 16, 16))
     assert paths(pairs) == [("8 x 8", "layer2", "one"), ("4 x 4", "layer3", "norm")]
+
+
+class Queries(nn.Module):
+    """As a detector of the DETR kind: an encoder of the last map's positions, and queries that look at it."""
+
+    def __init__(self, queries, width=4):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 3, 2, 1), nn.ReLU()) for c in (3, width, width))
+        self.encoder = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        self.key, self.queries = nn.Linear(width, width), nn.Parameter(torch.randn(1, queries, width))
+        self.boxes = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        tokens = self.encoder(x.flatten(2).mT)
+        look = torch.softmax(self.queries @ self.key(tokens).mT, -1)
+        return self.boxes(look @ tokens)
+
+
+@pytest.mark.parametrize("queries", [4, 5])  # as many as a grid of 2 x 2 has, and one more
+def test_queries_of_a_detector_are_no_patches(queries):
+    student, teacher = seeded(lambda: Queries(queries), 0), seeded(lambda: Queries(queries, 6), 1)
+    x = torch.zeros(2, 3, 32, 32)
+    pairs = pair_layers(student, teacher, x)
+    assert paths(pairs) == [
+        ("16 x 16", "stages.0", "stages.0"),
+        ("8 x 8", "stages.1", "stages.1"),
+        ("4 x 4", "encoder", "encoder"),  # not the keys, which come later
+    ]
+    check_trains(student, teacher, pairs, x)
+
+
+def test_tokens_after_the_patches_make_no_grid_of_another_size():
+    class Detects(PlainViT):
+        def forward(self, x):
+            tokens = self.patches(x).flatten(2).mT
+            tokens = torch.cat([tokens, self.start.expand(len(x), 36 - tokens.shape[1], -1)], 1)  # 36 as 6 x 6
+            for block in self.body.values():
+                tokens = block(tokens)
+            return tokens
+
+    pairs = pair_layers(Detects(), Detects(), torch.zeros(2, 3, 16, 16))
+    assert [pair.student_adapter for pair in pairs] == [None] * 4
+    assert pairs[0].compared == ((2, 36, 8), (2, 36, 8))
+    x = torch.zeros(2, 3, 16, 16)
+    distiller = Distiller(ResNet(), Detects(), pair_layers(ResNet(), Detects(), x).terms(), task_loss=None)
+    with pytest.raises(ValueError, match=r"term 'stage1'.* must be maps .*, got .* and \(2, 36, 8\)"):
+        distiller(x)  # not six rows of what stands in no row

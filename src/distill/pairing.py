@@ -14,14 +14,13 @@ from typing_extensions import override
 
 from distill._checks import check_count
 from distill._distiller.terms import Term
+from distill._layouts import distortion, first_tensor, read_layout
 from distill._table import table
 from distill.adapt import NHWC, Select, Tokens, TokensToMap
 from distill.diagnostics import TapShapes, tap_shapes
 from distill.losses.hint import HintLoss
 
 __all__ = ["LayerPair", "LayerPairs", "pair_layers"]
-
-_PREFIXES = 17  # class, distillation and register tokens: at most so many, less one
 
 
 class LayerPair(NamedTuple):
@@ -207,24 +206,40 @@ class _Side:
         self.picture = next(((x.shape[2], x.shape[3]) for x in given if x.ndim == 4), None)
         modules = dict(model.named_modules(remove_duplicate=False))
         found = (self._layer(path, shapes, modules[path]) for path in shapes if path)
-        self.layers = sorted((layer for layer in found if layer is not None), key=lambda layer: layer.order)
+        layers = sorted((layer for layer in found if layer is not None), key=lambda layer: layer.order)
+        known = self._known_grids(layers, shapes)
+        # Queries of a detector are tokens too, but no patches, however many they are.
+        self.layers = [layer if layer.grid in known else layer._replace(grid=None, prefix=0) for layer in layers]
         self.stages = self._stages(shapes)
 
     def _layer(self, path: str, shapes: TapShapes, module: nn.Module) -> _Layer | None:
         entry = shapes[path]
-        shape, selected = _first_tensor(entry.shape)
+        shape, selected = first_tensor(entry.shape)
         if entry.calls != 1 or shape is None or len(shape) not in (3, 4) or shape[0] != (self.samples or shape[0]):
             return None  # windows and attention biases have another number of samples
-        layout, grid, prefix = _read(shape, self.picture)
+        layout, grid, prefix = read_layout(shape, self.picture)
         leaf = next(module.children(), None) is None
         return _Layer(
             path, shape, selected, leaf, type(module), grid, prefix, layout, entry.overwritten, shapes.order[path]
         )
 
+    def _known_grids(self, layers: Sequence[_Layer], shapes: TapShapes) -> set[tuple[int, int] | None]:
+        """The grids of the picture's patches: those of maps, of tokens before any map, and of what is made of these."""
+        known = {layer.grid for layer in layers if layer.layout != "tokens" or layer is layers[0]}
+        for layer in layers:
+            given = first_tensor(shapes[layer.path].inputs[0])[0]
+            if given is not None and len(given) == 3 and read_layout(given, self.picture)[1] in known - {None}:
+                known.add(layer.grid)
+        return known
+
     def _stages(self, shapes: TapShapes) -> dict[tuple[int, int], _Layer]:
         stages = _last_of_each([layer for layer in self.layers if self._is_map(layer, shapes)])
         if any(not layer.leaf for layer in stages.values()):  # a stem's last operation is no stage
-            blocks = [layer for layer in self.layers if not layer.leaf or layer.layout != "NCHW"]
+            blocks = [
+                layer
+                for layer in self.layers
+                if not layer.leaf or not (layer.layout == "NCHW" or issubclass(layer.kind, nn.Linear))
+            ]
             stages = _last_of_each([layer for layer in blocks if self._is_map(layer, shapes)])
         ordered = dict(sorted(stages.items(), key=lambda item: -math.prod(item[0])))
         return ordered if len(ordered) > 1 else {}
@@ -233,7 +248,7 @@ class _Side:
         """Whether the layer may stand for its resolution."""
         if layer.grid is None or max(layer.grid) < 2:
             return False
-        if self.picture is not None and _distortion(layer.grid, self.picture) > 0:
+        if self.picture is not None and distortion(layer.grid, self.picture) > 0:
             return False  # the heads of an attention, (N, heads, tokens, C)
         return not self._inside_a_step_down(layer, shapes)
 
@@ -242,10 +257,10 @@ class _Side:
         parts = layer.path.split(".")
         for end in range(1, len(parts)):
             outer = shapes[".".join(parts[:end])]
-            given, gave = (_first_tensor(seen[0])[0] if seen else None for seen in (outer.inputs, outer.outputs))
+            given, gave = (first_tensor(seen[0])[0] if seen else None for seen in (outer.inputs, outer.outputs))
             if given is None or gave is None or len(given) not in (3, 4) or len(gave) not in (3, 4):
                 continue
-            (layout, before, _), (_, after, _) = _read(given, self.picture), _read(gave, self.picture)
+            (layout, before, _), (_, after, _) = read_layout(given, self.picture), read_layout(gave, self.picture)
             channels = given[1] if layout == "NCHW" else given[-1]
             if before == layer.grid and after != layer.grid and (layer.leaf or layer.channels != channels):
                 return True
@@ -316,34 +331,3 @@ def _in_words(adapter: nn.Module | None) -> str:
     if adapter is None:
         return ""
     return ", ".join(map(repr, adapter)) if isinstance(adapter, nn.Sequential) else repr(adapter)
-
-
-def _first_tensor(seen: tuple[int, ...] | str | None) -> tuple[tuple[int, ...] | None, bool]:
-    """The shape of a tensor, or of the first of a tuple of outputs, and whether it is the latter."""
-    if not isinstance(seen, str):
-        return seen, False
-    first = re.match(r"\[\(([\d, ]+)\)", seen)  # a tuple or list in words
-    return (tuple(map(int, first[1].rstrip(", ").split(", "))), True) if first else (None, False)
-
-
-def _read(shape: tuple[int, ...], picture: tuple[int, int] | None) -> tuple[str, tuple[int, int] | None, int]:
-    """The layout of a map or of tokens, their grid, and how many tokens stand before it."""
-    if len(shape) == 4:
-        first, last = shape[2:], shape[1:3]
-        if picture is not None and _distortion(last, picture) < _distortion(first, picture):
-            return "NHWC", (last[0], last[1]), 0
-        return "NCHW", (first[0], first[1]), 0
-    if picture is not None and shape[2] > 1:  # what was pooled is no token
-        for prefix in range(min(_PREFIXES, shape[1])):
-            height = max(round(math.sqrt((shape[1] - prefix) * picture[0] / picture[1])), 1)
-            width = (shape[1] - prefix) // height
-            patches = {math.ceil(of / by) for of, by in zip(picture, (height, width), strict=True) if by}
-            if height * width == shape[1] - prefix and len(patches) == 1:  # patches are squares
-                return "tokens", (height, width), prefix
-    return "tokens", None, 0
-
-
-def _distortion(grid: Sequence[int], picture: tuple[int, int]) -> float:
-    """How far a grid is from the aspect of the picture; 0 within what strides round."""
-    ratio = abs(math.log(grid[0] * picture[1] / (grid[1] * picture[0])))
-    return 0.0 if ratio <= math.log((min(grid) + 1) / min(grid)) and ratio < math.log(4 / 3) else ratio
