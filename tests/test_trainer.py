@@ -304,6 +304,21 @@ def test_a_model_whose_own_loss_does_not_shift_is_refused_without_prepare(tmp_pa
     ).train()
 
 
+def test_a_model_around_a_language_model_is_refused_without_prepare_and_a_compiled_one_is_what_it_was():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = llama(8)
+
+    batch = stack(rows(2))
+    with pytest.raises(ValueError, match="Around must have a prepare= .* it holds a LlamaForCausalLM but is none"):
+        split_batch(batch, Around())
+    compiled = torch.compile(llama(8), backend="eager")
+    assert torch.equal(split_batch(batch, compiled)[1], next_tokens(batch["labels"])[0])
+    with pytest.raises(ValueError, match="BartForCausalLM must have a prepare="):
+        split_batch(batch, torch.compile(bart(), backend="eager"), shifts=True)
+
+
 def test_every_causal_language_model_that_does_not_shift_is_known():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

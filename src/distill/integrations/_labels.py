@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from distill.language import next_tokens
 
+_SHIFTED = "prepare=lambda batch: ({'input_ids': batch['input_ids']}, *distill.next_tokens(batch['labels']))"
 # Causal language models whose own loss takes the labels as they are. Others of their kind shift them.
 UNSHIFTED = {
     "BartForCausalLM",
@@ -53,17 +54,23 @@ def split_batch(
     labels, seen = inputs.pop(name, None), inputs.get("attention_mask")
     if labels is None or labels.is_floating_point():
         return inputs, labels, seen.bool() if labels is None and seen is not None else None
-    kinds = _kinds(model)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    kinds, causal = _kinds(model), {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     if labels.ndim == 2 and (odd := [*kinds & UNSHIFTED]):
         raise ValueError(
             f"{odd[0]} must have a prepare= that makes target and mask of the labels, since its own loss does not "
-            "shift them as those of other causal language models do; if they are the input_ids: "
-            "prepare=lambda batch: ({'input_ids': batch['input_ids']}, *distill.next_tokens(batch['labels']))"
+            f"shift them as those of other causal language models do; if they are the input_ids: {_SHIFTED}"
         )
-    if labels.ndim == 2 and (shifts or kinds & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}):
+    if labels.ndim == 2 and (shifts or kinds & causal):
         segments = seen.long() if isinstance(seen, Tensor) and seen.shape == labels.shape else None
         return inputs, *next_tokens(labels, segments=segments)  # no padding on the left predicts a first token
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if labels.ndim == 2 and not encodes and (held := causal & {type(part).__name__ for part in model.modules()}):
+        raise ValueError(
+            f"{type(model).__name__} must have a prepare= that makes target and mask of the labels, since it holds a "
+            f"{min(held)} but is none itself, so that nobody knows whether they must be shifted; if so: {_SHIFTED}"
+        )
+    if encodes and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
     return inputs, labels, labels.long() != -100  # as unsigned bytes, 156 would equal it
 
