@@ -9,7 +9,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from distill import CrossEntropyLoss, Distiller, KLLoss, Teachers, next_tokens  # noqa: E402
+from distill import CrossEntropyLoss, Distiller, KLLoss, RKDLoss, Teachers, Term, next_tokens  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
 from language_models import VOCABULARY, arguments, build, needs_packing, rows, stack  # noqa: E402
 
@@ -150,6 +150,29 @@ def test_labels_of_another_name_are_labels(tmp_path):
     DistillTrainer(distiller=plain, args=arguments(tmp_path), train_dataset=rows(2)).train()
     for name, value in named.state_dict().items():
         assert torch.equal(value, plain.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("size", [4, 2])
+def test_masks_by_name_count_over_the_accumulated_batch_too(tmp_path, size):
+    def prepare(batch):
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        target, mask = next_tokens(batch["labels"])
+        return inputs, target, {"kl": mask, "task": mask & (torch.arange(9) > 3)}
+
+    terms = {"kl": Term(KLLoss(2.0), weight=3.0), "rkd": Term(RKDLoss(), at=lambda out: out.logits[:, 0], weight=0.0)}
+    distiller, by_hand = build(terms), build(terms)
+    before = copy.deepcopy(distiller.state_dict())
+    args = arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+    trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), prepare=prepare)
+    trainer.train()
+    inputs, target, mask = prepare(stack(rows()))
+    out = by_hand(inputs, target, mask=mask)
+    out.loss.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+    assert trainer.state.log_history[0]["term/task"] == pytest.approx(out.terms["task"].item(), rel=1e-5)
+    for name, parameter in by_hand.named_parameters():
+        change = before[name] - distiller.state_dict()[name]
+        torch.testing.assert_close(change, 0.1 * parameter.grad, rtol=1e-4, atol=2e-7)
 
 
 @needs_packing

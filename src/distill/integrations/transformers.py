@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from distill._distiller.distiller import Distiller
 from distill._distiller.evaluate import has_mean
+from distill.integrations._counts import count_masks, divided, everywhere, factor
 from distill.integrations._labels import as_returned, split_batch
 from distill.integrations._learned import Learned
 from distill.integrations._predictions import PredictingTrainer
@@ -24,9 +25,9 @@ class DistillTrainer(PredictingTrainer):
 
     What it saves is the student, as `from_pretrained` wants it. What learns in the losses is in the optimizer, in the
     checkpoints and resumed; the terms are logged. With a mask every mean is over all that it counts in the accumulated
-    batch on all processes, however that is cut; without one, or with masks by name, the micro-batches' means are
-    averaged. `evaluate` gives the Distiller's loss, also without labels where no term needs them (`task_loss=None`, or
-    `weights["task"] = 0`); `predict` gives a loss only with labels.
+    batch on all processes, however that is cut; with masks by name too, if all means have one. Otherwise the means of
+    the micro-batches are averaged. `evaluate` gives the Distiller's loss, also without labels where no term needs them
+    (`task_loss=None`, or `weights["task"] = 0`); `predict` gives a loss only with labels.
 
     Args:
         distiller: The Distiller.
@@ -71,15 +72,19 @@ class DistillTrainer(PredictingTrainer):
         shifts = bool(getattr(self, "_loss_shifts_labels", False))
         return split_batch(batch, self.accelerator.unwrap_model(self.model), shifts=shifts, name=name)
 
+    def _parts(self) -> dict[str, Any]:
+        task = self.distiller.task_loss
+        return {**self.distiller.losses, **({} if task is None else {"task": task})}
+
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batches = len(batches)  # fewer at the end of an epoch
         self._learned.zero_grad()  # a scaler may have skipped the step before
-        counts = [mask.float().sum() for batch in batches if isinstance(mask := self.prepare(dict(batch))[2], Tensor)]
-        if not counts or len(counts) < len(batches):  # some versions ask once more at the end of an epoch
-            return batches, None
-        return batches, self.accelerator.reduce(torch.stack(counts).sum().to(device))
+        means = [name for name, part in self._parts().items() if self.distiller.weights[name] and has_mean(part)]
+        counts = count_masks([self.prepare(dict(batch))[2] for batch in batches], means)
+        # Some versions ask once more at the end of an epoch.
+        return batches, counts and everywhere(counts, self.accelerator.reduce, device)
 
     @override
     def compute_loss(
@@ -87,19 +92,19 @@ class DistillTrainer(PredictingTrainer):
     ) -> Any:
         self.distiller.train(model.training)
         count = num_items_in_batch if model.training else None
+        whole, parts = divided(count), self._parts()
         given, target, mask, *asked = self.prepare(dict(inputs))
         questions = asked[0] if asked else None
-        out = self.distiller(given, target, mask=mask, denominator=count, student=model, teacher_inputs=questions)
+        out = self.distiller(given, target, mask=mask, denominator=whole, student=model, teacher_inputs=questions)
         # What is no mean over the count is averaged over the micro-batches and processes.
         share = 1 / (self._micro_batches * self.args.world_size) if model.training else 1
-        loss = out.loss if count is not None else out.loss * share
-        parts = {**self.distiller.losses, "task": self.distiller.task_loss}
+        loss = out.loss if whole is not None else out.loss * share
         for name, value in out.losses.items():
-            counted = count is not None and has_mean(parts[name])
-            if count is not None and not counted:
-                loss = loss - (1 - share) * self.distiller.weights[name] * value
+            part = factor(count, name) if whole is not None and has_mean(parts[name]) else share
+            if isinstance(part, Tensor) or (whole is not None and part != 1):
+                loss = loss - (1 - part) * self.distiller.weights[name] * value
             if model.training:
-                self._terms.add(name, value.detach() * (1.0 if counted else share))
+                self._terms.add(name, value.detach() * part)
         loss = loss * self.args.world_size if model.training else loss  # DDP takes the mean of the gradients
         return (loss, as_returned(loss, out.student)) if return_outputs else loss
 
