@@ -1,4 +1,4 @@
-"""Blocks of rows by autograd: for losses without a closed form, and for rows that a closed form cannot do."""
+"""Rows by autograd: for losses without a closed form, and for rows that a closed form cannot do."""
 
 from __future__ import annotations
 
@@ -20,16 +20,40 @@ def block_by_autograd(
     *operands, factors, gradient, _ = rest
     if factors is None:
         return formula(student, teacher, *operands, dim=-1, **options)
-    if torch.is_anomaly_enabled() and isinstance(factors, Tensor):  # NaN in a row that does not count is no anomaly
-        hidden = factors.view(-1, 1) == 0
-        student, teacher = student.masked_fill(hidden, 0.0), teacher.masked_fill(hidden, 0.0)
+    counts = factors.view(-1) if isinstance(factors, Tensor) else factors
+    values, found = values_and_gradient(formula, student, teacher, *operands, counts=counts, dim=-1, **options)
+    gradient.copy_(found)
+    return values
+
+
+def values_and_gradient(
+    formula: Callable[..., Tensor],
+    student: Tensor,
+    *constants: Tensor,
+    counts: Tensor | float,
+    dim: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Compute a formula's values, and their gradient for the student by autograd.
+
+    Args:
+        formula: As in `Rows`.
+        student: Its first argument.
+        constants: Its others: the teacher, then the labels, where the loss has them.
+        counts: What the gradient of each value is multiplied by, shaped like the values, or one number for all.
+        dim: The dimension of a row.
+        options: What else the formula takes.
+    """
+    if torch.is_anomaly_enabled() and isinstance(counts, Tensor):  # NaN in a row that does not count is no anomaly
+        hidden, (teacher, *labels) = (counts == 0).unsqueeze(dim), constants
+        student, constants = student.masked_fill(hidden, 0.0), (teacher.masked_fill(hidden, 0.0), *labels)
     # Hooks from outside (checkpointing, offloading) are for what outlives the forward; they would recompute it here.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved):
         student = student.detach().requires_grad_()
-        values = formula(student, teacher, *operands, dim=-1, **options)
-        counts = factors.view(-1) if isinstance(factors, Tensor) else torch.full_like(values, factors)
-        gradient.copy_(torch.autograd.grad(values, student, counts)[0])
-    return values.detach()
+        values = formula(student, *constants, dim=dim, **options)
+        counts = counts if isinstance(counts, Tensor) else torch.full_like(values, counts)
+        (gradient,) = torch.autograd.grad(values, student, counts)
+    return values.detach(), gradient
 
 
 def redo(

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from distill._checks import ordinary
 from distill._engine.kernels import run_kernel, scale
+from distill._engine.slabs import can_cut, run_slabs
 from distill._reduction import Reduction, hide, reduce, row_weights
 
 
@@ -32,6 +33,9 @@ class Formula(Protocol):
     @property
     def longer(self) -> int: ...
 
+    @property
+    def transposed(self) -> bool: ...
+
     def own_block(self) -> Callable[..., Tensor]: ...
 
     def in_blocks(self) -> Callable[..., Tensor]: ...
@@ -45,9 +49,9 @@ _ORDINARY = Tensor, nn.Parameter
 
 
 def can_fuse(
-    student: Tensor, teacher: Tensor, dim: int, options: dict[str, Any], *, least: float, shortest: int
+    student: Tensor, teacher: Tensor, dim: int, options: dict[str, Any], *, least: float, apart: float, shortest: int
 ) -> bool:
-    """Whether these are ordinary tensors, large enough, with rows in one piece, and nobody traces or transforms.
+    """Whether these are ordinary tensors, large enough, and nobody traces or transforms.
 
     It is not to be asked of what `torch.compile` traces, whose sizes may be symbols.
 
@@ -57,13 +61,13 @@ def can_fuse(
         dim: The dimension of a row.
         options: What the formula takes.
         least: From how many times `SMALL` elements on the fused form pays on a CPU, and elsewhere from at least 1.
+        apart: The same where the numbers of a row are not side by side.
         shortest: From how many columns on it pays.
     """
+    least = least if _side_by_side(student, teacher, dim) else apart
     return (
         student.numel() >= SMALL * (least if student.is_cpu else max(least, 1.0))
         and shortest <= student.shape[dim] <= LARGEST_ROW
-        # Collecting the numbers of a row from all over the memory costs more than blocks save.
-        and student.stride(dim) == teacher.stride(dim) == 1
         and (student.is_cpu or student.is_cuda)
         and type(student) in _ORDINARY
         and type(teacher) in _ORDINARY
@@ -93,7 +97,7 @@ def run(
     if torch.is_grad_enabled() and student.requires_grad:
         value: Tensor = _Fused.apply(student, teacher, labels, mask, call)  # type: ignore[no-untyped-call]
         return value
-    return reduce(call.run(student, teacher, labels)[0], call.reduction, mask)
+    return reduce(call.run(student, teacher, labels, mask=mask)[0], call.reduction, mask)
 
 
 @dataclass(slots=True)
@@ -128,6 +132,7 @@ class Call:
         labels: Tensor | None,
         factors: Tensor | float | None = None,
         *,
+        mask: Tensor | None = None,
         into: Tensor | None = None,
         elements: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -135,10 +140,15 @@ class Call:
 
         A row whose factor is 0 gets a gradient of 0, whatever it holds; one number is the factor of all. The gradient
         goes `into` a tensor if one is given: the student's own, or one whose memory overlaps the student's by what
-        earlier blocks have read. A block has at most so many `elements`; None: by the device.
+        earlier blocks have read. A block has at most so many `elements`; None: by the device. The mask says which rows
+        count, where there are no factors yet.
         """
         if into is None and self._are_few(student, teacher):
             return self._run_few(student, teacher, labels, factors)
+        if into is None and self._in_slabs(student, teacher):
+            elements = _block_elements(student.device)
+            where = {"mask": mask, "dim": self.dim, "dtype": self.dtype, "elements": elements, **self.options}
+            return run_slabs(self.loss.formula, student, teacher, labels, factors, **where)
         student, teacher = student.detach().movedim(self.dim, -1), teacher.movedim(self.dim, -1)
         labels = None if labels is None else labels.movedim(self.dim, -1)
         if isinstance(factors, float):
@@ -176,6 +186,12 @@ class Call:
         if isinstance(counts, Tensor) and gradient is not None:
             _clear_hidden(gradient, counts)
         return values, None if counts is None else gradient
+
+    def _in_slabs(self, student: Tensor, teacher: Tensor) -> bool:
+        """Whether to leave the rows as they lie: to copy the numbers of each costs more than a block function saves."""
+        if _side_by_side(student, teacher, self.dim) or (self.loss.transposed and student.is_cpu):
+            return False
+        return can_cut(student, self.dim) and can_cut(teacher, self.dim)
 
     def _run_blocks(
         self,
@@ -244,7 +260,8 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         # In half a gradient divided by the number of samples can underflow before a gradient scaler gets to it.
         early = student.dtype != torch.half
-        values, ctx.gradient = call.run(student, teacher, labels, call.weights(student, mask) if early else None)
+        counts = call.weights(student, mask) if early else None
+        values, ctx.gradient = call.run(student, teacher, labels, counts, mask=mask)
         ctx.call = call
         # An inference tensor cannot be saved, and counts no changes that the saving would notice.
         ctx.teacher = teacher if teacher.is_inference() else None
@@ -269,13 +286,17 @@ class _Fused(torch.autograd.Function):
             counts = call.weights(student, mask)
             if not early:
                 counts = (counts * upstream[0]).expand(student.movedim(call.dim, -1).shape[:-1])
-            gradient = call.run(student, teacher, labels, counts)[1]
+            gradient = call.run(student, teacher, labels, counts, mask=mask)[1]
         if early and call.reduction == "none":
             rows, counts = gradient.movedim(call.dim, -1), upstream[0].unsqueeze(-1)
             _clear_hidden(rows.mul_(counts), counts)
         elif early:
             scale(gradient, upstream[0])
         return gradient, None, None, None, None
+
+
+def _side_by_side(student: Tensor, teacher: Tensor, dim: int) -> bool:
+    return student.stride(dim) == teacher.stride(dim) == 1
 
 
 def _clear_hidden(gradient: Tensor, factors: Tensor) -> None:

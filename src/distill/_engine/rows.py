@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from distill._reduction import Reduction, check_mask, hide, reduce
 from distill.topk import TopK
 
 _FIRST = 1 / fused.SMALL  # from the first element on
+_FEW_APART = 1 / 128  # below it the copies show
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Rows:
             inputs to hide rows.
         longer: How many times as long as others' its blocks may be where none is copied: for a loss of so few passes
             that it gains nothing from the cache. Long blocks wait less often for a thread that another process delays.
+        transposed: Whether the block function pays even where the numbers of a row are not side by side, so that each
+            block is copied into a buffer and back. Else the formula does slabs in their own layout, from `fused.SMALL`
+            elements on.
         softmax: Whether the rows are logits, so that it must be clear along which dimension.
         classes: How many logits a row must have at least: two for a softmax.
         labels: Whether the formula needs the label of each row.
@@ -70,6 +75,7 @@ class Rows:
     fused_from: float | None = None
     masked_from: float | None = None
     longer: int = 1
+    transposed: bool = False
     softmax: bool = True
     classes: int = 2
     labels: bool = False
@@ -103,6 +109,17 @@ class Rows:
 
     def _default(self) -> float:
         return 1.0 if self.block is None else _FIRST
+
+    def apart(self, least: float, *, alone: bool) -> float:
+        """From how many times `fused.SMALL` elements on it pays where the numbers of a row are not side by side.
+
+        Args:
+            least: The same where they are.
+            alone: Whether the formula is a single operation.
+        """
+        if alone:
+            return math.inf
+        return max(least, _FEW_APART) if self.transposed else max(least, 1.0)
 
     def own_block(self) -> Callable[..., Tensor]:
         """The block function: its own, or the formula's by autograd."""
@@ -201,12 +218,14 @@ class Rows:
             and student.numel() <= fused.FEW
         ):
             student, teacher = student.to(dtype), teacher.to(dtype)  # a few rows cost less in one piece than in buffers
+        least = loss.least if mask is None else loss.least_masked
         if not traced and fused.can_fuse(
             student,
             teacher,
             dim,
             options,
-            least=loss.least if mask is None else loss.least_masked,
+            least=least,
+            apart=loss.apart(least, alone=mean and loss.single),
             shortest=fused.SHORT if mean and loss.single else 1,
         ):
             if mask is None or not mask.requires_grad:

@@ -34,7 +34,7 @@ def _block(student: Tensor, teacher: Tensor, factors: Tensor | float | None, gra
     return redo(far, values.squeeze(-1), _formula, student, teacher, factors, gradient)
 
 
-_ROWS = Rows(_formula, block=_block, softmax=False)
+_ROWS = Rows(_formula, block=_block, transposed=True, softmax=False)
 
 
 def cosine_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:

@@ -64,7 +64,7 @@ def _block(
     return redo(far, values, _formula, student, teacher, factors, gradient, **options)
 
 
-_ROWS = Rows(_formula, block=_block, classes=1)
+_ROWS = Rows(_formula, block=_block, transposed=True, classes=1)
 
 
 def sigmoid_kl_loss(
