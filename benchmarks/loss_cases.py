@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import distill
 from loss_report import COMPILED, EAGER, FIRST, FLOOR, LIGER, OURS, PUBLISHED
-from plain_forms import embeddings, logits, maps, relations
+from plain_forms import embeddings, logits, maps, pixels, relations
 from plain_forms.form import Form
 
 Shape = tuple[int, ...]
@@ -65,7 +65,7 @@ class Problem:
 class Case:
     """One row of a table."""
 
-    table: str  # "logits", "linear" or "losses"
+    table: str  # one of `TABLES`
     loss: str  # as the table shows it
     shape: Shape
     dtype: torch.dtype
@@ -264,6 +264,17 @@ PLAIN: dict[str, Plain] = {
 }  # fmt: skip
 
 
+SEGMENTATION = (2, 19, 512, 512)
+PIXELS: dict[str, Plain] = {  # the vector of each position
+    "kl": Plain(pixels.kl, SEGMENTATION, make=lambda _: distill.KLLoss(dim=1)),
+    "reverse_kl": Plain(pixels.reverse_kl, SEGMENTATION, make=lambda _: distill.ReverseKLLoss(dim=1)),
+    "js": Plain(pixels.js, SEGMENTATION, make=lambda _: distill.JSLoss(dim=1)),
+    "tvd": Plain(pixels.tvd, SEGMENTATION, make=lambda _: distill.TVDLoss(dim=1)),
+    "sigmoid_kl": Plain(pixels.sigmoid_kl, SEGMENTATION, make=lambda _: distill.SigmoidKLLoss(dim=1)),
+    "cosine": Plain(pixels.cosine, (16, 128, 64, 64), make=lambda _: distill.CosineLoss(dim=1)),
+}
+
+
 def liger_kl(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
     """Write the same with Liger-Kernel, which takes log-probabilities."""
     loss = importlib.import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="batchmean", log_target=True)
@@ -288,7 +299,7 @@ def why_no_liger(device: torch.device) -> str:
 
 def build_loss(case: Case, device: torch.device) -> Problem:
     """Build a registered loss beside its plain form, eager and compiled, and the floor."""
-    plain = PLAIN[case.loss]
+    plain = (PIXELS if case.table == "pixels" else PLAIN)[case.loss]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         ours = (distill.create_loss(case.loss) if plain.make is None else plain.make(case.shape)).to(device)
@@ -306,7 +317,7 @@ def build_loss(case: Case, device: torch.device) -> Problem:
         forward[PUBLISHED] = bind(plain.published(ours) if plain.learned else plain.published)
     floor = partial(_move, [tensor.detach() for tensor in student], teacher)
     problem = Problem(forward, (*student, *_parameters(ours)), floor, other=(COMPILED,) if plain.random else ())
-    if case.loss in LIGER_FORMS:
+    if case.loss in LIGER_FORMS and case.table != "pixels":
         _add_liger(problem, lambda: LIGER_FORMS[case.loss](*inputs), device)
     return problem
 
@@ -422,5 +433,7 @@ def list_cases(device: torch.device) -> list[Case]:
         for shape in shapes
     ]
     return cases + [
-        Case("losses", loss, plain.shape, torch.float32, False, build_loss) for loss, plain in PLAIN.items()
+        Case(table, loss, plain.shape, torch.float32, False, build_loss)
+        for table, losses in (("pixels", PIXELS), ("losses", PLAIN))
+        for loss, plain in losses.items()
     ]

@@ -18,8 +18,14 @@ from PIL import Image
 OURS, EAGER, COMPILED, FLOOR, FIRST = "ours", "eager", "torch.compile", "floor", "first call"
 LIGER, PUBLISHED = "Liger", "as published"
 WAYS = (OURS, EAGER, COMPILED, FLOOR, FIRST, LIGER, PUBLISHED)
-TABLES = ("logits", "linear", "losses")
-HEADS = {"logits": "samples, classes", "linear": "samples, classes, widths", "losses": "shape"}
+TABLES = ("logits", "linear", "pixels", "losses")
+HEADS = {
+    "logits": "samples, classes",
+    "linear": "samples, classes, widths",
+    "pixels": "samples, channels, height, width",
+    "losses": "shape",
+}
+BY_LOSS = ("pixels", "losses")  # one table of all losses, not one for each
 TITLES = {"logit": "LogitLoss", "kl": "KLLoss", "trained": "student's head trained", "frozen": "both heads frozen"}
 # Okabe-Ito: colour-blind safe; markers and dashes tell the lines apart without colours, too.
 STYLES = {
@@ -209,10 +215,10 @@ def _tables(rows: Sequence[Row], table: str) -> str:
         return "Not measured.\n"
     groups: dict[str, list[Row]] = {}
     for row in chosen:
-        groups.setdefault("" if table == "losses" else row.loss, []).append(row)
+        groups.setdefault("" if table in BY_LOSS else row.loss, []).append(row)
     parts = []
     for loss, same in groups.items():
-        lines = [*_lines(same, HEADS[table], by_loss=table == "losses")]
+        lines = [*_lines(same, HEADS[table], by_loss=table in BY_LOSS)]
         cells = [[*lines[0]], ["---"] * len(lines[0]), *([*line.values()] for line in lines)]
         parts += [f"**{TITLES.get(loss, loss)}**\n"] if loss else []
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n")
