@@ -50,7 +50,7 @@ def run_slabs(
         mask: Which rows count, `(..., ...)`; what others hold shows nowhere. None: all.
         dim: The dimension of the `C` numbers of a row.
         dtype: Of the computation.
-        elements: Of a slab, about.
+        elements: Of a block. A slab has a quarter, since autograd holds many of its size at a time.
         options: What else the formula takes.
 
     Returns:
@@ -62,6 +62,7 @@ def run_slabs(
     gradient = None if factors is None else torch.empty(student.shape, dtype=student.dtype, device=student.device)
     pieces = [x.reshape(outer, -1, inner) for x in (student.detach(), teacher, labels) if x is not None]
     per_row = [x.reshape(outer, inner) if isinstance(x, Tensor) else None for x in (factors, mask)]
+    elements //= 4
     width = min(inner, max(elements // columns, _LINE))
     depth = max(1, elements // (columns * inner)) if width == inner else 1
     for start, left in itertools.product(range(0, outer, depth), range(0, inner, width)):
