@@ -56,7 +56,7 @@ def test_files_are_read_back_and_written_the_same(tmp_path):
     loss_report.write_report(tmp_path / "first", some_rows())
     loss_report.write_report(tmp_path / "second", loss_report.read_rows(tmp_path / "first"))
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert names == ["linear.md", "logits.md", "losses.csv", "losses.md", "setup.md", "vocabulary.png"]
+    assert names == ["linear.md", "logits.md", "losses.csv", "losses.md", "pixels.md", "setup.md", "vocabulary.png"]
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 
