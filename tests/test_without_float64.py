@@ -1,4 +1,4 @@
-"""What runs on a device without float64, such as MPS: another one, and a rule against float64 there."""
+"""What runs on a device without float64, such as MPS: another one, and a rule against float64 there; and with it."""
 
 from types import SimpleNamespace
 
@@ -63,3 +63,11 @@ def test_gradients_are_measured_in_float32(monkeypatch):
         calibrate(distiller, [batch(8)], shares)
         report = gradient_report(distiller(*batch(8)), distiller.student)
     assert {name: entry.share for name, entry in report.items()} == pytest.approx(shares, rel=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_a_gradient_that_one_process_lacks_is_sent_in_the_dtype_of_the_others(monkeypatch, dtype, expected):
+    monkeypatch.setattr(balance, "_processes", lambda: 2)
+    monkeypatch.setattr(balance.dist, "all_reduce", lambda tensor, op=None: tensor.fill_(1))
+    (averaged,) = balance._averaged([None], [torch.ones(2, dtype=dtype)])
+    assert averaged.dtype == expected

@@ -13,7 +13,7 @@ from torch import Tensor
 from cifar.checkpoints import RunFiles
 from cifar.data import Dataset
 from cifar.losses import find_setup, make_target
-from cifar.settings import RunConfig
+from cifar.settings import RunConfig, find_usual
 from cifar.steps import epoch_order, load_batch
 from cifar.training import build_distilled
 from distill import calibrate
@@ -48,7 +48,15 @@ def describe_weights(students: Sequence[RunConfig], out: Path, datasets: Mapping
         found.append(f"{calibrated_weight(config, datasets[config.dataset], teacher_weights, share):.3g}")
         lines.append(f"{config.method:<18}{config.weight:>12g}{found[-1]:>12}")
     names = ",".join(config.method for config in students)
-    return "\n".join([*lines, f"--loss {names} --weight {','.join(found)}"])
+    return "\n".join([*lines, f"--loss {names} --weight {','.join(found)}{_unusual(students[0])}"])
+
+
+def _unusual(config: RunConfig) -> str:
+    """The options that the weight of a loss goes with, where they are not the usual ones; only one loss has them."""
+    usual = find_usual(config.method, config.recipe).at, find_setup(config.method).task_weight or 1.0
+    given = {"at": config.at or "logits", "task-weight": f"{config.task_weight or 1.0:g}"}
+    defaults = {"at": usual[0] or "logits", "task-weight": f"{usual[1]:g}"}
+    return "".join(f" --{option} {value}" for option, value in given.items() if value != defaults[option])
 
 
 def calibrated_weight(config: RunConfig, data: Dataset, teacher_weights: dict[str, Tensor], share: float) -> float:

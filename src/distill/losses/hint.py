@@ -5,7 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_count, check_pair, check_tensor, check_tensors, make_ready, ordinary, without_autocast
+from distill._checks import (
+    check_count,
+    check_pair,
+    check_tensor,
+    check_tensors,
+    make_ready,
+    may_look,
+    ordinary,
+    without_autocast,
+)
 from distill._reduction import Reduction, check_mask, divide, hide, reduce
 from distill._registry import register_loss
 from distill.losses._base import SampleLoss
@@ -205,8 +214,8 @@ class HintLoss(SampleLoss):
 
         Raises:
             TypeError: If what must be a tensor is none.
-            ValueError: As `hint_loss`, if the channels are not those given, or if the mask or the weights have another
-                shape.
+            ValueError: As `hint_loss`, if the channels are not those given, if the mask or the weights have another
+                shape, or on a CPU if a weight is negative.
         """
         weights = None
         if isinstance(teacher, tuple) and len(teacher) == 2:
@@ -221,6 +230,11 @@ class HintLoss(SampleLoss):
             check_mask(weights, shape, student.device, name="the teacher's weights")
             weights = ordinary(weights.detach()).to(student.dtype)
             each = weights if mask is None else _both(weights, mask)
+            if may_look(each) and bool((each < 0).any()):
+                raise ValueError(
+                    f"the teacher's weights must be zero or positive, got {float(each.amin())}: those of logits are "
+                    "their sigmoid"
+                )
         if each is not None:
             check_mask(each, shape, student.device)
             student, teacher = hide(student, each, dim=dim), hide(teacher, each, dim=dim)
