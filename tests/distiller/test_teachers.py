@@ -184,3 +184,16 @@ def test_a_teacher_without_a_share_is_not_run_and_probabilities_keep_their_range
     assert not calls
     both = Teachers(a=lambda: sure, b=lambda: sure, combine="probabilities")()
     torch.testing.assert_close(both, sure.log_softmax(-1))
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch moves its quantisation elsewhere
+def test_a_teacher_whose_fake_quantisation_still_observes_is_refused():
+    quantisation = pytest.importorskip("torch.ao.quantization")
+    inputs, labels = batch()
+    teacher = nn.Sequential(Net(seed=1), quantisation.FakeQuantize())
+    teacher(inputs)
+    with pytest.raises(ValueError, match=r"the teacher must stay as it is, but the fake quantisation at '1' fits its"):
+        Distiller(Net(), teacher, KLLoss())
+    before = copy.deepcopy(teacher.apply(quantisation.disable_observer).state_dict())
+    Distiller(Net(), teacher, KLLoss())(10 * inputs, labels)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())

@@ -178,9 +178,19 @@ def _own_parameters(loss: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def freeze(teacher: Any) -> bool:
-    """Put a teacher in eval mode and freeze it; return whether it has modes at all (an exported program has none)."""
+    """Put a teacher in eval mode and freeze it; return whether it has modes at all (an exported program has none).
+
+    Raises:
+        ValueError: If its fake quantisation would go on to change with each batch.
+    """
     if not isinstance(teacher, nn.Module):
         return False
+    for path, part in teacher.named_modules():
+        if _observes(part):
+            raise ValueError(
+                f"the teacher must stay as it is, but the fake quantisation at {path!r} fits its range to each batch, "
+                "in eval mode too: teacher.apply(torch.ao.quantization.disable_observer), once it is calibrated"
+            )
     for parameter in teacher.parameters():  # `requires_grad_` of the module is refused by torch.jit
         parameter.requires_grad_(False)
     try:
@@ -188,6 +198,11 @@ def freeze(teacher: Any) -> bool:
     except NotImplementedError:  # exported programs: what they do was fixed when they were exported
         return False
     return True
+
+
+def _observes(part: nn.Module) -> bool:
+    flag = getattr(part, "observer_enabled", None)
+    return isinstance(flag, Tensor) and not flag.is_meta and bool(flag.any())
 
 
 def update_average(teacher: Any, student: nn.Module, decay: float) -> None:
