@@ -331,3 +331,26 @@ def test_tokens_after_the_patches_make_no_grid_of_another_size():
     distiller = Distiller(ResNet(), Detects(), pair_layers(ResNet(), Detects(), x).terms(), task_loss=None)
     with pytest.raises(ValueError, match=r"term 'stage1'.* must be maps .*, got .* and \(2, 36, 8\)"):
         distiller(x)  # not six rows of what stands in no row
+
+
+class TakesAList(nn.Module):
+    """As torchvision's detectors: a list of pictures, which become a batch inside."""
+
+    def __init__(self, width):
+        super().__init__()
+        steps = (nn.Sequential(nn.Conv2d(c, width, 3, 2, 1), nn.ReLU()) for c in (3, width))
+        self.backbone = nn.Sequential(*steps)
+
+    def forward(self, images, targets=None):
+        batch = torch.zeros(len(images), 3, *map(max, zip(*(image.shape[1:] for image in images), strict=True)))
+        for image, place in zip(images, batch, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
+        return self.backbone(batch).sum()
+
+
+@pytest.mark.parametrize("sizes", [[(16, 16), (16, 16)], [(16, 12), (8, 16)]])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: (x, None), lambda x: {"images": x}])
+def test_a_detector_takes_a_list_of_pictures(sizes, wrap):
+    inputs = wrap([torch.zeros(3, *size) for size in sizes])
+    pairs = pair_layers(TakesAList(4), TakesAList(6), inputs)
+    assert paths(pairs) == [("8 x 8", "backbone.0", "backbone.0"), ("4 x 4", "backbone", "backbone")]

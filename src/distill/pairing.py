@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -127,7 +127,8 @@ def pair_layers(
     Args:
         student: The student.
         teacher: The teacher.
-        inputs: For both models, as the Distiller takes them: pictures, or a mapping for `model(**inputs)`.
+        inputs: For both models, as the Distiller takes them: pictures, a mapping for `model(**inputs)`, or for a
+            detector `(pictures,)` with a list of pictures.
         teacher_inputs: For the teacher, where it takes others.
         shares: Into how many shares two models without resolutions are cut.
 
@@ -204,6 +205,9 @@ class _Side:
         given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
         self.samples = len(given[0]) if given else None
         self.picture = next(((x.shape[2], x.shape[3]) for x in given if x.ndim == 4), None)
+        if listed := _listed(inputs):
+            sizes = {(x.shape[1], x.shape[2]) for x in listed}
+            self.samples, self.picture = len(listed), sizes.pop() if len(sizes) == 1 else None
         modules = dict(model.named_modules(remove_duplicate=False))
         found = (self._layer(path, shapes, modules[path]) for path in shapes if path)
         layers = sorted((layer for layer in found if layer is not None), key=lambda layer: layer.order)
@@ -281,6 +285,13 @@ class _Side:
             )
         number = min(number, len(blocks))
         return [blocks[math.ceil(len(blocks) * k / number) - 1] for k in range(1, number + 1)]
+
+
+def _listed(inputs: Any) -> list[Tensor]:
+    """The pictures (C, H, W) of a detector, whose first input is a list; none for other inputs."""
+    parts = (*inputs.values(),) if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
+    pictures = parts[0] if parts and isinstance(parts[0], list) else []
+    return pictures if all(isinstance(x, Tensor) and x.ndim == 3 for x in pictures) else []
 
 
 def _last_of_each(layers: Sequence[_Layer]) -> dict[tuple[int, int], _Layer]:
