@@ -27,12 +27,13 @@ def distil(student: nn.Module, teacher: Vit) -> Distiller:
     """Build the Distiller: the last stage is compared by direction, the one before it by which patches are alike."""
     resize = nn.Upsample((teacher.grid, teacher.grid), mode="bilinear")
     project = nn.Sequential(nn.Conv2d(WIDTHS[3], teacher.width, 1), resize)  # learns
-    alike = nn.Sequential(resize, adapt.MapToTokens())
     to_map, patches = adapt.TokensToMap(teacher.prefix), adapt.Tokens(teacher.prefix)
     at, before = ("encoder.stages.3", teacher.tokens), ("encoder.stages.2", teacher.tokens)
     terms = {
         "direction": Term(CosineLoss(dim=1), at, student=project, teacher=to_map),
-        "alike": Term(TokenSimilarityLoss(), before, student=alike, teacher=patches),
+        "alike": Term(
+            TokenSimilarityLoss(), before, student=nn.Sequential(resize, adapt.MapToTokens()), teacher=patches
+        ),
     }
     return Distiller(student, teacher.model, terms, task_loss=None)
 
