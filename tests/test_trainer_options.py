@@ -217,5 +217,6 @@ def test_a_task_loss_that_learns_is_trained_saved_and_resumed(tmp_path):
     assert by_hand.task_loss.scale.item() != 1.5
     torch.testing.assert_close(distiller.task_loss.scale, by_hand.task_loss.scale, rtol=1e-5, atol=1e-7)
     trainer = DistillTrainer(distiller=again, args=args, train_dataset=rows())
+    again.task_loss = Scaled()  # not the one that was there when the trainer was made
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert torch.equal(again.task_loss.scale, distiller.task_loss.scale)

@@ -21,10 +21,7 @@ class Learned:
     """
 
     def __init__(self, distiller: Distiller) -> None:
-        children = distiller.named_children()
-        self._modules = nn.ModuleDict({name: child for name, child in children if child is not distiller.student})
-        self._student = distiller.student
-        self._weights = distiller.weights
+        self._distiller = distiller
         self._cleared_by: Any = None
 
     def zero_grad(self) -> None:
@@ -62,7 +59,7 @@ class Learned:
 
     def save(self, folder: str) -> None:
         """Save it in a checkpoint."""
-        state = {"learned": self._modules.state_dict(), "weights": dict(self._weights)}
+        state = {"learned": self._modules().state_dict(), "weights": dict(self._distiller.weights)}
         torch.save(state, Path(folder) / _FILE)
 
     def load(self, folder: str) -> None:
@@ -70,10 +67,15 @@ class Learned:
         file = Path(folder) / _FILE
         if file.is_file():
             state = torch.load(file, map_location="cpu", weights_only=True)
-            self._modules.load_state_dict(state["learned"])
-            self._weights.update(state["weights"])
+            self._modules().load_state_dict(state["learned"])
+            self._distiller.weights.update(state["weights"])
+
+    def _modules(self) -> nn.ModuleDict:
+        """All but the student, as they are now: a task loss may be replaced."""
+        children = self._distiller.named_children()
+        return nn.ModuleDict({name: child for name, child in children if child is not self._distiller.student})
 
     def _parameters(self) -> list[nn.Parameter]:
         """Those that the student has not as well."""
-        shared = {*self._student.parameters()}
-        return [parameter for parameter in self._modules.parameters() if parameter not in shared]
+        shared = {*self._distiller.student.parameters()}
+        return [parameter for parameter in self._modules().parameters() if parameter not in shared]
