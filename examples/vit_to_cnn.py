@@ -29,13 +29,9 @@ def distil(student: nn.Module, teacher: Vit) -> Distiller:
     project = nn.Sequential(nn.Conv2d(WIDTHS[3], teacher.width, 1), resize)  # learns
     to_map, patches = adapt.TokensToMap(teacher.prefix), adapt.Tokens(teacher.prefix)
     at, before = ("encoder.stages.3", teacher.tokens), ("encoder.stages.2", teacher.tokens)
-    terms = {
-        "direction": Term(CosineLoss(dim=1), at, student=project, teacher=to_map),
-        "alike": Term(
-            TokenSimilarityLoss(), before, student=nn.Sequential(resize, adapt.MapToTokens()), teacher=patches
-        ),
-    }
-    return Distiller(student, teacher.model, terms, task_loss=None)
+    direction = Term(CosineLoss(dim=1), at, student=project, teacher=to_map)
+    alike = Term(TokenSimilarityLoss(), before, student=nn.Sequential(resize, adapt.MapToTokens()), teacher=patches)
+    return Distiller(student, teacher.model, {"direction": direction, "alike": alike}, task_loss=None)
 
 
 def train(distiller: Distiller, shown: Shown, pictures: Tensor, steps: int = 400) -> None:
