@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from distill import LinearLogitLoss, LogitLoss, linear_logit_loss
+from distill import KLLoss, LinearLogitLoss, LinearLoss, LogitLoss, linear_logit_loss
 from linear_heads import METHODS, LoRA, by_logits, heads, hidden, make
 
 
@@ -228,6 +228,18 @@ def test_rejects_a_class_put_on_the_module_later():
     loss(*states)
     pair[0].__class__ = ScaledHead
     with pytest.raises(ValueError, match="got ScaledHead, which gives other numbers, 0.0625 times that"):
+        loss(*states)
+
+
+def test_rejects_a_head_that_gives_other_numbers_in_the_other_mode():
+    pair, states = [head.eval() for head in heads()], hidden(5)
+    pair[0] = as_class(DropoutHead, pair[0]).eval()
+    for loss in (LinearLogitLoss(*pair), LinearLoss(KLLoss(), *pair)):
+        loss(*states)
+        pair[0].train()
+        with pytest.raises(ValueError, match="student_head must compute W h . b, got DropoutHead, which gives other"):
+            loss(*states)
+        pair[0].eval()
         loss(*states)
 
 

@@ -38,6 +38,7 @@ class HeadPair:
         self.student = student
         self.teacher: nn.Module = teacher  # type: ignore[assignment]  # None for `LinearLoss` alone
         self._checked: tuple[Any, ...] = ()
+        self._modes: list[bool] = []
         self._places = _Places(), _Places()
         self._seen = SeenLogits(), SeenLogits()
 
@@ -70,11 +71,13 @@ class HeadPair:
             if hasattr(getattr(head, "weight", None), "full_tensor"):  # FSDP may have sharded it since
                 check_whole(f"the weight of {name}", head.weight)  # pragma: no cover - in a process of the test's own
         now = _kind(student), _kind(teacher), student_scale, teacher_scale, student_softcap, teacher_softcap
-        if now != self._checked:
+        compiling = torch.compiler.is_compiling()  # a graph of its own for each mode is enough
+        modes = self._modes if compiling else [head.training for head in (student, teacher) if head is not None]
+        if now != self._checked or modes != self._modes:  # dropout of a head does something in one of them
             check_head("student_head", student, student_scale, student_softcap)
             if teacher is not None:
                 check_head("teacher_head", teacher, teacher_scale, teacher_softcap)
-            self._checked = now
+            self._checked, self._modes = now, modes
 
     def tensors(self) -> tuple[Any, Any, Any, Any]:
         """The student's weight and bias, the teacher's weight and bias; None for no bias, or no head."""
@@ -175,15 +178,12 @@ def check_head(name: str, head: nn.Module, scale: float, softcap: float | None =
         softcap: The soft cap that the loss puts on them then, if any.
     """
     weight, bias = (getattr(head, attribute, None) for attribute in ("weight", "bias"))
+    what = f"{name} must be a module with a matrix as weight, as nn.Linear and nn.Embedding, got "
     if not (isinstance(head, nn.Module) and isinstance(weight, Tensor)):
-        raise ValueError(
-            f"{name} must be a module with a matrix as weight, as nn.Linear and nn.Embedding, got {head!r}"
-        )
+        raise ValueError(f"{what}{head!r}")
     check_whole(f"the weight of {name}", weight)
     if weight.ndim != 2:
-        raise ValueError(
-            f"{name} must be a module with a matrix as weight, as nn.Linear and nn.Embedding, got {head!r}"
-        )
+        raise ValueError(f"{what}{head!r}")
     if bias is not None and not isinstance(bias, Tensor):
         raise ValueError(f"{name} must have a tensor or None as bias, got {type(bias).__name__}")
     for what, tensor in (("weight", weight), ("bias", bias)):
