@@ -1,5 +1,6 @@
 """What every loss of rows promises, in the plain form and in blocks."""
 
+import dataclasses
 import math
 
 import pytest
@@ -156,3 +157,14 @@ def test_with_a_mask_a_block_function_pays_from_the_first_row_on(name):
     student, teacher = make_pair(6, 10)
     loss = get_loss(name)(**OPTIONS.get(name, {}))
     assert is_fused(loss(student, teacher, torch.arange(6), mask=torch.ones(6)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_first_use_of_a_loss_may_be_a_compiled_one(masked):
+    class Unused(KLLoss):
+        rows = dataclasses.replace(KLLoss.rows)  # what it keeps, no call before this one has made
+
+    student, teacher = make_pair(4, 10)
+    options = {"mask": torch.tensor([True, False, True, True])} if masked else {}
+    compiled = torch.compile(Unused(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(student, teacher, **options), KLLoss()(student, teacher, **options))

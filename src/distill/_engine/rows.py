@@ -218,7 +218,8 @@ class Rows:
             and student.numel() <= fused.FEW
         ):
             student, teacher = student.to(dtype), teacher.to(dtype)  # a few rows cost less in one piece than in buffers
-        least = loss.least if mask is None else loss.least_masked
+        # Untraced only: before Python 3.12 a property that is kept is behind a lock, which Dynamo does not know.
+        least = 0.0 if traced else loss.least if mask is None else loss.least_masked
         if not traced and fused.can_fuse(
             student,
             teacher,
