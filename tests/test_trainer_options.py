@@ -62,7 +62,8 @@ def test_terms_are_means_over_the_steps_since_the_last_log_also_resumed_and_agai
     def logs(trainer):
         found = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert [entry["loss"] for entry in found] == pytest.approx(
-            [sum(entry[name] for name in LOGGED) for entry in found], rel=1e-5
+            [sum(entry[name] for name in LOGGED) for entry in found],
+            abs=1e-4,  # older versions log four decimals
         )
         return found
 

@@ -59,6 +59,11 @@ def test_zero_when_equal_and_two_when_opposite():
     torch.testing.assert_close(cosine_loss(student, -student.detach()), torch.full((6,), 2.0, dtype=torch.float64))
 
 
+def test_one_at_a_right_angle():
+    vectors = torch.eye(4)
+    assert torch.equal(cosine_loss(vectors.clone().requires_grad_(), 3 * vectors.flip(1)), torch.ones(4))
+
+
 def test_does_not_count_the_length_of_a_vector():
     student, teacher = make_pair(6, 10)
     scale = torch.tensor([1e-30, 1e-3, 0.5, 2.0, 1e3, 1e30])[:, None]

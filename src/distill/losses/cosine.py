@@ -27,7 +27,7 @@ def _block(student: Tensor, teacher: Tensor, factors: Tensor | float | None, gra
     lengths = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (student, teacher)]
     direction = torch.div(student, lengths[0], out=gradient)
     difference = torch.sub(direction, torch.div(teacher, lengths[1], out=spare), out=spare)
-    values: Tensor = torch.linalg.vector_norm(difference, dim=-1, keepdim=True).square_().div_(2)
+    values = difference.square().sum(-1, keepdim=True).div_(2)  # a norm squared would not be exact at a right angle
     if factors is not None:  # (cos a - b) / |s| with the unit vectors a and b
         torch.addcmul(difference, direction, values, value=-1, out=gradient).mul_(factors / lengths[0])
     far = not_ordinary(*lengths)
