@@ -32,8 +32,8 @@ class TeacherWriter:
 
     Args:
         folder: Where to write; made if it is not there.
-        k: Store the k largest log-probabilities of the logits and one number for the rest (`TopK`), 4 bytes a class and
-            4 more (a little more for a vocabulary above 65,536). None: store what `add` is given.
+        k: Store the k largest log-probabilities of the logits and one number for the rest (`TopK`): 4 k + 4 bytes a
+            row, k / 8 more for a vocabulary above 65,536, 2 k more above 131,072. None: store what `add` is given.
         temperature: Of the top-k: what the logits are divided by.
         model: The teacher, whose weights are hashed, or a name of yours for it (a served model and its version). It is
             kept, so that answers of another teacher can be refused.

@@ -38,7 +38,7 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
         p: The power, finite and at least 1. The larger, the more the strongest activations count.
 
     Returns:
-        One value per sample, `(N,)`, without unit, between 0 and 4 / (HW); float32, or float64 if an input is.
+        One value per sample, `(N,)`, without unit, between 0 and 2 / (HW); float32, or float64 if an input is.
 
     Raises:
         TypeError: If an input is no tensor.

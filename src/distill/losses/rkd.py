@@ -36,8 +36,7 @@ def rkd_loss(
         loss = distance_weight * mean_ij huber(d_ij - d'_ij) + angle_weight * mean_ijk huber(a_ijk - a'_ijk)
 
     with huber(x) = x^2 / 2 for |x| <= 1, else |x| - 1/2. The means are over all N^2 pairs and N^3 triples, also over
-    those of a sample with itself. The angles are taken in blocks: memory grows with N^2, not
-    with N^3.
+    those of a sample with itself. The angles are taken in blocks: memory grows with N^2, not with N^3.
 
     Args:
         student: The student's features, `(N, ...)`. Any floating dtype; half and bfloat16 are computed in float32.
