@@ -36,10 +36,10 @@ def load(folder: Path | None) -> tuple[Tensor, Tensor]:
         digits = load_digits()
         pictures, labels = torch.from_numpy(digits.images).float().unsqueeze(1), torch.from_numpy(digits.target)
     else:
-        files = {file: n for n, kind in enumerate(sorted(folder.iterdir())) for file in sorted(kind.iterdir())}
+        files = sorted(folder.glob("[!.]*/[!.]*"))
         opened = [np.array(Image.open(file).convert("RGB").resize((32, 32)), np.float32) for file in files]
         pictures = torch.from_numpy(np.stack(opened)).movedim(-1, 1).contiguous()
-        labels = torch.tensor([*files.values()])
+        labels = torch.tensor(np.unique([file.parent.name for file in files], return_inverse=True)[1])
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return ((pictures - pictures.mean()) / pictures.std())[order], labels[order]
 

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--teacher")
     parser.add_argument("--pictures", type=Path)
     args = parser.parse_args(arguments)
-    files = sorted(args.pictures.glob("**/*.*")) if args.pictures else []
+    files = sorted(args.pictures.glob("**/[!.]*.*")) if args.pictures else []
     if len(files) <= HELD if args.teacher else args.pictures:
         parser.error(f"--teacher NAME and --pictures FOLDER, with more than {HELD} pictures, go together")
     if args.teacher is None:

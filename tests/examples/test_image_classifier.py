@@ -15,6 +15,8 @@ def test_reads_a_folder_of_pictures_with_a_subfolder_for_each_class(tmp_path):
         (tmp_path / kind).mkdir()
         for number in range(3):
             Image.new("RGB", (40, 30), (shade, shade, number)).save(tmp_path / kind / f"{number}.png")
+    for hidden in (tmp_path, tmp_path / "dark"):
+        (hidden / ".DS_Store").write_text("of macOS")
     pictures, labels = load(tmp_path)
     assert pictures.shape == (6, 3, 32, 32)
     assert pictures.mean().item() == pytest.approx(0, abs=1e-5)
