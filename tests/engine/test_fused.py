@@ -1,6 +1,7 @@
 """Fused equals plain, whatever comes; what is fused and what is not; what it may not cost."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -178,6 +179,22 @@ def test_maps_stay_in_their_layout(fused, monkeypatch):
     (result,) = torch.autograd.grad(value, ours)
     assert result.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(result, gradient(KLLoss(dim=1), student, teacher))
+
+
+def test_a_gradient_has_the_layout_of_the_student(fused):
+    student, teacher = make_pair(2, 5, 3, 4)
+    expected, last = gradient(JSLoss(dim=1), student, teacher), torch.channels_last
+    for layouts in itertools.permutations([torch.contiguous_format, last]):
+        ours, theirs = (x.to(memory_format=layout) for x, layout in zip((student, teacher), layouts, strict=True))
+        found = gradient(JSLoss(dim=1), ours, theirs)
+        assert found.stride() == ours.stride()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    # One value for all classes, in a layout that no tensor of its own can have and be cut.
+    few, teacher = (x.detach() for x in make_pair(3, 3, 1, 2, 3))
+    few = few[:, 0].permute(2, 3, 1, 0).repeat(1, 1, 2, 1)[:, :, :1].permute(3, 2, 0, 1)
+    several = few.unsqueeze(1).expand(-1, 3, -1, -1, -1).requires_grad_()
+    found, expected = (torch.autograd.grad(JSLoss(dim=1)(x, teacher), several) for x in (several, several.contiguous()))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_rows_too_long_for_a_block_are_plain(fused, monkeypatch):

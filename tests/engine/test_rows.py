@@ -54,6 +54,16 @@ def test_constants_may_be_inference_tensors(form, build, reduction):
         torch.testing.assert_close(*(torch.autograd.grad((x**2).sum(), student)[0] for x in (first, second)))
 
 
+def test_maps_of_inference_may_be_constants(fused):
+    student, teacher = make_pair(2, 5, 3, 4)
+    labels = torch.ones(2, 3, 4, dtype=torch.int64)
+    with torch.inference_mode():
+        constant = teacher.clone()
+    for name in ROWS:
+        loss = get_loss(name)(**OPTIONS.get(name, {}), dim=1, reduction="sum")
+        assert torch.equal(*(gradient(loss, student, theirs, labels) for theirs in (teacher, constant))), name
+
+
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("build", LOSSES)

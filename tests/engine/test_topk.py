@@ -42,6 +42,20 @@ def test_large_inputs_take_blocks_and_give_the_same(name, dtype, monkeypatch):
             torch.testing.assert_close(found.double(), slope, rtol=tolerance, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_classes_of_one_map_may_lie_in_front(name, monkeypatch):
+    student, teacher = make_pair(1, 9, 3, 4)
+    for samples in (0, 2) if name == "kl" else (0,):
+        topk = TopK.of(teacher.movedim(1, -1), 4, samples=samples)
+        loss = create_loss(name, **LOSSES[name], temperature=1.0, dim=1)
+        plain = gradient(loss, student, topk)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "SMALL", 0)
+            patch.setattr(engine, "_block_elements", lambda device: 40)
+            assert is_fused(loss(student, topk))
+            torch.testing.assert_close(gradient(loss, student, topk), plain, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # PyTorch 2.11 says so to everybody
 @pytest.mark.parametrize("samples", [0, 4])
 def test_holds_nothing_of_the_students_size_but_the_gradient(samples, monkeypatch):

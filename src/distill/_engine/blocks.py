@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill._checks import ordinary
+
 
 def block_by_autograd(
     formula: Callable[..., Tensor],
@@ -39,11 +41,12 @@ def values_and_gradient(
     Args:
         formula: As in `Rows`.
         student: Its first argument.
-        constants: Its others: the teacher, then the labels, where the loss has them.
+        constants: Its others: the teacher, then the labels, where the loss has them. They may be inference tensors.
         counts: What the gradient of each value is multiplied by, shaped like the values, or one number for all.
         dim: The dimension of a row.
         options: What else the formula takes.
     """
+    constants = tuple(map(ordinary, constants))
     if torch.is_anomaly_enabled() and isinstance(counts, Tensor):  # NaN in a row that does not count is no anomaly
         hidden, (teacher, *labels) = (counts == 0).unsqueeze(dim), constants
         student, constants = student.masked_fill(hidden, 0.0), (teacher.masked_fill(hidden, 0.0), *labels)

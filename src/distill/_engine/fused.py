@@ -188,10 +188,14 @@ class Call:
         return values, None if counts is None else gradient
 
     def _in_slabs(self, student: Tensor, teacher: Tensor) -> bool:
-        """Whether to leave the rows as they lie: to copy the numbers of each costs more than a block function saves."""
+        """Whether to leave the rows as they lie: to copy the numbers of each costs more than a block function saves.
+
+        Not along the last dimension, which a formula may count on: that for a `TopK` gathers there.
+        """
         if _side_by_side(student, teacher, self.dim) or (self.loss.transposed and student.is_cpu):
             return False
-        return can_cut(student, self.dim) and can_cut(teacher, self.dim)
+        last = self.dim % student.ndim == student.ndim - 1
+        return not last and can_cut(student, self.dim) and can_cut(teacher, self.dim)
 
     def _run_blocks(
         self,

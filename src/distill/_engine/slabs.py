@@ -54,12 +54,13 @@ def run_slabs(
         options: What else the formula takes.
 
     Returns:
-        One value for each row, `(..., ...)`, and the gradient, like the student.
+        One value for each row, `(..., ...)`, and the gradient, in the student's dtype and layout.
     """
     dim %= student.ndim
     outer, columns, inner = math.prod(student.shape[:dim]), student.shape[dim], math.prod(student.shape[dim + 1 :])
     values = torch.empty(outer, inner, dtype=dtype, device=student.device)
-    gradient = None if factors is None else torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    gradient = None if factors is None else _like(student, dim)
+    slopes = None if gradient is None else gradient.view(outer, columns, inner)
     pieces = [x.reshape(outer, -1, inner) for x in (student.detach(), teacher, labels) if x is not None]
     per_row = [x.reshape(outer, inner) if isinstance(x, Tensor) else None for x in (factors, mask)]
     elements //= 4
@@ -70,12 +71,18 @@ def run_slabs(
         ours, theirs, *operands = (x[rows, :, across] for x in pieces)
         counts, kept = (None if x is None else x[rows, across] for x in per_row)
         slab = [x.to(dtype) if kept is None else hide(x.to(dtype), kept, dim=1) for x in (ours, theirs)]
-        if factors is None or gradient is None:
+        if factors is None or slopes is None:
             part = formula(*slab, *operands, dim=1, **options)
         else:
             each = factors if counts is None else counts
             part, slope = values_and_gradient(formula, *slab, *operands, counts=each, dim=1, **options)
             slope = slope if counts is None else hide(slope, counts, dim=1)  # what does not count may be NaN
-            gradient.view(outer, columns, inner)[rows, :, across] = slope
+            slopes[rows, :, across] = slope
         values[rows, across] = part
     return values.view(student.movedim(dim, -1).shape[:-1]), gradient
+
+
+def _like(x: Tensor, dim: int) -> Tensor:
+    """Memory laid out as a tensor's, in one piece; where it holds some numbers more than once, as it comes."""
+    same = torch.empty_like(x)
+    return same if can_cut(same, dim) else torch.empty(x.shape, dtype=x.dtype, device=x.device)
