@@ -33,10 +33,10 @@ class DistillTrainer(PredictingTrainer):
         distiller: The Distiller.
         prepare: Makes of a batch what the Distiller is called with: `prepare(batch) -> (inputs, target, mask)`, and
             where the teacher is asked something else than the student `(inputs, target, mask, teacher_inputs)`, as the
-            ids of a stored teacher (`remove_unused_columns=False` leaves a column of ids in the batch). It is called
-            twice. None: labels (`labels`, or the one name in `label_names`) are taken out of the batch, shifted by
-            `next_tokens` if the student's own loss shifts them, and masked where they are -100 or predicted from
-            padding; without labels the `attention_mask` is the mask.
+            ids of a stored teacher (`remove_unused_columns=False` leaves a column of ids in the batch). In training it
+            is called twice. None: labels (`labels`, or the one name in `label_names`) are taken out of the batch,
+            shifted by `next_tokens` if the student's own loss shifts them, and masked where they are -100 or predicted
+            from padding; without labels the `attention_mask` is the mask.
         **trainer: What `Trainer` takes, but for `model` and `compute_loss_func`.
 
     Raises:
