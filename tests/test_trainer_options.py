@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from distill import CrossEntropyLoss, Distiller, KLLoss, RKDLoss, Teachers, Term, next_tokens  # noqa: E402
+from distill.integrations._counts import factor  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
 from language_models import VOCABULARY, arguments, build, needs_packing, rows, stack  # noqa: E402
 
@@ -157,13 +158,19 @@ def test_masks_by_name_count_over_the_accumulated_batch_too(tmp_path):
     def prepare(batch):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         target, mask = next_tokens(batch["labels"])
-        return inputs, target, {"kl": mask, "task": mask & (torch.arange(9) > 3)}
+        return inputs, target, {"kl": mask, "late": mask & (torch.arange(9) < 6), "task": mask & (torch.arange(9) > 3)}
 
-    terms = {"kl": Term(KLLoss(2.0), weight=3.0), "rkd": Term(RKDLoss(), at=lambda out: out.logits[:, 0], weight=0.0)}
+    class Late(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            distiller.weights["late"] = 2.0
+
+    terms = {"kl": Term(KLLoss(2.0), weight=3.0), "late": Term(KLLoss(), weight=0.0)}
+    terms["rkd"] = Term(RKDLoss(), at=lambda out: out.logits[:, 0], weight=0.0)
     distiller, by_hand = build(terms), build(terms)
+    by_hand.weights["late"] = 2.0
     before = copy.deepcopy(distiller.state_dict())
     args = arguments(tmp_path, gradient_accumulation_steps=4)
-    trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), prepare=prepare)
+    trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), prepare=prepare, callbacks=[Late()])
     trainer.train()
     inputs, target, mask = prepare(stack(rows()))
     out = by_hand(inputs, target, mask=mask)
@@ -173,6 +180,11 @@ def test_masks_by_name_count_over_the_accumulated_batch_too(tmp_path):
     for name, parameter in by_hand.named_parameters():
         change = before[name] - distiller.state_dict()[name]
         torch.testing.assert_close(change, 0.1 * parameter.grad, rtol=1e-4, atol=2e-7)
+
+
+def test_a_mean_that_is_switched_on_without_a_mask_is_refused_by_name():
+    with pytest.raises(ValueError, match="the masks must have one for 'late'"):
+        factor({"kl": torch.ones(())}, "late")
 
 
 @needs_packing

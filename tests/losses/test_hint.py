@@ -378,6 +378,10 @@ def test_rejects_weights_that_are_no_tensor_or_do_not_fit():
     with pytest.raises(ValueError, match=r"the teacher's weights must be zero or positive, got -1\.5: those of logits"):
         HintLoss()(maps, (maps, scores))
     assert HintLoss()(maps, (maps, scores), mask=torch.zeros(4)) == 0  # what is hidden may be anything
+    with pytest.raises(ValueError, match=r"the teacher's weights must be zero or positive, got -1\.5: those of logits"):
+        HintLoss()(maps, (maps, scores), mask=-torch.ones(4))
+    pair = student, (teacher, torch.ones(4, 2, 2))
+    assert HintLoss()(*pair, mask=-torch.ones(4)) == HintLoss()(*pair)  # as with other masks
     with pytest.raises(ValueError, match=r"the teacher's weights must be shaped like .*, \(4, 2, 2\), got \(4,\)"):
         HintLoss()(student, (teacher, torch.ones(4)))
     with pytest.raises(ValueError, match=r"mask must be shaped like .*, \(4, 2, 2\), got \(2,\)"):

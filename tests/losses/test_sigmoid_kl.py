@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from contract import assert_loss_contract, gradient, make_pair
-from distill import SigmoidKLLoss, kl_loss, sigmoid_kl_loss
+from distill import LinearLoss, SDDLoss, SigmoidKLLoss, kl_loss, sigmoid_kl_loss
 from divergences import assert_keeps_digits
 
 pytestmark = pytest.mark.usefixtures("form")
@@ -169,6 +169,17 @@ def test_rejects_a_dim_without_a_meaning():
     loss.classes = "none"
     with pytest.raises(ValueError, match=match):
         loss(*make_pair(6, 10))
+
+
+def test_one_value_per_class_is_refused_where_a_sample_has_one():
+    head, loss = nn.Linear(4, 3), SigmoidKLLoss(classes="none")
+    for outer, shape in ((LinearLoss(loss, head, head), (5, 4)), (SDDLoss(loss, head, head), (5, 4, 4, 4))):
+        pair = make_pair(*shape, dtype=torch.float32)
+        with pytest.raises(ValueError, match="classes must be 'sum' or 'mean' where each sample has one value"):
+            outer(*pair, torch.zeros(5, dtype=torch.int64))
+    head = nn.Linear(4, 1)
+    pair = make_pair(5, 4, dtype=torch.float32)
+    assert LinearLoss(loss, head, head)(*pair) == LinearLoss(SigmoidKLLoss(), head, head)(*pair)
 
 
 def test_repr_shows_options():

@@ -9,23 +9,25 @@ import torch
 from torch import Tensor
 
 
-def count_masks(masks: list[Any], means: Collection[str]) -> dict[str, Tensor] | None:
+def count_masks(masks: list[Any], means: Collection[str], idle: Collection[str] = ()) -> dict[str, Tensor] | None:
     """Count the masks of all micro-batches.
 
     Args:
         masks: Of each micro-batch: one for all terms, a mapping by name, or None.
         means: The terms that are means over what their mask counts.
+        idle: Those of weight 0, counted where they have masks: a callback may switch them on before the step.
 
     Returns:
         By term, what its masks count; under `""` alone where they are for all terms. None where a mean has no mask.
     """
-    names = means if any(isinstance(mask, Mapping) for mask in masks) else [""]
+    names = [*means, *idle] if any(isinstance(mask, Mapping) for mask in masks) else [""]
     found = {}
     for name in names:
         each: list[Any] = [mask.get(name) if isinstance(mask, Mapping) else mask for mask in masks]
-        if not each or not all(isinstance(mask, Tensor) for mask in each):
+        if each and all(isinstance(mask, Tensor) for mask in each):
+            found[name] = torch.stack([mask.float().sum() for mask in each]).sum()
+        elif name not in idle:
             return None
-        found[name] = torch.stack([mask.float().sum() for mask in each]).sum()
     return found or None
 
 
@@ -41,8 +43,16 @@ def divided(count: Any) -> Tensor | None:
 
 
 def factor(count: Any, name: str) -> Any:
-    """What a mean over `divided(count)` must be multiplied by to be one over its own count."""
+    """What a mean over `divided(count)` must be multiplied by to be one over its own count.
+
+    Raises:
+        ValueError: If it was not counted.
+    """
     if not isinstance(count, dict):
         return 1.0
+    if name not in count:
+        raise ValueError(
+            f"the masks must have one for {name!r} as for the other means: its weight was 0 when they were counted"
+        )
     own = count[name]
     return torch.stack([*count.values()]).max() / torch.where(own == 0, 1, own)

@@ -77,5 +77,6 @@ class Learned:
 
     def _parameters(self) -> list[nn.Parameter]:
         """Those that the student has not as well."""
-        shared = {*self._distiller.student.parameters()}
-        return [parameter for parameter in self._modules().parameters() if parameter not in shared]
+        own = [*self._modules().parameters()]
+        shared = {*self._distiller.student.parameters()} if own else ()  # they may be many, and this is asked each step
+        return [parameter for parameter in own if parameter not in shared]

@@ -81,8 +81,11 @@ class DistillTrainer(PredictingTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batches = len(batches)  # fewer at the end of an epoch
         self._learned.zero_grad()  # a scaler may have skipped the step before
-        means = [name for name, part in self._parts().items() if self.distiller.weights[name] and has_mean(part)]
-        counts = count_masks([self.prepare(dict(batch))[2] for batch in batches], means)
+        means: dict[bool, list[str]] = {True: [], False: []}
+        for name, part in self._parts().items():
+            if has_mean(part):
+                means[bool(self.distiller.weights[name])].append(name)
+        counts = count_masks([self.prepare(dict(batch))[2] for batch in batches], means[True], idle=means[False])
         # Some versions ask once more at the end of an epoch.
         return batches, counts and everywhere(counts, self.accelerator.reduce, device)
 

@@ -230,9 +230,10 @@ class HintLoss(SampleLoss):
             check_mask(weights, shape, student.device, name="the teacher's weights")
             weights = ordinary(weights.detach()).to(student.dtype)
             each = weights if mask is None else _both(weights, mask)
-            if may_look(each) and bool((each < 0).any()):
+            counted = weights.masked_fill(each == 0, 0.0)
+            if may_look(counted) and bool((counted < 0).any()):
                 raise ValueError(
-                    f"the teacher's weights must be zero or positive, got {float(each.amin())}: those of logits are "
+                    f"the teacher's weights must be zero or positive, got {float(counted.amin())}: those of logits are "
                     "their sigmoid"
                 )
         if each is not None:

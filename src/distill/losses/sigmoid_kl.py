@@ -21,6 +21,7 @@ _WAYS = ("sum", "mean", "none")
 
 
 def _formula(student: Tensor, teacher: Tensor, *, dim: int, temperature: float, classes: str) -> Tensor:
+    _check_rows(student.shape[dim], classes)
     s, t = soften(student, temperature), soften(teacher, temperature)
     # Both outcomes of a class together are a distribution, so that the two sums make the one that is never negative.
     yes, no = divergence(F.logsigmoid(t), F.logsigmoid(s), dim), divergence(F.logsigmoid(-t), F.logsigmoid(-s), dim)
@@ -38,6 +39,7 @@ def _block(
     temperature: float,
     classes: str,
 ) -> Tensor:
+    _check_rows(student.shape[1], classes)
     options = {"temperature": temperature, "classes": classes}
     if not may_look(student):  # on a GPU: to see how far the rows are apart would wait for it
         return block_by_autograd(_formula, student, teacher, factors, gradient, spare, **options)
@@ -62,6 +64,14 @@ def _block(
     if factors is not None:  # T (q - p)
         torch.mul(p, yes, out=gradient).mul_(sign).mul_(factors * (temperature * share))
     return redo(far, values, _formula, student, teacher, factors, gradient, **options)
+
+
+def _check_rows(columns: int, classes: str) -> None:
+    """Raise ValueError where a row of several classes should give a value for each."""
+    if classes == "none" and columns > 1:
+        raise ValueError(
+            "classes must be 'sum' or 'mean' where each sample has one value, as in LinearLoss and SDDLoss, got 'none'"
+        )
 
 
 _ROWS = Rows(_formula, block=_block, transposed=True, classes=1)
