@@ -74,7 +74,7 @@ def get_loss(name: str) -> type[nn.Module]:
         The class.
 
     Raises:
-        KeyError: If nobody has that name; the nearest one and the list are in the message.
+        KeyError: If there is no such name; the nearest one and the list are in the message.
         ImportError: If the entry point of that name cannot be imported, whatever its package raises.
         ValueError: If two packages offer that name, or what the entry point names is no `nn.Module` class.
 

@@ -203,7 +203,7 @@ def alpha_beta_loss(
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. Gets no gradient.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Or a `TopK`. Gets no gradient.
         alpha: Exponent of the teacher, zero or positive.
         beta: Exponent of the student, zero or positive, not zero together with `alpha`.
         temperature: What both logits are divided by, positive and finite.

@@ -135,7 +135,7 @@ class LinearLogitLoss(SampleLoss):
 
     It compares what the heads see: as a `Term` at the module before them (`at="model.norm"`), also in models that need
     not run their heads at all, or at the heads' inputs (`at="lm_head:input"`). Where a model runs its head at some
-    positions only (`logits_to_keep=1`), the head's input has those alone: listen at the module before it.
+    positions only (`logits_to_keep=1`), the head's input has those alone: tap the module before it.
 
     The heads are `nn.Linear`, `nn.Embedding` (tied or not), or another module that computes `W h + b` with a `weight`
     of V rows and possibly a `bias`, both used as they are at each call. They are referred to, not owned: they are in no

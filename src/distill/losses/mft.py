@@ -69,7 +69,7 @@ def mft_loss(
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. Gets no gradient.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Gets no gradient.
         target: The class of every sample, integers from 0 to `C - 1`, `(...)`. The loss class takes any other label
             where its mask is 0.
         threshold: How much likelier the label is made, above 0 and below 1.

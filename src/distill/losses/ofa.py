@@ -47,7 +47,7 @@ def ofa_loss(
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. Gets no gradient.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Gets no gradient.
         target: The class of every sample, `(...)`, integers.
         eps: The exponent, positive and finite.
         temperature: What both logits are divided by, positive and finite.

@@ -108,7 +108,7 @@ class QueueKLLoss(SampleLoss):
     the queue stays. What a mask hides, and an embedding that is not finite, does not enter: a NaN shows in the values
     of its batch alone. A queue in which nothing is yet gives 0. The queue is in `state_dict()`.
 
-    Where several processes train together, the embeddings of all of them enter all queues, which so stay the same: all
+    Where several processes train together, the embeddings of all of them enter all queues, which stay the same: all
     must call the loss in each step, with as many samples as they have.
 
     Args:

@@ -40,7 +40,7 @@ def todi_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0, dim
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. Gets no gradient.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Gets no gradient.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 

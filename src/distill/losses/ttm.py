@@ -33,7 +33,7 @@ def ttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.1, dim: int |
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. Gets no gradient.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Gets no gradient.
         gamma: The exponent, positive and finite; below 1 it makes the teacher less sure.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 

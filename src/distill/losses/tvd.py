@@ -53,7 +53,7 @@ def tvd_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 1.
     Args:
         student: The student's logits, `(..., C)`; -inf is a probability of 0. Any floating dtype; half and bfloat16 are
             computed in float32.
-        teacher: The teacher's logits, likewise, same shape. Or a `TopK`. Gets no gradient.
+        teacher: The teacher's logits, same shape; -inf is a probability of 0. Or a `TopK`. Gets no gradient.
         temperature: What both logits are divided by, positive and finite.
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
