@@ -333,6 +333,23 @@ def test_tokens_after_the_patches_make_no_grid_of_another_size():
         distiller(x)  # not six rows of what stands in no row
 
 
+def test_a_vit_may_cut_the_patches_itself_after_a_module_on_the_picture():
+    class Cuts(PlainViT):
+        def __init__(self):
+            super().__init__()
+            self.scaled, self.patches = nn.InstanceNorm2d(3), nn.Linear(48, 8)
+
+        def forward(self, x):
+            tokens = self.patches(nn.functional.unfold(self.scaled(x), 4, stride=4).mT)
+            tokens = torch.cat([self.start.expand(len(x), 1, -1), tokens], 1)
+            for block in self.body.values():
+                tokens = block(tokens)
+            return tokens
+
+    pairs = pair_layers(ResNet(), Cuts(), torch.zeros(2, 3, 32, 32))
+    assert {repr(pair.teacher_adapter) for pair in pairs} == {"TokensToMap(prefix=1, grid=None)"}
+
+
 class TakesAList(nn.Module):
     """As torchvision's detectors: a list of pictures, which become a batch inside."""
 

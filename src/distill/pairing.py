@@ -204,7 +204,9 @@ class _Side:
         self.name = name
         given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
         self.samples = len(given[0]) if given else None
-        self.picture = next(((x.shape[2], x.shape[3]) for x in given if x.ndim == 4), None)
+        first = next((x for x in given if x.ndim == 4), None)
+        self.picture = None if first is None else (first.shape[2], first.shape[3])
+        self.numbers = None if first is None else math.prod(first.shape[1:])
         if listed := _listed(inputs):
             sizes = {(x.shape[1], x.shape[2]) for x in listed}
             self.samples, self.picture = len(listed), sizes.pop() if len(sizes) == 1 else None
@@ -228,11 +230,13 @@ class _Side:
         )
 
     def _known_grids(self, layers: Sequence[_Layer], shapes: TapShapes) -> set[tuple[int, int] | None]:
-        """The grids of the picture's patches: those of maps, of tokens before any map, and of what is made of these."""
+        """Grids of patches: of maps, of tokens before any map or with the picture's numbers, and of what follows."""
         known = {layer.grid for layer in layers if layer.layout != "tokens" or layer is layers[0]}
         for layer in layers:
             given = first_tensor(shapes[layer.path].inputs[0])[0]
-            if given is not None and len(given) == 3 and read_layout(given, self.picture)[1] in known - {None}:
+            if given is None or len(given) != 3:
+                continue
+            if math.prod(given[1:]) == self.numbers or read_layout(given, self.picture)[1] in known - {None}:
                 known.add(layer.grid)
         return known
 

@@ -197,3 +197,21 @@ def test_a_teacher_whose_fake_quantisation_still_observes_is_refused():
     before = copy.deepcopy(teacher.apply(quantisation.disable_observer).state_dict())
     Distiller(Net(), teacher, KLLoss())(10 * inputs, labels)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    fixed = quantisation.FixedQParamsFakeQuantize(quantisation.default_fixed_qparams_range_0to1_observer)
+    Distiller(Net(), nn.Sequential(Net(seed=1), fixed), KLLoss())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_averaged_teacher_does_not_observe_with_its_student():
+    quantisation = pytest.importorskip("torch.ao.quantization")
+    inputs, labels = batch()
+    student = nn.Sequential(Net(), quantisation.FakeQuantize())
+    student(inputs)
+    teacher = copy.deepcopy(student).apply(quantisation.disable_observer)
+    distiller = Distiller(student, teacher, KLLoss())
+    student(10 * inputs)
+    distiller.update_teacher(0.5)
+    assert torch.equal(teacher[1].scale, student[1].scale)
+    before = copy.deepcopy(teacher.state_dict())
+    distiller(100 * inputs, labels)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())

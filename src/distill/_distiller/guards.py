@@ -202,7 +202,8 @@ def freeze(teacher: Any) -> bool:
 
 def _observes(part: nn.Module) -> bool:
     flag = getattr(part, "observer_enabled", None)
-    return isinstance(flag, Tensor) and not flag.is_meta and bool(flag.any())
+    fixed = type(part).__name__.startswith("FixedQParams")  # has the flag and no range to fit
+    return isinstance(flag, Tensor) and not fixed and not flag.is_meta and bool(flag.any())
 
 
 def update_average(teacher: Any, student: nn.Module, decay: float) -> None:
@@ -237,7 +238,8 @@ def update_average(teacher: Any, student: nn.Module, decay: float) -> None:
             else:  # quantised weights have no mean
                 parameter.copy_(learner)
         for name, buffer in teacher.named_buffers():
-            buffer.copy_(student.get_buffer(name))
+            if name.rpartition(".")[2] != "observer_enabled":  # a student's fake quantisation may observe
+                buffer.copy_(student.get_buffer(name))
 
 
 def _shape(tensors: dict[str, Any], name: str) -> tuple[int, ...] | None:
