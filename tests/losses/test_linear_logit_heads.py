@@ -243,6 +243,25 @@ def test_rejects_a_head_that_gives_other_numbers_in_the_other_mode():
         loss(*states)
 
 
+def test_a_head_is_looked_at_without_autocast():
+    class Thirds(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 3
+
+    head, teacher = Thirds(6, 9).eval(), nn.Linear(6, 9)
+    states = torch.randn(2, 5, 6)
+    for loss in (
+        LinearLogitLoss(head, teacher, student_scale=1 / 3),
+        LinearLoss(KLLoss(), head, teacher, student_scale=1 / 3),
+    ):
+        loss(*states)
+        head.train()  # which is another mode, so that it is looked at once more
+        with torch.autocast("cpu", torch.bfloat16):
+            loss(*states)
+            LinearLoss(KLLoss(), head, teacher, student_scale=1 / 3)
+        head.eval()
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_rejects_weights_made_by_a_hook_before_each_forward():
     match = "student_head must have a weight of its own, got one that is made anew before each forward"

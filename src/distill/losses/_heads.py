@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distill._checks import check_numbers, is_integer
+from distill._checks import check_numbers, is_integer, without_autocast
 from distill._engine.products import Side, capped
 from distill._engine.rows import Rows
 from distill._engine.squared.heads import FEWER, check_vocabulary, check_whole
@@ -269,7 +269,7 @@ def _quantises(part: nn.Module) -> bool:
 def _outputs(head: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the head gives for a vector and for one with large logits, and what `W h + b` is."""
     devices = [weight.device] if weight.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices):  # a head with dropout draws numbers
+    with torch.no_grad(), torch.random.fork_rng(devices), without_autocast(weight):  # dropout draws numbers
         vectors = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
         size = F.linear(vectors[1:], weight).abs().max().float()
         if size > 0:
