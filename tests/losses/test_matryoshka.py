@@ -16,6 +16,7 @@ from distill import (
     LogitLoss,
     MatryoshkaLoss,
     MGDLoss,
+    SigmoidKLLoss,
     SPLoss,
     cosine_loss,
     matryoshka_loss,
@@ -160,6 +161,12 @@ def test_rejects_a_narrow_teacher_a_function_as_a_module_and_what_is_no_flag():
     loss.weights = (1.0,)
     with pytest.raises(ValueError, match="weights must be one for each of dims, got 1 for 3"):
         loss(*make_pair(6, 10))
+
+
+def test_rejects_a_loss_with_a_value_for_each_dimension():
+    loss = MatryoshkaLoss(SigmoidKLLoss(classes="none", reduction="none"), dims=(6, 2))
+    with pytest.raises(ValueError, match=r"values of one shape for all widths, .*, got \(4, 6\), \(4, 2\)"):
+        loss(*make_pair(4, 6))
 
 
 def test_repr_shows_options():

@@ -50,8 +50,8 @@ def matryoshka_loss(
 
     Raises:
         TypeError: If an input is no tensor.
-        ValueError: If a width is larger than the embeddings that are cut, `dims` or `weights` are out of range, and as
-            the loss itself.
+        ValueError: If a width is larger than the embeddings that are cut, `dims` or `weights` are out of range, the
+            loss gives a value for each dimension, and as the loss itself.
 
     Examples:
         >>> import torch
@@ -91,6 +91,11 @@ def matryoshka_loss(
         if weight:
             part = loss(student[..., :d], teacher[..., :d] if of_teacher else teacher, target, **given)
             parts.append(part if weight == 1 else weight * part)
+    if any(part.shape != parts[0].shape for part in parts):
+        raise ValueError(
+            "the loss must give values of one shape for all widths, a scalar or one per sample, got "
+            f"{', '.join(str(tuple(part.shape)) for part in parts)}"
+        )
     return torch.stack(parts).sum(0)
 
 
