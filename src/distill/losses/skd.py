@@ -74,8 +74,8 @@ def skd_loss(
         Caveat: That code also multiplies the parts by the share of samples and of classes of which the teacher is not
         surer than of the median, which is about a half; that is left out, and the weight that goes with these values is
         about half the published one. torchdistill (`SKDInstanceLoss` and `SKDDirectionLoss`) has neither the T^2 nor
-        the division by C, without which the ridge means something else. In both the gradient is no number where student
-        and teacher agree; here it is 0. The paper's text could not be seen.
+        the division by C in its default mode "paper", and the ridge means something else there. In both the gradient is
+        no number where student and teacher agree; here it is 0. The paper's text could not be seen.
 
     Reference:
         Hyeon-Jin Jeong, Han-Jin Lee and Seok-Hwan Choi, "Streamlined Knowledge Distillation", CVPR 2026.
