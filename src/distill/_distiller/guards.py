@@ -187,9 +187,11 @@ def freeze(teacher: Any) -> bool:
         return False
     for path, part in teacher.named_modules():
         if _observes(part):
+            # Each of the two leaves the other's parts alone.
+            home = "torchao.quantization.pt2e" if "torchao" in type(part).__module__ else "torch.ao.quantization"
             raise ValueError(
                 f"the teacher must stay as it is, but the fake quantisation at {path!r} fits its range to each batch, "
-                "in eval mode too: teacher.apply(torch.ao.quantization.disable_observer), once it is calibrated"
+                f"in eval mode too: teacher.apply({home}.disable_observer), once it is calibrated"
             )
     for parameter in teacher.parameters():  # `requires_grad_` of the module is refused by torch.jit
         parameter.requires_grad_(False)
