@@ -1,5 +1,4 @@
 import hashlib
-import io
 import os
 import pickle
 import re
@@ -18,21 +17,9 @@ import numpy as np
 import pytest
 
 from cifar.archives import Archive, fetch, unpickle_arrays
+from packed import tar_gz
 
 FILES = {"set/train.bin": bytes(range(256)) * 40, "set/test.bin": b"test" * 500, "set/sub/names.txt": b"cat\ndog\n"}
-
-
-def tar_gz(files=FILES, extra=()):
-    """A .tar.gz of files (name -> content) and of further bare members."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-        for member in extra:
-            tar.addfile(member)
-    return packed.getvalue()
 
 
 def md5(content):
@@ -98,7 +85,7 @@ def server(monkeypatch):
 def unreachable(monkeypatch):
     """An archive on a port of this machine where nobody listens."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    return Archive("http://127.0.0.1:1/set.tar.gz", md5(tar_gz()))
+    return Archive("http://127.0.0.1:1/set.tar.gz", md5(tar_gz(FILES)))
 
 
 @pytest.fixture(params=["filter", "no filter"])
@@ -115,7 +102,7 @@ def run(archive, folder, *, download=True, progress=False):
 @pytest.mark.usefixtures("any_tarfile")
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
 def test_download_is_kept_and_unpacked(server, tmp_path):
-    body = tar_gz()
+    body = tar_gz(FILES)
     run(server.archive(body), tmp_path / "data" / "set")
     assert tree(tmp_path / "data") == {"set.tar.gz": body, **FILES}
     assert server.requests == ["/set.tar.gz"]
@@ -125,14 +112,14 @@ def test_download_is_kept_and_unpacked(server, tmp_path):
 
 @pytest.mark.parametrize(("progress", "shown"), [(True, True), (False, False)])
 def test_progress_bar_counts_bytes(server, tmp_path, capsys, progress, shown):
-    run(server.archive(tar_gz()), tmp_path / "set", progress=progress)
+    run(server.archive(tar_gz(FILES)), tmp_path / "set", progress=progress)
     err = capsys.readouterr().err
     assert ("set.tar.gz: 100%" in err) == shown
     assert bool(err) == shown
 
 
 def test_truncated_download_is_named_and_not_kept(server, tmp_path):
-    body = tar_gz()
+    body = tar_gz(FILES)
     archive = server.archive(body, sent=100)
     with pytest.raises(
         ValueError, match=rf"{archive.url} must have the md5 {md5(body)}, got {md5(body[:100])} \(100 of"
@@ -142,7 +129,7 @@ def test_truncated_download_is_named_and_not_kept(server, tmp_path):
 
 
 def test_wrong_download_is_named_and_not_kept(server, tmp_path):
-    archive = server.archive(b"a page of your hotel", md5_of=tar_gz())
+    archive = server.archive(b"a page of your hotel", md5_of=tar_gz(FILES))
     with pytest.raises(ValueError, match=f"md5 {archive.md5}, got {md5(b'a page of your hotel')}"):
         run(archive, tmp_path / "set")
     assert tree(tmp_path) == {}
@@ -163,7 +150,7 @@ def test_page_not_found_is_an_error(server, tmp_path):
 
 
 def test_download_off_says_what_to_put_where(server, tmp_path):
-    archive = server.archive(tar_gz())
+    archive = server.archive(tar_gz(FILES))
     path = tmp_path / "data" / "set.tar.gz"
     with pytest.raises(FileNotFoundError, match=re.escape(f"put {archive.url} (md5 {archive.md5}) at {path}")):
         run(archive, tmp_path / "data" / "set", download=False)
@@ -172,7 +159,7 @@ def test_download_off_says_what_to_put_where(server, tmp_path):
 
 
 def test_archive_that_lies_there_is_used(unreachable, tmp_path):
-    (tmp_path / "set.tar.gz").write_bytes(tar_gz())
+    (tmp_path / "set.tar.gz").write_bytes(tar_gz(FILES))
     archive = Archive(unreachable.url, md5((tmp_path / "set.tar.gz").read_bytes()))
     run(archive, tmp_path / "set", download=False)
     assert tree(tmp_path / "set") == SET
@@ -180,7 +167,7 @@ def test_archive_that_lies_there_is_used(unreachable, tmp_path):
 
 def test_truncated_archive_that_lies_there_is_named(unreachable, tmp_path):
     path = tmp_path / "set.tar.gz"
-    path.write_bytes(tar_gz()[:200])
+    path.write_bytes(tar_gz(FILES)[:200])
     with pytest.raises(
         ValueError, match=rf"{re.escape(str(path))} must .* {unreachable.md5}, got {md5(path.read_bytes())} \(200 b"
     ):
@@ -221,7 +208,7 @@ def member(name, kind=tarfile.REGTYPE, target=""):
 @pytest.mark.usefixtures("any_tarfile")
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
 def test_rejects_members_that_could_leave_the_folder(unreachable, tmp_path, evil):
-    body = tar_gz(extra=[evil])
+    body = tar_gz(FILES, extra=[evil])
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "set.tar.gz").write_bytes(body)
     with pytest.raises(ValueError, match=re.escape(f"got the member {evil.name!r}")):
@@ -231,7 +218,7 @@ def test_rejects_members_that_could_leave_the_folder(unreachable, tmp_path, evil
 
 def test_rejects_archive_without_the_folder(server, tmp_path):
     with pytest.raises(ValueError, match=r"must hold the folder other"):
-        run(server.archive(tar_gz()), tmp_path / "other")
+        run(server.archive(tar_gz(FILES)), tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["set.tar.gz"]
 
 
@@ -240,14 +227,14 @@ def test_leftovers_are_not_used_and_go_after_a_day(server, tmp_path):
         (tmp_path / name / "set").mkdir(parents=True)
         (tmp_path / name / "set.tar.gz").write_bytes(b"half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    run(server.archive(tar_gz()), tmp_path / "set")
+    run(server.archive(tar_gz(FILES)), tmp_path / "set")
     assert tree(tmp_path / "set") == SET
     # The newer one may belong to a process that is still at it.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set", "set.tar.gz", "set.tar.gz.new.part"]
 
 
 def test_killed_download_leaves_nothing_that_looks_whole(server, tmp_path):
-    archive = server.archive(tar_gz(), sent=100)
+    archive = server.archive(tar_gz(FILES), sent=100)
     killed = threading.Event()
     server.after = killed.wait
     code = (
@@ -272,7 +259,7 @@ def test_killed_download_leaves_nothing_that_looks_whole(server, tmp_path):
 
 
 def test_two_at_the_same_time_both_succeed(server, tmp_path):
-    archive = server.archive(tar_gz())
+    archive = server.archive(tar_gz(FILES))
     server.before = threading.Barrier(2, timeout=60).wait  # neither is answered before both have asked
     with ThreadPoolExecutor(2) as pool:
         for attempt in [pool.submit(run, archive, tmp_path / "set") for _ in range(2)]:

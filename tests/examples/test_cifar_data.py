@@ -1,10 +1,8 @@
 import hashlib
-import io
 import pickle
 import re
 import struct
 import sys
-import tarfile
 from collections import Counter
 from dataclasses import replace
 
@@ -15,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar.archives import Archive
 from cifar.data import CIFAR, Cifar, Layout, _crop, _split_digits, augment, load_cifar, load_dataset, normalize
+from packed import tar_gz
 
 
 def rng(seed=0):
@@ -86,13 +85,7 @@ class Fake:
         return Layout(folder, sums, test)
 
     def tar_gz(self):
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-            for name, content in self.binary.items():
-                member = tarfile.TarInfo(f"fake-bin/{name}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-        return packed.getvalue()
+        return tar_gz({f"fake-bin/{name}": content for name, content in self.binary.items()})
 
     def lay_out(self, data_dir, version):
         folder = data_dir / getattr(self.source, version).folder
