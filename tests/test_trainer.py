@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 import socket
 from pathlib import Path
 
@@ -16,9 +15,9 @@ accelerate = pytest.importorskip("accelerate")
 from transformers import LlamaForCausalLM, Trainer  # noqa: E402
 
 from distill import Distiller, DISTLoss, HintLoss, KLLoss, LinearLoss, RKDLoss, Term, next_tokens  # noqa: E402
-from distill.integrations._labels import UNSHIFTED, split_batch  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
-from language_models import VOCABULARY, arguments, build, llama, needs_packing, rows, stack  # noqa: E402
+from language_models import VOCABULARY, arguments, build, llama, rows, stack  # noqa: E402
+from trainer_steps import assert_step, change, shifted, step_by_hand  # noqa: E402
 from workers import run_workers  # noqa: E402
 
 WORKER = Path(__file__).parent / "support/tokens_worker.py"
@@ -27,11 +26,8 @@ WORKER = Path(__file__).parent / "support/tokens_worker.py"
 @pytest.fixture(autouse=True)
 def _forget_precision():
     """Before transformers 5 the mixed precision of a Trainer stays in the environment, for the next one."""
+    yield
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-
-
-def change(distiller, before):
-    return {name: before[name] - value for name, value in distiller.state_dict().items()}
 
 
 @pytest.mark.parametrize("size", [8, 4, 2, 1])
@@ -227,17 +223,6 @@ def test_a_loss_of_the_batch_is_averaged_over_micro_batches_with_its_weight(tmp_
     torch.testing.assert_close(loss, losses["task"] + losses["kl"] + 3.0 / 2 * losses["dist"])
 
 
-def test_labels_are_shifted_for_subclasses_and_adapters_too(tmp_path):
-    class Mine(LlamaForCausalLM):
-        pass
-
-    student = Mine(llama(8).config)
-    trainer = DistillTrainer(distiller=Distiller(student, llama(16), KLLoss()), args=arguments(tmp_path))
-    batch = stack(rows(2))
-    _, target, _ = trainer.prepare(dict(batch))
-    assert torch.equal(target, next_tokens(batch["labels"])[0])
-
-
 def test_without_a_mask_the_means_of_the_micro_batches_are_averaged(tmp_path):
     def prepare(batch):
         return {"input_ids": batch["input_ids"]}, None, None
@@ -278,88 +263,6 @@ def test_an_optimizer_of_ones_own_must_hold_what_learns(tmp_path):
     trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=rows(), optimizers=(mine, None))
     trainer.train()
     assert all(parameter.grad is None for parameter in distiller.losses.parameters())
-
-
-def test_labels_in_unsigned_bytes_are_not_taken_for_missing():
-    labels = torch.tensor([156, 3], dtype=torch.uint8)  # as a byte, -100 is 156
-    assert split_batch({"labels": labels}, nn.Linear(1, 1))[2].all()
-
-
-def bart():
-    config = transformers.BartConfig(vocab_size=31, d_model=8, decoder_layers=1, decoder_attention_heads=2)
-    return transformers.BartForCausalLM(config)
-
-
-def test_a_model_whose_own_loss_does_not_shift_is_refused_without_prepare(tmp_path):
-    model, ids = bart().eval(), torch.tensor([[3, 5, 7, 9]])
-    own = model(input_ids=ids, labels=ids)
-    torch.testing.assert_close(own.loss, nn.functional.cross_entropy(own.logits.flatten(0, 1), ids.flatten()))
-    with pytest.raises(ValueError, match="BartForCausalLM must have a prepare= that makes target and mask"):
-        split_batch({"input_ids": ids, "labels": ids}, model)
-    DistillTrainer(
-        distiller=Distiller(bart(), bart(), KLLoss()),
-        args=arguments(tmp_path, max_steps=1),
-        train_dataset=rows(),
-        prepare=lambda batch: ({"input_ids": batch["input_ids"]}, *next_tokens(batch["labels"])),
-    ).train()
-
-
-def test_a_model_around_a_language_model_is_refused_without_prepare_and_a_compiled_one_is_what_it_was():
-    class Around(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = llama(8)
-
-    batch = stack(rows(2))
-    with pytest.raises(ValueError, match="Around must have a prepare= .* it holds a LlamaForCausalLM but is none"):
-        split_batch(batch, Around())
-    compiled = torch.compile(llama(8), backend="eager")
-    assert torch.equal(split_batch(batch, compiled)[1], next_tokens(batch["labels"])[0])
-    with pytest.raises(ValueError, match="BartForCausalLM must have a prepare="):
-        split_batch(batch, torch.compile(bart(), backend="eager"), shifts=True)
-
-
-def test_every_causal_language_model_that_does_not_shift_is_known():
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    found = set()
-    for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
-        for source in re.split("^class ", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
-            name = re.match(r"\w+", source)[0]
-            shifts = re.search(r"loss_function|shift_labels|\[\.\.\., 1:|\[:, 1:", source)
-            if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and re.search("(?i)cross_?entropy", source):
-                found |= set() if shifts else {name}
-    assert "BartForCausalLM" in found <= UNSHIFTED
-
-
-def test_encoder_decoder_models_get_their_decoder_inputs(tmp_path):
-    config = transformers.T5Config(
-        vocab_size=31, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    student, teacher = (transformers.T5ForConditionalGeneration(config) for _ in range(2))
-    DistillTrainer(
-        distiller=Distiller(student, teacher, KLLoss()), args=arguments(tmp_path), train_dataset=rows()
-    ).train()
-
-
-def step_by_hand(distiller, pieces):
-    """The gradient of the mean over all tokens of the pieces; each is (inputs, target, mask)."""
-    count = sum(int(mask.sum()) for *_, mask in pieces)
-    for inputs, target, mask in pieces:
-        distiller(inputs, target, mask=mask, denominator=count).loss.backward()
-    return {name: parameter.grad for name, parameter in distiller.named_parameters() if parameter.grad is not None}
-
-
-def assert_step(distiller, before, gradients, **tolerance):
-    moved = {name: value for name, value in change(distiller, before).items() if value.any()}
-    assert set(moved) == {name for name, gradient in gradients.items() if gradient.any()}
-    for name, value in moved.items():
-        torch.testing.assert_close(value, 0.1 * gradients[name], **{"rtol": 1e-4, "atol": 2e-7, **tolerance})
-
-
-def shifted(batch, **options):
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return (inputs, *next_tokens(batch["labels"], **options))
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning", "ignore:.is_gradient:FutureWarning")
@@ -414,38 +317,6 @@ def test_adapters_are_trained_and_saved_as_adapters(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
     assert not names & {"model.safetensors", "distiller.pt"}
-
-
-def test_padding_on_the_left_predicts_nothing(tmp_path):
-    flipped = [{name: value.flip(0) for name, value in row.items()} for row in rows(4)]
-    for row in flipped:
-        row["labels"] = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
-    distiller, by_hand = build(), build()
-    before = copy.deepcopy(distiller.state_dict())
-    args = arguments(tmp_path, gradient_accumulation_steps=2)
-    DistillTrainer(distiller=distiller, args=args, train_dataset=flipped).train()
-    alone = [{name: value[None, row["attention_mask"] == 1] for name, value in row.items()} for row in flipped]
-    assert_step(distiller, before, step_by_hand(by_hand, [shifted(row) for row in alone]))
-
-
-@needs_packing
-def test_packed_sequences_are_as_if_each_were_alone(tmp_path):
-    lengths = [4, 5]
-    packed = []
-    for row in rows(2):
-        labels = row["input_ids"].clone()
-        labels[4] = -100  # the start of the second
-        places = torch.cat([torch.arange(length) for length in lengths])
-        packed.append({"input_ids": row["input_ids"], "position_ids": places, "labels": labels})
-    distiller, by_hand = build(), build()
-    before = copy.deepcopy(distiller.state_dict())
-    args = arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-    trainer = DistillTrainer(distiller=distiller, args=args, train_dataset=packed, data_collator=stack)
-    trainer.train()
-    assert not distiller.teacher.config.use_cache
-    alone = [part[None] for row in packed for part in row["input_ids"].split(lengths)]
-    pieces = [shifted({"input_ids": part, "labels": part}) for part in alone]
-    assert_step(distiller, before, step_by_hand(by_hand, pieces))
 
 
 def test_what_is_saved_and_what_a_checkpoint_holds(tmp_path):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.nn.modules.dropout import _DropoutNd
 from typing_extensions import override
 
 from distill._checks import check_classes, check_count, check_inputs
@@ -22,6 +21,7 @@ from distill._values import Versions
 
 __all__ = ["TapShape", "TapShapes", "agreement", "tap_shapes"]
 
+_DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 _WIDTH = 60
 
 
@@ -128,7 +128,7 @@ def tap_shapes(model: nn.Module, inputs: Any, *, depth: int | None = None) -> Ta
     dropped = [
         _Dropped(module, "distill drop", takes_input=True)
         for module in {*paths.values()}
-        if isinstance(module, _DropoutNd) and module.inplace and module.p > 0
+        if isinstance(module, _DROPOUTS) and module.inplace and module.p > 0
     ]
     with as_it_was(model), torch.no_grad(), unfused(model, paths):
         model.eval()
