@@ -133,9 +133,11 @@ def check_tensors(student: Tensor, teacher: Tensor) -> None:
 def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
     """Check what does not depend on the shapes, and return the dtype in which the loss is computed."""
     ours, theirs = student.dtype, teacher.dtype
-    if not (ours.is_floating_point and theirs.is_floating_point):
-        raise ValueError(f"student and teacher must be floating-point, got {ours} and {theirs}")
-    if not (ours is theirs is torch.float32 and student.layout is teacher.layout is torch.strided):
+    # What is asked for most costs least.
+    usual = ours is theirs is torch.float32 and student.layout is teacher.layout is torch.strided
+    if not usual:
+        if not (ours.is_floating_point and theirs.is_floating_point):
+            raise ValueError(f"student and teacher must be floating-point, got {ours} and {theirs}")
         check_numbers("student", student)
         check_numbers("teacher", teacher)
     if student.device != teacher.device:
@@ -143,9 +145,7 @@ def check_kinds(student: Tensor, teacher: Tensor) -> torch.dtype:
     if student.numel() == 0 or teacher.numel() == 0:
         empty = student if student.numel() == 0 else teacher
         raise ValueError(f"student and teacher must not be empty, got shape {tuple(empty.shape)}")
-    if ours is theirs is torch.float32:  # what is asked for most costs least
-        return torch.float32
-    return torch.promote_types(torch.promote_types(ours, theirs), torch.float32)
+    return ours if usual else torch.promote_types(torch.promote_types(ours, theirs), torch.float32)
 
 
 def check_numbers(name: str, tensor: Tensor) -> None:

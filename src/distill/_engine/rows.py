@@ -211,23 +211,25 @@ class Rows:
         operands = () if labels is None else (labels,)
         mean = loss.mean and reduction == "mean" and mask is None
         traced = torch.compiler.is_compiling()
-        if (
-            not traced
-            and not student.dtype is teacher.dtype is dtype
-            and student.is_cpu
-            and student.numel() <= fused.FEW
-        ):
+        mixed = not student.dtype is teacher.dtype is dtype
+        if mixed and not traced and student.is_cpu and student.numel() <= fused.FEW:
             student, teacher = student.to(dtype), teacher.to(dtype)  # a few rows cost less in one piece than in buffers
+            mixed = False
         # Untraced only: before Python 3.12 a property that is kept is behind a lock, which Dynamo does not know.
         least = 0.0 if traced else loss.least if mask is None else loss.least_masked
-        if not traced and fused.can_fuse(
-            student,
-            teacher,
-            dim,
-            options,
-            least=least,
-            apart=loss.apart(least, alone=mean and loss.single),
-            shortest=fused.SHORT if mean and loss.single else 1,
+        # `can_fuse` asks for no fewer elements, and costs more to ask.
+        if (
+            not traced
+            and student.numel() >= fused.SMALL * least
+            and fused.can_fuse(
+                student,
+                teacher,
+                dim,
+                options,
+                least=least,
+                apart=loss.apart(least, alone=mean and loss.single),
+                shortest=fused.SHORT if mean and loss.single else 1,
+            )
         ):
             if mask is None or not mask.requires_grad:
                 call = fused.Call(loss, options, dim, dtype, reduction)
@@ -239,7 +241,7 @@ class Rows:
             student, teacher = hide(student, mask, dim=dim), hide(teacher, mask, dim=dim)
         if not traced and teacher.is_inference():
             teacher = ordinary(teacher)
-        if not student.dtype is teacher.dtype is dtype:
+        if mixed:
             student, teacher = student.to(dtype), teacher.to(dtype)
         if mean:
             return loss.formula(student, teacher, *operands, dim=dim, mean=True, **options)
