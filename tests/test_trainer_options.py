@@ -9,7 +9,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from distill import CrossEntropyLoss, Distiller, KLLoss, RKDLoss, Teachers, Term, next_tokens  # noqa: E402
+from distill import CrossEntropyLoss, Distiller, HintLoss, KLLoss, RKDLoss, Teachers, Term, next_tokens  # noqa: E402
 from distill.integrations._counts import factor  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
 from language_models import VOCABULARY, arguments, build, needs_packing, rows, stack  # noqa: E402
@@ -233,3 +233,23 @@ def test_a_task_loss_that_learns_is_trained_saved_and_resumed(tmp_path):
     again.task_loss = Scaled()  # not the one that was there when the trainer was made
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert torch.equal(again.task_loss.scale, distiller.task_loss.scale)
+
+
+def test_weight_decay_leaves_biases_and_norms_of_what_learns_alone_as_those_of_the_student(tmp_path):
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.layer_norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, hidden):
+            return self.layer_norm(self.linear(hidden))
+
+    terms = {"kl": KLLoss(), "hidden": Term(HintLoss(8, 16), at="model.norm", student=Adapter())}
+    distiller = build(terms)
+    trainer = DistillTrainer(distiller=distiller, args=arguments(tmp_path, weight_decay=0.5), train_dataset=rows())
+    groups = trainer.create_optimizer().param_groups
+    decays = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decays.keys() == {*distiller.parameters()}
+    for name, parameter in distiller.named_parameters():
+        assert decays[parameter] == (0.0 if "bias" in name or "norm" in name else 0.5), name
+    assert {*decays.values()} == {0.0, 0.5}

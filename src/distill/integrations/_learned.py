@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,31 @@ class Learned:
         for parameter in self._parameters():
             parameter.grad = None
 
-    def join(self, optimizer: Any, *, fresh: bool, weight_decay: float) -> None:
+    def join(
+        self, optimizer: Any, *, fresh: bool, weight_decay: float, decays: Callable[[nn.Module], Collection[str]]
+    ) -> None:
         """Have the optimizer step and clear what learns.
 
         Args:
             optimizer: The optimizer.
             fresh: Whether it was just built, over the model alone.
             weight_decay: The Trainer's.
+            decays: Gives the names of a module's parameters that it acts on: not biases and norms.
 
         Raises:
             ValueError: If it is the user's and does not hold what learns.
         """
         learned = [parameter for parameter in self._parameters() if parameter.requires_grad]
         if fresh and learned:
-            optimizer.add_param_group({"params": learned, "weight_decay": weight_decay})
+            modules = self._modules()
+            names = decays(modules)
+            decaying = {parameter for name, parameter in modules.named_parameters() if name in names}
+            for decay, group in (
+                (weight_decay, [parameter for parameter in learned if parameter in decaying]),
+                (0.0, [parameter for parameter in learned if parameter not in decaying]),
+            ):
+                if group:
+                    optimizer.add_param_group({"params": group, "weight_decay": decay})
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not held.issuperset(map(id, learned)):
             raise ValueError("the optimizer must hold what learns in the losses: build it over distiller.parameters()")

@@ -121,7 +121,9 @@ class DistillTrainer(PredictingTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        self._learned.join(optimizer, fresh=fresh, weight_decay=self.args.weight_decay)
+        self._learned.join(
+            optimizer, fresh=fresh, weight_decay=self.args.weight_decay, decays=self.get_decay_parameter_names
+        )
         return optimizer
 
     @override
