@@ -44,11 +44,11 @@ def load(folder: Path | None) -> tuple[Tensor, Tensor]:
     return ((pictures - pictures.mean()) / pictures.std())[order], labels[order]
 
 
-def train(width: int, x: Tensor, y: Tensor, seed: int, epochs: int, teacher: nn.Module | None = None) -> nn.Module:
+def fit(width: int, classes: int, x: Tensor, y: Tensor, seed: int, epochs: int, teacher: nn.Module | None) -> nn.Module:
     """Train a ResNet of three blocks: alone, or with a teacher."""
     torch.manual_seed(seed)
     blocks = Block(x.shape[1], width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
-    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, int(y.max()) + 1))
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes))
     distiller = Distiller(model, teacher, {} if teacher is None else KLLoss(temperature=4.0))  # + cross-entropy
     steps = [part for _ in range(epochs) for part in torch.split(torch.randperm(len(y)), 64)]
     optimizer = torch.optim.AdamW(distiller.parameters())
@@ -66,10 +66,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path)
     x, y = load(parser.parse_args(arguments).pictures)
-    held, few = len(y) // 4, slice(len(y) // 4, len(y) // 4 + 200)  # a quarter is for measuring
-    teacher = train(16, x[held:], y[held:], seed=99, epochs=10)
-    alone = [train(4, x[few], y[few], seed, epochs=30) for seed in range(5)]
-    taught = [train(4, x[few], y[few], seed, 30, teacher) for seed in range(5)]
+    classes, held, few = int(y.max()) + 1, len(y) // 4, slice(len(y) // 4, len(y) // 4 + 200)  # a quarter: to measure
+    teacher = fit(16, classes, x[held:], y[held:], seed=99, epochs=10, teacher=None)
+    alone = [fit(4, classes, x[few], y[few], seed, epochs=30, teacher=None) for seed in range(5)]
+    taught = [fit(4, classes, x[few], y[few], seed, epochs=30, teacher=teacher) for seed in range(5)]
     for name, models in {"teacher": [teacher], "students alone": alone, "students taught": taught}.items():
         right = [100 * float((model(x[:held]).argmax(1) == y[:held]).float().mean()) for model in models]
         print(f"{name}: {mean(right):.1f}% right", f"(+- {stdev(right):.1f}, {len(right)} seeds)" if right[1:] else "")

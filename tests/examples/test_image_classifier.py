@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import image_classifier
-from image_classifier import load, train
+from image_classifier import fit, load
 
 pytest.importorskip("PIL")
 from PIL import Image
@@ -32,15 +32,24 @@ def test_a_student_of_a_teacher_that_is_always_wrong_is_wrong_too():
         def forward(self, x):
             return torch.nn.functional.one_hot((x.mean((1, 2, 3)) <= 0).long(), 2) * 40.0
 
-    alone, taught = (train(2, x, y, 0, 20, teacher).train() for teacher in (None, Wrong()))
+    alone, taught = (fit(2, 2, x, y, seed=0, epochs=20, teacher=teacher).train() for teacher in (None, Wrong()))
     assert (alone(x).argmax(1) == y).float().mean() > 0.8
     assert (taught(x).argmax(1) == y).float().mean() < 0.2
 
 
-def test_the_command_says_how_many_each_gets_right(monkeypatch, capsys):
-    data = torch.randn(16, 1, 4, 4), torch.arange(16) % 2
-    monkeypatch.setattr(image_classifier, "load", lambda folder: data)
-    monkeypatch.setattr(image_classifier, "train", lambda w, x, y, seed, epochs, *rest: train(w, x, y, seed, 2, *rest))
+def run(monkeypatch, capsys, x, y):
+    monkeypatch.setattr(image_classifier, "load", lambda folder: (x, y))
+    monkeypatch.setattr(image_classifier, "fit", lambda *args, epochs, **more: fit(*args, epochs=2, **more))
     image_classifier.main([])
-    said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    return [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_command_says_how_many_each_gets_right(monkeypatch, capsys):
+    said = run(monkeypatch, capsys, torch.randn(16, 1, 4, 4), torch.arange(16) % 2)
     assert said == ["teacher", "students alone", "students taught"]
+
+
+def test_a_class_may_be_missing_from_the_pictures_that_the_student_sees(monkeypatch, capsys):
+    y = torch.arange(280) % 2
+    y[275:] = 2  # the student has 70 to 269
+    assert len(run(monkeypatch, capsys, torch.randn(280, 1, 4, 4), y)) == 3
