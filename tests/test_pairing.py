@@ -315,6 +315,93 @@ def test_queries_of_a_detector_are_no_patches(queries):
     check_trains(student, teacher, pairs, x)
 
 
+class Detr(nn.Module):
+    """As DETR: an encoder, and beside it a decoder whose queries may be as many as the last map has positions."""
+
+    def __init__(self, queries, width=4):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 3, 2, 1), nn.ReLU()) for c in (3, width, width))
+        self.encoder, self.decoder = (nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)) for _ in range(2))
+        self.queries = nn.Parameter(torch.randn(1, queries, width))
+        self.boxes = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        tokens = self.encoder(x.flatten(2).mT)
+        queries = self.decoder(self.queries.expand(len(x), -1, -1))
+        return self.boxes(torch.softmax(queries @ tokens.mT, -1) @ tokens)
+
+
+@pytest.mark.parametrize("queries", [16, 64])  # of 4 x 4 and of 8 x 8 positions
+def test_what_a_decoder_gives_is_no_map_however_many_queries_it_has(queries):
+    pairs = pair_layers(Detr(queries), Detr(queries, 6), torch.zeros(2, 3, 32, 32))
+    assert [pair.student for pair in pairs] == ["stages.0", "stages.1", "encoder"]
+
+
+def stage(channels, width, stride=2):
+    return nn.Sequential(nn.Conv2d(channels, width, 3, stride, 1), nn.ReLU())
+
+
+class Segments(nn.Module):
+    """As SegFormer: the head runs a layer on each stage in turn. With `pooled` as UPerNet, which pools the last one."""
+
+    def __init__(self, pooled=()):
+        super().__init__()
+        self.backbone = nn.ModuleDict({name: stage(c, 4) for name, c in (("one", 3), ("two", 4), ("three", 4))})
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(k), stage(4, 6, 1)) for k in pooled)
+        self.head = nn.ModuleList(stage(4, 6, 1) for _ in range(3))
+        self.classes = nn.Sequential(nn.Conv2d(6, 5, 1))
+
+    def forward(self, x):
+        maps = []
+        for part in self.backbone.values():
+            maps.append(x := part(x))
+        merged = [pool(x) for pool in self.pools] + [layer(x) for layer, x in zip(self.head, maps, strict=True)]
+        return self.classes(sum(nn.functional.interpolate(x, maps[0].shape[2:]) for x in merged))
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Segments()
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def test_a_head_that_takes_all_stages_does_not_hide_the_backbone():
+    for build, before in ((Segments, ""), (lambda: Segments((2, 3)), ""), (Wrapped, "model.")):
+        pairs = pair_layers(build(), build(), torch.zeros(2, 3, 32, 32))
+        assert [(pair.stage, pair.student) for pair in pairs] == [
+            ("16 x 16", f"{before}backbone.one"),
+            ("8 x 8", f"{before}backbone.two"),
+            ("4 x 4", f"{before}backbone.three"),
+        ]
+
+
+class Levels(nn.Module):
+    """As RetinaNet: a pyramid from the smallest map up, and then one level below it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleList(stage(c, 4) for c in (3, 4, 4))
+        self.merge, self.extra = nn.ModuleList(stage(4, 4, 1) for _ in range(3)), stage(4, 4)
+
+    def forward(self, x):
+        levels = []
+        for part in self.body:
+            levels.append(x := part(x))
+        for k in (2, 1, 0):
+            levels[k] = self.merge[k](levels[k])
+        return [*levels, self.extra(levels[2])]
+
+
+def test_the_levels_of_a_pyramid_are_its_stages():
+    pairs = pair_layers(Levels(), Levels(), torch.zeros(2, 3, 32, 32))
+    assert [pair.student for pair in pairs] == ["merge.0", "merge.1", "merge.2", "extra"]
+
+
 def test_tokens_after_the_patches_make_no_grid_of_another_size():
     class Detects(PlainViT):
         def forward(self, x):

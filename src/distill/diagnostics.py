@@ -83,7 +83,8 @@ def tap_shapes(model: nn.Module, inputs: Any, *, depth: int | None = None) -> Ta
 
     The model runs in eval mode and without gradients, but a dropout with `inplace=True` counts as changing its input,
     as it does in training. Modes, buffers and random numbers are afterwards as they were. On the device `"meta"` a
-    model of any size needs neither weights nor time: build it and the inputs under `torch.device("meta")`.
+    model of any size needs neither weights nor time: build it and the inputs under `torch.device("meta")`. A model that
+    looks at values, as DETR does at its masks, cannot run there.
 
     Args:
         model: The model, a student or a teacher.

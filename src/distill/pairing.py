@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from typing_extensions import override
 
 from distill._checks import check_count
 from distill._distiller.terms import Term
-from distill._layouts import distortion, first_tensor, read_layout
+from distill._stages import Layer, Side
 from distill._table import table
 from distill.adapt import NHWC, Select, Tokens, TokensToMap
-from distill.diagnostics import TapShapes, tap_shapes
+from distill.diagnostics import tap_shapes
 from distill.losses.hint import HintLoss
 
 __all__ = ["LayerPair", "LayerPairs", "pair_layers"]
@@ -117,10 +114,11 @@ def pair_layers(
 ) -> LayerPairs:
     """Run both models once and propose layers to compare: where to start when writing terms.
 
-    Where both models have maps of several resolutions, the last layer at each resolution that both have makes a pair.
-    A model whose blocks all have one size, such as a ViT, is cut into equal shares of its depth, as many as the other
-    model has stages, and the last block of each share is taken. It is a proposal from shapes and order alone: which
-    pairs help has to be tried.
+    Where both models have maps of several resolutions, the last layer at each resolution that both have makes a pair:
+    of the levels of a pyramid, or of the backbone where a segmentation head runs layers on all its stages. A model
+    whose blocks all have one size, such as a ViT, is cut into equal shares of its depth, as many as the other model has
+    stages, and the last block of each share is taken. It is a proposal from shapes and order; of names it only knows
+    `encoder` and, beside it, `decoder`, whose tokens are queries and no map. Which pairs help has to be tried.
 
     Both models run in eval mode and without gradients, and are afterwards as they were.
 
@@ -160,7 +158,7 @@ def pair_layers(
         given = inputs if given is None else given
         if not isinstance(model, nn.Module):
             raise TypeError(f"the {name} must be an nn.Module, got {type(model).__name__}")
-        sides.append(_Side(name, model, tap_shapes(model, given), given))
+        sides.append(Side(name, model, tap_shapes(model, given), given))
     ours, theirs = sides
     if ours.stages and theirs.stages:
         both = [size for size in ours.stages if size in theirs.stages]
@@ -178,132 +176,7 @@ def pair_layers(
     return LayerPairs([_pair(*pair) for pair in pairs])
 
 
-class _Layer(NamedTuple):
-    """A module called once whose first output is a map or tokens."""
-
-    path: str
-    shape: tuple[int, ...]
-    selected: bool  # whether the tensor is the first of a tuple
-    leaf: bool
-    kind: type
-    grid: tuple[int, int] | None
-    prefix: int  # tokens before those of the grid
-    layout: str  # "NCHW", "NHWC" or "tokens"
-    overwritten: bool
-    order: int
-
-    @property
-    def channels(self) -> int:
-        return self.shape[1] if self.layout == "NCHW" else self.shape[-1]
-
-
-class _Side:
-    """One model: its layers, and its stages by resolution; no stages where all layers have one size."""
-
-    def __init__(self, name: str, model: nn.Module, shapes: TapShapes, inputs: Any) -> None:
-        self.name = name
-        given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-        self.samples = len(given[0]) if given else None
-        first = next((x for x in given if x.ndim == 4), None)
-        self.picture = None if first is None else (first.shape[2], first.shape[3])
-        self.numbers = None if first is None else math.prod(first.shape[1:])
-        if listed := _listed(inputs):
-            sizes = {(x.shape[1], x.shape[2]) for x in listed}
-            self.samples, self.picture = len(listed), sizes.pop() if len(sizes) == 1 else None
-        modules = dict(model.named_modules(remove_duplicate=False))
-        found = (self._layer(path, shapes, modules[path]) for path in shapes if path)
-        layers = sorted((layer for layer in found if layer is not None), key=lambda layer: layer.order)
-        known = self._known_grids(layers, shapes)
-        # Queries of a detector are tokens too, but no patches, however many they are.
-        self.layers = [layer if layer.grid in known else layer._replace(grid=None, prefix=0) for layer in layers]
-        self.stages = self._stages(shapes)
-
-    def _layer(self, path: str, shapes: TapShapes, module: nn.Module) -> _Layer | None:
-        entry = shapes[path]
-        shape, selected = first_tensor(entry.shape)
-        if entry.calls != 1 or shape is None or len(shape) not in (3, 4) or shape[0] != (self.samples or shape[0]):
-            return None  # windows and attention biases have another number of samples
-        layout, grid, prefix = read_layout(shape, self.picture)
-        leaf = next(module.children(), None) is None
-        return _Layer(
-            path, shape, selected, leaf, type(module), grid, prefix, layout, entry.overwritten, shapes.order[path]
-        )
-
-    def _known_grids(self, layers: Sequence[_Layer], shapes: TapShapes) -> set[tuple[int, int] | None]:
-        """Grids of patches: of maps, of tokens before any map or with the picture's numbers, and of what follows."""
-        known = {layer.grid for layer in layers if layer.layout != "tokens" or layer is layers[0]}
-        for layer in layers:
-            given = first_tensor(shapes[layer.path].inputs[0])[0]
-            if given is None or len(given) != 3:
-                continue
-            if math.prod(given[1:]) == self.numbers or read_layout(given, self.picture)[1] in known - {None}:
-                known.add(layer.grid)
-        return known
-
-    def _stages(self, shapes: TapShapes) -> dict[tuple[int, int], _Layer]:
-        stages = _last_of_each([layer for layer in self.layers if self._is_map(layer, shapes)])
-        if any(not layer.leaf for layer in stages.values()):  # a stem's last operation is no stage
-            blocks = [
-                layer
-                for layer in self.layers
-                if not layer.leaf or not (layer.layout == "NCHW" or issubclass(layer.kind, nn.Linear))
-            ]
-            stages = _last_of_each([layer for layer in blocks if self._is_map(layer, shapes)])
-        ordered = dict(sorted(stages.items(), key=lambda item: -math.prod(item[0])))
-        return ordered if len(ordered) > 1 else {}
-
-    def _is_map(self, layer: _Layer, shapes: TapShapes) -> bool:
-        """Whether the layer may stand for its resolution."""
-        if layer.grid is None or max(layer.grid) < 2:
-            return False
-        if self.picture is not None and distortion(layer.grid, self.picture) > 0:
-            return False  # the heads of an attention, (N, heads, tokens, C)
-        return not self._inside_a_step_down(layer, shapes)
-
-    def _inside_a_step_down(self, layer: _Layer, shapes: TapShapes) -> bool:
-        """Whether the layer is within a block that goes on to another resolution, and no step of its main path."""
-        parts = layer.path.split(".")
-        for end in range(1, len(parts)):
-            outer = shapes[".".join(parts[:end])]
-            given, gave = (first_tensor(seen[0])[0] if seen else None for seen in (outer.inputs, outer.outputs))
-            if given is None or gave is None or len(given) not in (3, 4) or len(gave) not in (3, 4):
-                continue
-            (layout, before, _), (_, after, _) = read_layout(given, self.picture), read_layout(gave, self.picture)
-            channels = given[1] if layout == "NCHW" else given[-1]
-            if before == layer.grid and after != layer.grid and (layer.leaf or layer.channels != channels):
-                return True
-        return False
-
-    def at_shares(self, number: int) -> list[_Layer]:
-        """The last block of each of so many equal shares of the depth."""
-        groups: dict[tuple[Any, ...], list[_Layer]] = {}
-        for layer in self.layers:
-            numbered = re.fullmatch(r"(.*?)\d+", layer.path)  # layers.3, encoder_layer_3
-            if numbered and not layer.leaf:
-                groups.setdefault((numbered[1], layer.kind, layer.shape), []).append(layer)
-        blocks = max(groups.values(), key=len, default=[])
-        if len(blocks) < 2:
-            raise ValueError(
-                f"the {self.name} must have maps of several resolutions or blocks that repeat, got neither: "
-                "tap_shapes says what its modules give"
-            )
-        number = min(number, len(blocks))
-        return [blocks[math.ceil(len(blocks) * k / number) - 1] for k in range(1, number + 1)]
-
-
-def _listed(inputs: Any) -> list[Tensor]:
-    """The pictures (C, H, W) of a detector, whose first input is a list; none for other inputs."""
-    parts = (*inputs.values(),) if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
-    pictures = parts[0] if parts and isinstance(parts[0], list) else []
-    return pictures if all(isinstance(x, Tensor) and x.ndim == 3 for x in pictures) else []
-
-
-def _last_of_each(layers: Sequence[_Layer]) -> dict[tuple[int, int], _Layer]:
-    """The last layer of each resolution."""
-    return {layer.grid: layer for layer in layers if layer.grid is not None}
-
-
-def _pair(stage: str, ours: _Layer, theirs: _Layer) -> LayerPair:
+def _pair(stage: str, ours: Layer, theirs: Layer) -> LayerPair:
     same = (ours.grid, ours.layout) == (theirs.grid, theirs.layout) and ours.layout == "tokens"
     tokens = same and ours.shape[1] - ours.prefix == theirs.shape[1] - theirs.prefix
     whose = [name for name, layer in (("student", ours), ("teacher", theirs)) if layer.overwritten]
@@ -319,7 +192,7 @@ def _pair(stage: str, ours: _Layer, theirs: _Layer) -> LayerPair:
     )
 
 
-def _adapter(layer: _Layer, *, tokens: bool) -> nn.Module | None:
+def _adapter(layer: Layer, *, tokens: bool) -> nn.Module | None:
     """What makes of a layer a map, or tokens of the grid alone."""
     steps: list[nn.Module] = [Select(0)] if layer.selected else []
     if layer.layout == "NHWC":
