@@ -93,6 +93,47 @@ def test_encoder_decoder_models_get_their_decoder_inputs(tmp_path):
     ).train()
 
 
+def whisper(head=transformers.WhisperForConditionalGeneration):
+    sizes = {"d_model": 8, "num_mel_bins": 4, "max_source_positions": 8, "vocab_size": 31, "classifier_proj_size": 4}
+    layers = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return head(transformers.WhisperConfig(**sizes, **layers, **tokens, begin_suppress_tokens=None))
+
+
+def test_models_that_shift_their_decoders_inputs_by_themselves_get_the_labels():
+    student, teacher = whisper(), whisper()
+    batch = {"input_features": torch.randn(2, 4, 16), "labels": torch.tensor([[5, 6, 7], [8, 9, -100]])}
+    given, target, mask = split_batch(
+        {"input_features": batch["input_features"], "mine": batch["labels"]}, student, name="mine"
+    )
+    out = Distiller(student, teacher, KLLoss())(given, target, mask=mask)
+    torch.testing.assert_close(out.terms["task"], student(**batch).loss.detach())
+    decoded = torch.zeros_like(target)  # decoder inputs of one's own stay
+    assert "labels" not in split_batch({**batch, "decoder_input_ids": decoded}, student)[0]
+
+
+def test_a_classifier_with_a_decoder_and_a_detector_keep_their_labels():
+    model = whisper(transformers.WhisperForAudioClassification)
+    assert model.config.is_encoder_decoder
+    batch = {"input_features": torch.randn(2, 4, 16), "labels": torch.tensor([1, 0])}
+    given, target, mask = split_batch(batch, model)
+    assert [*given] == ["input_features"] and torch.equal(target, batch["labels"]) and mask.all()
+    boxes = [{"class_labels": torch.tensor([1])}]  # as of a detector: no tensor
+    assert split_batch({"pixel_values": torch.zeros(1), "labels": boxes}, model)[1:] == (boxes, None)
+
+
+def test_models_that_are_asked_with_pictures_and_text_shift_whatever_the_trainer_says():
+    class LlavaForConditionalGeneration(nn.Module):  # by name alone: one is large, and what decides is the class
+        config = transformers.PretrainedConfig()
+
+    class IdeficsForVisionText2Text(LlavaForConditionalGeneration):
+        pass
+
+    batch = stack(rows(2))
+    for model in (LlavaForConditionalGeneration(), IdeficsForVisionText2Text()):
+        assert torch.equal(split_batch(batch, model)[1], next_tokens(batch["labels"])[0])
+
+
 def test_padding_on_the_left_predicts_nothing(tmp_path):
     flipped = [{name: value.flip(0) for name, value in row.items()} for row in rows(4)]
     for row in flipped:

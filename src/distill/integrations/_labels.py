@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from distill.language import next_tokens
 
@@ -44,34 +47,40 @@ def split_batch(
         name: What the labels are called.
 
     Returns:
-        The inputs without the labels. The labels, shifted where the model predicts the next token. The mask: where
-        there is a label; without labels the `attention_mask`, if there is one.
+        The inputs without the labels; an encoder-decoder model gets its decoder's inputs, or the labels if it makes
+        those of them by itself. The labels, shifted where the model predicts the next token. The mask: where there is a
+        label; without labels the `attention_mask`, if there is one; none for labels that are no tensor of integers.
 
     Raises:
         ValueError: If nobody can tell whether the labels must be shifted.
     """
     inputs = dict(batch)
     labels, seen = inputs.pop(name, None), inputs.get("attention_mask")
-    if labels is None or labels.is_floating_point():
+    if labels is None or not isinstance(labels, Tensor) or labels.is_floating_point():
         return inputs, labels, seen.bool() if labels is None and seen is not None else None
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     kinds, causal = _kinds(model), {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if labels.ndim == 2 and (odd := [*kinds & UNSHIFTED]):
         raise ValueError(
             f"{odd[0]} must have a prepare= that makes target and mask of the labels, since its own loss does not "
             f"shift them as those of other causal language models do; if they are the input_ids: {_SHIFTED}"
         )
-    if labels.ndim == 2 and (shifts or kinds & causal):
+    # A Trainer does not know all that are asked with pictures, and older ones know none.
+    shifts = shifts or bool(kinds & causal) or (not encodes and bool(kinds & _of_pictures()))
+    if labels.ndim == 2 and shifts:
         segments = seen.long() if isinstance(seen, Tensor) and seen.shape == labels.shape else None
         return inputs, *next_tokens(labels, segments=segments)  # no padding on the left predicts a first token
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if labels.ndim == 2 and not encodes and (held := causal & {type(part).__name__ for part in model.modules()}):
         raise ValueError(
             f"{type(model).__name__} must have a prepare= that makes target and mask of the labels, since it holds a "
             f"{min(held)} but is none itself, so that nobody knows whether they must be shifted; if so: {_SHIFTED}"
         )
-    if encodes and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    if encodes and labels.ndim > 1 and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        else:  # Whisper and others make them of the labels in their forward
+            inputs["labels"] = labels
     return inputs, labels, labels.long() != -100  # as unsigned bytes, 156 would equal it
 
 
@@ -80,6 +89,12 @@ def as_returned(loss: Any, output: Any) -> Any:
     if isinstance(output, dict):
         return output
     return (loss, *output) if isinstance(output, (tuple, list)) else (loss, output)
+
+
+def _of_pictures() -> set[str]:
+    """The classes of models that answer in text to pictures and text; some are named together."""
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    return {name for each in names for name in ((each,) if isinstance(each, str) else each)}
 
 
 def _kinds(model: Any) -> set[str]:
