@@ -31,6 +31,13 @@ def detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else tree_map(_detached, value)
 
 
+def may_train(tensor: Tensor) -> bool:
+    """Whether a gradient flows through a tensor: under `torch.vmap` nobody can tell, since what it batches hides it."""
+    if tensor.requires_grad or torch.compiler.is_compiling():
+        return tensor.requires_grad
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
 class Versions:
     """Tensors under a name, and whether they were changed in place since; traced tensors count no changes."""
 

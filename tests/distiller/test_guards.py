@@ -74,6 +74,23 @@ def test_functional_gradients_are_those_of_backward():
     torch.testing.assert_close(found, {name: weight.grad for name, weight in weights.items()})
 
 
+def test_an_ensemble_of_students_under_vmap_gets_the_gradient_of_each():
+    students = [nn.Sequential(nn.Linear(4, 5)) for _ in range(2)]
+    teacher, (x, target) = nn.Sequential(nn.Linear(4, 5)), (torch.randn(3, 4), torch.tensor([0, 4, 2]))
+    terms = {"kl": KLLoss(), "hint": Term(HintLoss(), at="0")}
+    weights, _ = torch.func.stack_module_state(students)
+    skeleton = Distiller(copy.deepcopy(students[0]).to("meta"), teacher, terms)
+
+    def loss(own):
+        own = {f"student.{name}": weight for name, weight in own.items()}
+        return torch.func.functional_call(skeleton, own, (x, target)).loss
+
+    torch.vmap(loss)(weights).sum().backward()
+    for place, student in enumerate(students):
+        Distiller(student, teacher, terms)(x, target).loss.backward()
+        torch.testing.assert_close(weights["0.weight"].grad[place], student[0].weight.grad)
+
+
 def test_parameters_that_come_to_be_shared_are_found():
     student, teacher = Net(), Net(seed=1)
     distiller = Distiller(student, teacher, LogitLoss())

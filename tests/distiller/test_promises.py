@@ -56,6 +56,18 @@ def test_teacher_is_in_eval_mode_even_if_it_was_switched_behind_our_back(culprit
     assert_same(distiller.teacher, before)
 
 
+def test_a_dropout_that_both_models_have_stays_on_in_the_student_alone():
+    both = torch.nn.Dropout(0.5)
+    student, teacher = (torch.nn.Sequential(torch.nn.Linear(4, 64), both) for _ in range(2))
+    seen = []
+    both.register_forward_hook(lambda module, *_: seen.append(module.training))
+    distiller = Distiller(student, teacher, LogitLoss(), task_loss=None)
+    for _ in range(2):
+        distiller(torch.ones(2, 4)).loss.backward()
+    distiller.eval()(torch.ones(2, 4))
+    assert seen == [False, True, False, True, False, False]  # teacher, student and so on
+
+
 def test_teacher_runs_without_a_graph_even_if_unfrozen():
     distiller = build()
     assert not any(parameter.requires_grad for parameter in distiller.teacher.parameters())

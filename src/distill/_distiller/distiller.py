@@ -31,6 +31,7 @@ from distill._distiller.guards import (
     check_trains,
     freeze,
     identities,
+    switch_to_eval,
     update_average,
     with_idle,
 )
@@ -148,7 +149,7 @@ class Distiller(nn.Module):
             module.eval().requires_grad_(False)
         # Kept past nn.Module's attribute registration: a submodule would be trained, saved and sent by DDP.
         self.__dict__["teacher"] = teacher
-        self._has_modes = freeze(teacher)
+        self._has_modes = freeze(teacher, student)
         ask_losses([task_loss, *self.losses.values()], student=student, teacher=teacher)
         # What was found in order before, so that it is looked at again only where it changed.
         self._known_tensors: list[int] = []
@@ -328,17 +329,16 @@ class Distiller(nn.Module):
         taps = taps_of((self._compared[name].teacher, self._compared[name].copy) for name in names)
         if all(self._compared[name].teacher is None for name in names):
             return None, {}
-        for part in (*([self.teacher] if self._has_modes else []), *self._constants()):
-            if any(module.training for module in part.modules()):
-                part.eval()
-        if teacher_output is None:
-            if self.teacher is None:
-                raise ValueError(
-                    f"the terms {names} must have a teacher to compare with, got teacher=None and no teacher_output"
-                )
-            given = inputs if teacher_inputs is None else teacher_inputs
-            return run_teacher(self.teacher, given, taps, inputs)
-        return recorded(teacher_output, taps)
+        for part in self._constants():
+            switch_to_eval(part, self.student)
+        if teacher_output is not None:
+            return recorded(teacher_output, taps)
+        if self.teacher is None:
+            raise ValueError(
+                f"the terms {names} must have a teacher to compare with, got teacher=None and no teacher_output"
+            )
+        given = inputs if teacher_inputs is None else teacher_inputs
+        return run_teacher(self.teacher, given, taps, inputs, self.student if self._has_modes else None)
 
     def _check_reached(self, total: Tensor, model: Any) -> None:
         """Raise ValueError if another model than the student was run."""

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from distill._distiller.guards import switch_to_eval
 from distill._distiller.taps import Tap, run_with_taps
 from distill._distiller.terms import (
     TASK,
@@ -18,7 +19,7 @@ from distill._distiller.terms import (
     whole_output,
 )
 from distill._reduction import divide
-from distill._values import Given, Versions, detached, tensors_in
+from distill._values import Given, Versions, detached, may_train, tensors_in
 from distill.topk import TopK
 
 _MEANS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
@@ -96,15 +97,16 @@ def raise_named(error: Exception, where: str) -> NoReturn:
 
 
 def run_teacher(
-    teacher: Callable[..., Any], given: Any, taps: Sequence[Tap], inputs: Any
+    teacher: Callable[..., Any], given: Any, taps: Sequence[Tap], inputs: Any, student: nn.Module | None
 ) -> tuple[Any, dict[Tap, Any]]:
-    """Run the teacher without a graph.
+    """Run the teacher in eval mode and without a graph.
 
     Args:
         teacher: The teacher, a module or function.
         given: What it is called with.
         taps: What must be heard in it.
         inputs: What the student is called with next.
+        student: The student; None for a teacher that has no modes.
 
     Returns:
         What it returned, and what each tap has seen.
@@ -113,11 +115,16 @@ def run_teacher(
         ValueError: If the teacher changes in place, or takes away, what the student is given.
     """
     for_student = Given(inputs)
-    with torch.no_grad():
-        if isinstance(teacher, nn.Module):
-            result, seen = run_with_taps(teacher, taps, lambda: call(teacher, given), side="teacher")
-        else:
-            result, seen = recorded(call(teacher, given), taps)
+    shared = [] if student is None else switch_to_eval(teacher, student)
+    try:
+        with torch.no_grad():
+            if isinstance(teacher, nn.Module):
+                result, seen = run_with_taps(teacher, taps, lambda: call(teacher, given), side="teacher")
+            else:
+                result, seen = recorded(call(teacher, given), taps)
+    finally:
+        for module in shared:
+            module.training = True
     if not for_student.is_left_alone():
         raise ValueError(
             "the teacher must leave its inputs as they are, which the student gets next, but it changed them in place "
@@ -285,7 +292,7 @@ def check_tapped(seen: Mapping[Tap, Any]) -> None:
     """Raise ValueError if what a tap saw of the student carries no gradient."""
     for tap, value in seen.items():
         tensors = tensors_in(value)
-        if tensors and not any(tensor.requires_grad for tensor in tensors):
+        if tensors and not any(may_train(tensor) for tensor in tensors):
             raise ValueError(
                 f"the student's tap {tap.path!r} must carry a gradient in training, but it has none: nothing before it "
                 "is trained, or it lies inside reentrant activation checkpointing (use_reentrant=False keeps it)"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill._checks import as_constant, check_number, is_function
 from distill._distiller.terms import TASK
-from distill._values import tensors_in
+from distill._values import may_train, tensors_in
 
 
 def ask_losses(losses: Iterable[Any], *, student: nn.Module, teacher: Any) -> None:
@@ -118,9 +118,9 @@ def check_trains(student: nn.Module, sides: Iterable[Any], losses: Mapping[str, 
         sides: All that is compared of it.
         losses: The values of the terms.
     """
-    if any(tensor.requires_grad for value in sides for tensor in tensors_in(value)):
+    if any(may_train(tensor) for value in sides for tensor in tensors_in(value)):
         for name, value in losses.items():
-            if not value.requires_grad:
+            if not may_train(value):
                 raise ValueError(
                     f"term {name!r} must carry a gradient in training, but it has none: its loss detached what it was "
                     "given, counts something, or compares what nothing before it trains"
@@ -177,8 +177,25 @@ def _own_parameters(loss: nn.Module) -> Iterator[nn.Parameter]:
         yield from _own_parameters(child)
 
 
-def freeze(teacher: Any) -> bool:
+def switch_to_eval(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
+    """Put a teacher in eval mode; return what of it the student has too, to be put back in training: one dropout, say.
+
+    Args:
+        teacher: The teacher, or an adapter of its side.
+        student: The student.
+    """
+    switched = [module for module in teacher.modules() if module.training]
+    if switched:
+        teacher.eval()
+    return [module for module in switched if any(module is own for own in student.modules())]
+
+
+def freeze(teacher: Any, student: nn.Module) -> bool:
     """Put a teacher in eval mode and freeze it; return whether it has modes at all (an exported program has none).
+
+    Args:
+        teacher: The teacher.
+        student: The student. What both have stays in training.
 
     Raises:
         ValueError: If its fake quantisation would go on to change with each batch.
@@ -196,7 +213,8 @@ def freeze(teacher: Any) -> bool:
     for parameter in teacher.parameters():  # `requires_grad_` of the module is refused by torch.jit
         parameter.requires_grad_(False)
     try:
-        teacher.eval()
+        for module in switch_to_eval(teacher, student):
+            module.training = True
     except NotImplementedError:  # exported programs: what they do was fixed when they were exported
         return False
     return True
