@@ -2,6 +2,8 @@
 
 import copy
 import os
+import re
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
@@ -239,6 +241,22 @@ def test_llama_teaches_llama_hidden_states_attention_and_logits(hf):
     torch.testing.assert_close(out.terms["tapped"], out.terms["attention"])
     hidden = out.teacher.hidden_states[2]
     assert hidden.shape == (2, 6, 16)
+
+
+def test_the_recipe_for_attention_maps_has_a_gradient_where_later_tokens_are_masked(hf):
+    page = (Path(__file__).parents[2] / "docs/distiller.md").read_text(encoding="utf-8")
+    names = {"torch": torch}
+    exec(re.search(r"^def logarithms.*?\n\n", page, re.MULTILINE | re.DOTALL)[0], names)
+    models, logarithms = (llama(hf, 8, 1), llama(hf, 8, 1, seed=1)), names["logarithms"]
+    for model in models:  # far from each other
+        model.model.layers[0].self_attn.q_proj.weight.data.mul_(300)
+    term = Term(KLLoss(temperature=1.0), at=lambda out: out.attentions[0][:, 0], student=logarithms, teacher=logarithms)
+    out = step(Distiller(*models, term, task_loss=None), {"input_ids": ids(2, 6), "output_attentions": True})
+    ours, theirs = (side.attentions[0][:, 0].detach().double() for side in (out.student, out.teacher))
+    assert (ours == 0).any()
+    expected = torch.where(theirs == 0, 0.0, theirs * (theirs.log() - ours.log())).sum(-1).mean()
+    torch.testing.assert_close(out.loss.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    assert models[0].model.layers[0].self_attn.q_proj.weight.grad.isfinite().all()
 
 
 def test_bert_teaches_bert(hf):

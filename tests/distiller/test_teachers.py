@@ -219,3 +219,16 @@ def test_an_averaged_teacher_does_not_observe_with_its_student():
     before = copy.deepcopy(teacher.state_dict())
     distiller(100 * inputs, labels)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_teacher_that_accelerate_has_placed_stays_where_it_is():
+    accelerate = pytest.importorskip("accelerate")
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 5))
+    x, expected = torch.randn(3, 4), copy.deepcopy(net)
+    placed = accelerate.cpu_offload(net, torch.device("cpu"))  # on meta between its forwards
+    several = Teachers(placed=placed, plain=copy.deepcopy(expected), combine="logits")
+    for teacher in (placed, several):
+        out = Distiller(torch.nn.Linear(4, 5), teacher, LogitLoss(), task_loss=None).to("cpu", torch.float32)(x)
+        torch.testing.assert_close(out.teacher, expected(x).detach())
+    Distiller(torch.nn.Linear(4, 5), several, LogitLoss()).to(torch.float64)
+    assert several.get_submodule("plain")[0].weight.dtype == torch.float64

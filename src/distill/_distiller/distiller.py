@@ -21,6 +21,7 @@ from distill._distiller.evaluate import (
     term_value,
 )
 from distill._distiller.guards import (
+    apply_unplaced,
     ask_losses,
     check_disjoint,
     check_losses_in_step,
@@ -61,8 +62,8 @@ class Distiller(nn.Module):
         loss = task_weight * task_loss(student, target) + sum_k weight_k * loss_k(student_k, teacher_k, target)
 
     The teacher is in eval mode and frozen whatever `.train()` says, and runs under `no_grad`. It follows `.to()`,
-    `.half()`, `deepcopy` and `pickle`, but is neither in `parameters()` nor in `state_dict()`, so optimizers,
-    checkpoints and DistributedDataParallel see the student and the losses' own weights only.
+    `.half()` (unless accelerate has placed it), `deepcopy` and `pickle`, but is neither in `parameters()` nor in
+    `state_dict()`, so optimizers, checkpoints and DistributedDataParallel see the student and the losses' own weights.
 
     Args:
         student: The model that learns. `distiller.student` is this very module.
@@ -299,7 +300,7 @@ class Distiller(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         teacher = [self.teacher] if isinstance(self.teacher, nn.Module) else []
         for module in (*teacher, *self._constants()):
-            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            apply_unplaced(module, fn, recurse=recurse)
         return self
 
     def _constants(self) -> list[nn.Module]:

@@ -1,6 +1,6 @@
 """What must hold of a call and the models: masks of use, nothing shared, the student trained, losses in step."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -175,6 +175,19 @@ def _own_parameters(loss: nn.Module) -> Iterator[nn.Parameter]:
     yield from loss.parameters(recurse=False)
     for child in loss.children():
         yield from _own_parameters(child)
+
+
+def apply_unplaced(teacher: nn.Module, function: Callable[[Tensor], Tensor], *, recurse: bool) -> None:
+    """Apply a function to a teacher's tensors as `.to()` does, but for parts whose devices accelerate manages.
+
+    Those are where they must be: spread over devices, or on meta between their forwards (`device_map=`, `cpu_offload`).
+    """
+    if not any(hasattr(module, "_hf_hook") for module in teacher.modules()):
+        teacher._apply(function, recurse)  # type: ignore[no-untyped-call]
+    elif not hasattr(teacher, "_hf_hook"):
+        teacher._apply(function, recurse=False)  # type: ignore[no-untyped-call]
+        for child in teacher.children() if recurse else ():
+            apply_unplaced(child, function, recurse=True)
 
 
 def switch_to_eval(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
