@@ -91,6 +91,15 @@ def test_rejects_unknown_paths_of_a_model_without_submodules():
         Distiller(nn.Linear(6, 5), Net(), Term(LogitLoss(), at="fc"))
 
 
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_rejects_a_tap_whose_module_is_gone(side):
+    models = {"student": Net(), "teacher": Net(seed=1)}
+    built = Distiller(*models.values(), Term(LogitLoss(), at="body.1"))
+    models[side].body = models[side].body[:1]  # pruned, or wrapped by something
+    with pytest.raises(ValueError, match=f"must name a module of the {side}, got 'body.1'; the nearest are 'body"):
+        built(*batch())
+
+
 def test_rejects_taps_not_reached_or_reached_twice():
     with pytest.raises(
         ValueError, match="student's tap 'unused' must be reached once in a forward, but it was not rea"

@@ -143,8 +143,8 @@ def run_with_taps(
         What `call` returns, and what each tap has seen, of any type.
 
     Raises:
-        ValueError: If a module is not called, or called more than once without `"#k"`, what a tap has seen was changed
-            in place later in the forward and the tap has no copy, or replicas of the model run in its place.
+        ValueError: If a module is gone, is not called, or called more than once without `"#k"`, what a tap has seen was
+            changed in place later in the forward and the tap has no copy, or replicas of the model run in its place.
     """
     runs = model if runs is None else runs
     if taps and isinstance(runs, nn.DataParallel) and len(runs.device_ids) > 1:
@@ -165,8 +165,8 @@ class _Listener(Listener):
     """Keeps what one tap sees in one forward."""
 
     def __init__(self, model: nn.Module, tap: Tap, side: str) -> None:
-        name, takes_input, self.number = parse_path(tap.path)
-        super().__init__(model.get_submodule(name), f"distill {tap.path} {tap.copy}", takes_input=takes_input)
+        _, takes_input, self.number = parse_path(tap.path)
+        super().__init__(_submodule(model, tap.path, side), f"distill {tap.path} {tap.copy}", takes_input=takes_input)
         self.tap = tap
         self.where = f"{side}'s tap {tap.path!r}"
         self.kept: Any = None
@@ -200,6 +200,15 @@ class _Listener(Listener):
                 "(inplace=True, +=); copy=True keeps what the module gave"
             )
         return self.kept
+
+
+def _submodule(model: nn.Module, path: str, side: str) -> nn.Module:
+    """The module of a path, which may be gone since the path was checked."""
+    try:
+        return model.get_submodule(parse_path(path)[0])
+    except AttributeError:
+        check_path(model, path, side=side)
+        raise
 
 
 def _copy_inference(tensor: Tensor) -> Tensor:
