@@ -117,7 +117,9 @@ def test_a_classifier_with_a_decoder_and_a_detector_keep_their_labels():
     assert model.config.is_encoder_decoder
     batch = {"input_features": torch.randn(2, 4, 16), "labels": torch.tensor([1, 0])}
     given, target, mask = split_batch(batch, model)
-    assert [*given] == ["input_features"] and torch.equal(target, batch["labels"]) and mask.all()
+    assert [*given] == ["input_features"]
+    assert torch.equal(target, batch["labels"])
+    assert mask.all()
     boxes = [{"class_labels": torch.tensor([1])}]  # as of a detector: no tensor
     assert split_batch({"pixel_values": torch.zeros(1), "labels": boxes}, model)[1:] == (boxes, None)
 

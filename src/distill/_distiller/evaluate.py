@@ -115,7 +115,9 @@ def run_teacher(
         ValueError: If the teacher changes in place, or takes away, what the student is given.
     """
     for_student = Given(inputs)
-    shared = [] if student is None else switch_to_eval(teacher, student)
+    shared = []
+    if student is not None and isinstance(teacher, nn.Module):
+        shared = switch_to_eval(teacher, student)
     try:
         with torch.no_grad():
             if isinstance(teacher, nn.Module):
