@@ -1,5 +1,6 @@
 """The recipes: their code runs and does what it should, on one process and on two that stand for a cluster."""
 
+import copy
 import importlib.util
 import os
 import re
@@ -17,10 +18,18 @@ pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState, GradientState
 
 import recipes_worker
-from distill import Distiller, KLLoss
+from distill import Distiller, HintLoss, KLLoss, Term
 from workers import workers
 
 WORKER = Path(recipes_worker.__file__)
+
+
+class Taken(torch.nn.Module):
+    """Keeps what it was given."""
+
+    def forward(self, student, teacher, target=None):
+        self.seen = student.detach()
+        return student.sum()
 
 
 def run(name):
@@ -173,6 +182,58 @@ def test_adapters_learn_from_a_larger_teacher_and_from_their_base(folder):
     ]
     merged = names["merged"].eval()(tokens).logits
     assert (merged - base(tokens).logits).abs().max() > 1e-4
+
+
+def test_a_pruned_student_keeps_its_zeros_and_a_rounded_one_its_levels(folder):
+    names = run("compression")
+    teacher, pruned, rounded = names["teacher"], names["pruned"], names["rounded"]
+    weights = torch.cat([pruned[k].weight.flatten() for k in (0, 3)])
+    assert (weights == 0).float().mean() == pytest.approx(0.75, abs=1e-3)
+    assert [len(rounded[k].weight.unique()) <= 15 for k in (0, 3, 7)] == [True] * 3
+    for student in (pruned, rounded):  # both have trained, and are as ordinary as before
+        assert student.state_dict().keys() == teacher.state_dict().keys()
+        assert not torch.equal(student[7].bias, teacher[7].bias)
+    again = copy.deepcopy(pruned)
+    names["prune"].identity(again[0], "weight")
+    assert {"0.weight_orig", "0.weight_mask"} <= again.state_dict().keys()
+    assert [name for name, _ in again[0].named_parameters()] == ["bias", "weight_orig"]  # another order than before
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(again)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch has moved its quantised layers elsewhere
+def test_the_page_says_what_prepare_qat_does_to_taps_and_evaluation(folder):
+    quantisation = pytest.importorskip("torch.ao.quantization")
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this PyTorch has no kernels of 8-bit integers")
+    names = run("compression")
+    teacher, images = names["teacher"], names["images"]
+    body = copy.deepcopy(teacher).requires_grad_(True).train()
+    student = torch.nn.Sequential(quantisation.QuantStub(), *body, quantisation.DeQuantStub())
+    student.qconfig = quantisation.get_default_qat_qconfig("fbgemm")
+    quantisation.fuse_modules_qat(student, [["1", "2", "3"], ["4", "5"]], inplace=True)
+    quantisation.prepare_qat(student, inplace=True)
+    assert isinstance(student[5], torch.nn.Identity)
+    terms = {"kl": KLLoss(), "map": Term(HintLoss(), at=("4", "4"))}
+    distiller = Distiller(student, teacher, terms)
+    names["train"](distiller, torch.optim.SGD(distiller.parameters(), lr=0.01))
+
+    taps = {"gave": Term(Taken(), at=("4", None)), "next": Term(Taken(), at=("6:input", None))}
+    looks = Distiller(student.apply(quantisation.disable_observer), None, taps, task_loss=None).eval()
+    looks(images)
+    gave, got = (looks.losses[name].seen for name in taps)
+    assert len(got.unique()) <= 128 < len(gave.unique())
+    torch.testing.assert_close(student[4].activation_post_process(gave), got)
+
+    with pytest.raises(ValueError, match="fits its range to each batch"):
+        Distiller(copy.deepcopy(teacher), copy.deepcopy(student).apply(quantisation.enable_observer), KLLoss())
+    integer = quantisation.convert(distiller.student.eval())
+    with pytest.raises(ValueError, match="nothing that is compared carries one"):
+        Distiller(integer, teacher, KLLoss())(images, names["labels"])
+    maps = Term(HintLoss(), at=("4", "4"), teacher=torch.dequantize)
+    Distiller(copy.deepcopy(body), integer, {"kl": KLLoss(), "map": maps})(images, names["labels"]).loss.backward()
+    with pytest.raises(ValueError, match="floating-point"):
+        Distiller(copy.deepcopy(body), integer, Term(HintLoss(), at=("4", "4")))(images, names["labels"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the exporters
