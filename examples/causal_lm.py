@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, default="runs/data/dictionary.txt")
     parser.add_argument("--out", type=Path, default="runs/causal_lm")
     args = parser.parse_args(arguments)
+    if not args.text.is_file() or args.text.stat().st_size < 70_000:
+        parser.error(f"--text must be a file of 70 kB or more, got {args.text}; examples/fetch.py fetches the default")
     held, rows = read(args.text)
     teacher = llama(128, 4, seed=0)
     train(teacher, rows, args.out, seed=0, steps=1200)

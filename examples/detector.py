@@ -6,6 +6,7 @@ In training the student returns a dict of losses. The teacher is its backbone an
 `scenes.py` has data and detectors: put yours there.
 """
 
+import argparse
 from statistics import mean, stdev
 from typing import Any
 
@@ -71,4 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

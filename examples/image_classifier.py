@@ -36,7 +36,9 @@ def load(folder: Path | None) -> tuple[Tensor, Tensor]:
         digits = load_digits()
         pictures, labels = torch.from_numpy(digits.images).float().unsqueeze(1), torch.from_numpy(digits.target)
     else:
-        files = sorted(folder.glob("[!.]*/[!.]*"))
+        files = sorted(file for file in folder.glob("[!.]*/[!.]*") if file.is_file())
+        if len({file.parent for file in files}) < 2:
+            raise SystemExit(f"{folder} must have a subfolder of pictures for each class, two or more")
         opened = [np.array(Image.open(file).convert("RGB").resize((32, 32)), np.float32) for file in files]
         pictures = torch.from_numpy(np.stack(opened)).movedim(-1, 1).contiguous()
         labels = torch.tensor(np.unique([file.parent.name for file in files], return_inverse=True)[1])
@@ -64,7 +66,7 @@ def fit(width: int, classes: int, x: Tensor, y: Tensor, seed: int, epochs: int, 
 def main(arguments: list[str] | None = None) -> None:
     """Train a teacher, and of each seed a student alone and one with the teacher; say how many each gets right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--pictures", type=Path, help="a folder with a subfolder for each class; default: the digits")
     x, y = load(parser.parse_args(arguments).pictures)
     classes, held, few = int(y.max()) + 1, len(y) // 4, slice(len(y) // 4, len(y) // 4 + 200)  # a quarter: to measure
     teacher = fit(16, classes, x[held:], y[held:], seed=99, epochs=10, teacher=None)

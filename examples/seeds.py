@@ -86,7 +86,8 @@ def encoders(data: Path, out: Path, seeds: list[int]) -> Iterator[Row]:
     held, texts = lines[:1000], lines[1000:9000]
     teacher, kept = Encoder(data / "all-MiniLM-L6-v2"), out / "vectors.pt"
     if not kept.exists():
-        torch.save((embed(teacher, held), embed(teacher, texts)), kept)
+        torch.save((embed(teacher, held), embed(teacher, texts)), part := kept.with_suffix(".part"))
+        part.replace(kept)
     wanted, vectors = torch.load(kept, weights_only=True)
 
     def student(seed: int | None) -> Numbers:
@@ -131,7 +132,9 @@ def run(rows: Iterator[Row], out: Path) -> list[dict[str, Any]]:
     for name, seed, make in rows:
         path = out / f"{name.replace(' ', '-')}{'' if seed is None else f'-{seed}'}.json"
         if not path.exists():
-            path.write_text(json.dumps(make()))
+            part = path.with_suffix(".part")  # a row is there whole or not at all
+            part.write_text(json.dumps(make()))
+            part.replace(path)
         made.append({"model": name, "seed": seed, **json.loads(path.read_text())})
     return made
 
@@ -165,6 +168,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Measure an example, and write rows and table."""
     args = parse_arguments(arguments)
+    if not (args.data / "dictionary.txt").is_file():
+        raise SystemExit(f"--data must be what examples/fetch.py wrote, got {args.data}")
     out = args.out / args.example
     out.mkdir(parents=True, exist_ok=True)
     rows = run(EXAMPLES[args.example](args.data, out, args.seeds), out)

@@ -5,6 +5,7 @@ python examples/segmentation.py   # digits scattered over pictures: minutes of a
 Networks return {"out": logits, "aux": logits}, as torchvision's do. `scenes.py` has data and networks: put yours there.
 """
 
+import argparse
 from statistics import mean, stdev
 
 import torch
@@ -69,4 +70,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

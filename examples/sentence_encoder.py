@@ -66,7 +66,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, default="runs/data/dictionary.txt")
     parser.add_argument("--out", type=Path, default="runs/sentence_encoder/student")
     args = parser.parse_args(arguments)
+    if not (args.teacher.is_dir() and args.text.is_file()):
+        parser.error(f"{args.teacher} and {args.text} must be there; examples/fetch.py fetches the defaults")
     texts = args.text.read_text(encoding="utf-8").splitlines()[:9000]  # the first 1000 are not trained with
+    if len(texts) <= 1000:
+        parser.error(f"--text must have more than 1000 lines, got {len(texts)}")
     teacher, student = Encoder(args.teacher), Encoder(args.teacher)
     del student.transformer.encoder.layer[1:-1]  # the first and the last stay
     student.transformer.config.num_hidden_layers = 2

@@ -60,9 +60,8 @@ def train(student: nn.Module, teacher: Any, images: Tensor, labels: Tensor, epoc
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
         for samples in order.split(32):  # type: ignore[no-untyped-call]
             ids, pixels = views(images, samples, epoch)
-            asked = (
-                (ids, pixels) if isinstance(teacher, StoredTeacher) else None
-            )  # a live one sees what the student sees
+            # A live teacher sees what the student sees.
+            asked = (ids, pixels) if isinstance(teacher, StoredTeacher) else None
             optimizer.zero_grad()
             distiller(pixels, labels[samples], teacher_inputs=asked).loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -49,10 +49,10 @@ def train(distiller: Distiller, shown: Shown, pictures: Tensor, steps: int = 400
 def main(arguments: list[str] | None = None) -> None:
     """Distil, and say on pictures that were not trained with how far the student is from the teacher."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher")
-    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--teacher", help="a folder saved by transformers, or the name of a ViT of timm")
+    parser.add_argument("--pictures", type=Path, help=f"a folder, also of folders, with more than {HELD} pictures")
     args = parser.parse_args(arguments)
-    files = sorted(args.pictures.glob("**/[!.]*.*")) if args.pictures else []
+    files = sorted(f for f in args.pictures.glob("**/[!.]*.*") if f.is_file()) if args.pictures else []
     if len(files) <= HELD if args.teacher else args.pictures:
         parser.error(f"--teacher NAME and --pictures FOLDER, with more than {HELD} pictures, go together")
     if args.teacher is None:

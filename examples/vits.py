@@ -34,8 +34,10 @@ def see(pictures: Tensor, shown: Shown) -> Tensor:
 def load_vit(name: str) -> Vit:
     """Load a folder saved by transformers, with its `preprocessor_config.json`, or a model of timm with its weights."""
     if not Path(name).is_dir():
-        import timm
-
+        try:
+            import timm
+        except ImportError as error:
+            raise SystemExit(f"{name} is no folder; for a model of timm: pip install timm") from error
         model = timm.create_model(name, pretrained=True)
         data = timm.data.resolve_model_data_config(model)
         prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size[0]

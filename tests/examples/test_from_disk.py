@@ -26,11 +26,13 @@ def weights(said):
     return re.findall(r"^(\w+): .*[\d.]+.* weights (\w{32})$", said, re.MULTILINE)
 
 
-def test_an_encoder_from_stored_vectors_has_the_weights_of_one_from_live_vectors(data, capsys):
+def test_an_encoder_from_stored_vectors_has_the_weights_of_one_from_live_vectors(data, capsys, monkeypatch):
     (data / "dictionary.txt").write_text("\n".join(LINES))
     from_disk.encoder(data, data / "out", held=40)
     (live, first), (stored, second) = weights(capsys.readouterr().out)
     assert (live, stored, first) == ("live", "stored", second)
+    monkeypatch.setattr(from_disk, "train", lambda *args: None)
+    from_disk.encoder(data, data / "out", held=40)  # a second time: the vectors are there
 
 
 def test_a_language_model_from_stored_hidden_states_has_the_weights_of_one_from_the_live_teacher(
@@ -39,6 +41,10 @@ def test_a_language_model_from_stored_hidden_states_has_the_weights_of_one_from_
     llama = causal_lm.llama
     monkeypatch.setattr(causal_lm, "llama", lambda width, layers, seed: llama(width // 8, 1, seed))
     monkeypatch.setattr(causal_lm, "bits_per_byte", lambda model, rows: 8.0)
+    with monkeypatch.context() as stopped:  # after the first rows
+        stopped.setattr(from_disk, "train_language", lambda *args: llama(16, 1, 0))
+        from_disk.language(data, data / "out", steps=2, few=8)
+    capsys.readouterr()
     from_disk.language(data, data / "out", steps=2, few=12)
     (live, first), (stored, second) = weights(capsys.readouterr().out)
     assert (live, stored, first) == ("live", "stored", second)

@@ -24,6 +24,14 @@ def test_reads_a_folder_of_pictures_with_a_subfolder_for_each_class(tmp_path):
     assert ((pictures[:, 0].mean((1, 2)) > 0) == (labels == 0)).all()  # "bright" is the first by name
 
 
+def test_a_folder_without_classes_is_refused(tmp_path):
+    (tmp_path / "train/cat").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(tmp_path / "train/cat/0.png")
+    for folder in (tmp_path, tmp_path / "train", tmp_path / "none"):
+        with pytest.raises(SystemExit, match="must have a subfolder of pictures for each class, two or more"):
+            load(folder)
+
+
 def test_a_student_of_a_teacher_that_is_always_wrong_is_wrong_too():
     y = torch.arange(64) % 2
     x = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)) + 4.0 * (y - 0.5).view(-1, 1, 1, 1)
