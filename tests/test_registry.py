@@ -73,6 +73,11 @@ def test_rejects_unknown_names_with_the_nearest_and_the_list():
         create_loss("logits")
     with pytest.raises(KeyError, match=r"got 'KL'; did you mean 'kl'\?"):
         create_loss("KL")
+    for name in ("KLLoss", "kl_loss"):
+        with pytest.raises(KeyError, match=f"got '{name}'; did you mean 'kl'\\?"):
+            create_loss(name)
+    with pytest.raises(KeyError, match=r"got 'kd'\. Known: "):  # too short to be meant for skd
+        create_loss("kd")
     with pytest.raises(KeyError, match=r"got 'zzz'\. Known: "):
         create_loss("zzz")
 

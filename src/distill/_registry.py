@@ -176,6 +176,7 @@ def _qualified_name(cls: type) -> str:
 
 def _unknown(name: str) -> str:
     names = list_losses()
-    near = difflib.get_close_matches(str(name).lower(), names, n=1)
+    like = re.sub(r"_?loss$", "", str(name).lower())  # also of a class or function: KLLoss, kl_loss
+    near = [like] if like in names else difflib.get_close_matches(like, names, n=1) if len(like) > 2 else []
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"a loss name must be a registered one, got {name!r}{hint} Known: {', '.join(names)}"

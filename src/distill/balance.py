@@ -219,7 +219,7 @@ def _values(out: DistillerOutput, device: torch.device) -> dict[str, float]:
 
 
 def _in_step(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """The batches; in several processes as many as the one with the fewest has, lest one waits for another."""
+    """The batches; in several processes as many as the one with the fewest has, so that none waits for another."""
     if _processes() == 1:
         yield from batches
         return

@@ -13,7 +13,6 @@ from distill._checks import (
     check_integer,
     check_not_negative,
     check_tensor,
-    check_tensors,
     ordinary,
 )
 from distill._engine.cross_entropy import CROSS_ENTROPY, with_cross_entropy
@@ -326,7 +325,7 @@ class LinearCrossEntropyLoss(LossOfHeads):
             TypeError: If what must be a tensor is none.
             ValueError: If shapes, dtypes or devices do not fit, or a label is no class.
         """
-        check_tensors(student, student)
+        check_tensor("student", student)
         self._heads.check(*self._after_heads())
         weight, bias, *_ = self._heads.tensors()
         check_hidden("student", student, weight)

@@ -57,7 +57,9 @@ def _logits(result: Any) -> Any:
 def ask_seen(
     name: str, loss: nn.Module, compared: Compared, inputs: Any, student: Any, teacher: Any, marks: tuple[Any, Any]
 ) -> None:
-    """Let a loss of hidden states see what else the models made of them, where nothing lies between; errors name it.
+    """Give a loss of hidden states the logits that the models made of them, to check its heads; errors name the term.
+
+    A side is given where the term taps one path without an adapter: then the loss sees what the model's head saw.
 
     Args:
         name: The term.

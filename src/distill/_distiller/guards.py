@@ -141,7 +141,7 @@ def check_trains(student: nn.Module, sides: Iterable[Any], losses: Mapping[str, 
 def check_losses_in_step(distiller: Any, model: Any) -> None:
     """Raise ValueError if learned losses get no gradients from the other processes.
 
-    Where the student alone is wrapped, or sharded in place, DDP and FSDP synchronise it, and nobody the losses.
+    Where the student alone is wrapped, or sharded in place, DDP and FSDP synchronise its gradients and no others.
 
     Args:
         distiller: The Distiller.

@@ -82,8 +82,8 @@ def listen(listeners: Sequence[Listener], call: Callable[[], _Result]) -> _Resul
 def listen_traced(listeners: Sequence[Listener], call: Callable[[], _Result]) -> _Result:
     """The same where this very code is traced, which not every version can do with stand-ins.
 
-    The modules' tables of hooks are replaced for the while (`register_forward_hook` cannot be traced), next to
-    `forward`: before what it gives reaches the user's own hooks, and after what it is given has.
+    The modules' tables of hooks are replaced while it runs (`register_forward_hook` cannot be traced). Ours are next to
+    `forward`: they get an output before the user's own hooks, and an input after them.
     """
     kept: list[tuple[nn.Module, str, Any]] = []
     try:
@@ -101,8 +101,8 @@ def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return values[0] if values else None
 
 
-# Who listens in this thread: `listeners`, lists by the identity of the module. A default in a class would be what
-# PyTorch 2.5 takes for the value where it traces.
+# Who listens in this thread: `listeners`, lists by the identity of the module. It has no default on a class: tracing,
+# PyTorch 2.5 would take that for the value.
 _HERE = threading.local()
 
 

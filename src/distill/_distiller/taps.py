@@ -72,7 +72,7 @@ def check_path(model: nn.Module, path: str, *, side: str) -> None:
 
 
 def scripted(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Those of a model's modules, by path, that torch.jit runs, so that nobody hears them."""
+    """Those of a model's modules, by path, that torch.jit runs: these cannot be tapped."""
     around = [path for path, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
     return {path for path in modules for outer in around if outer in ("", path) or path.startswith(f"{outer}.")}
 
@@ -127,7 +127,7 @@ def _in_encoder(model: nn.Module, path: str) -> bool:
 def run_with_taps(
     model: nn.Module, taps: Sequence[Tap], call: Callable[[], _Result], *, side: str, runs: Any = None
 ) -> tuple[_Result, dict[Tap, Any]]:
-    """Run `call`, listening meanwhile.
+    """Run `call`, and listen at the taps while it runs.
 
     Nothing hangs on the model before or after, whatever interrupts the call; copies and pickles taken meanwhile carry
     nothing; what other threads run, and a recomputation in backward, is not heard.
@@ -177,7 +177,7 @@ class _Listener(Listener):
         """Keep the value that belongs to the module's call of this number."""
         if call != (self.number or 0):
             return
-        # What is traced counts no versions. The compiler drops copies of what nobody changes.
+        # What is traced counts no versions. The compiler drops copies of what does not change.
         copies = self.tap.copy or torch.compiler.is_compiling()
         # Inference tensors count no versions either.
         self.kept = mapped(Tensor.clone if copies else _copy_inference, value)

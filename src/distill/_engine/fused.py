@@ -51,7 +51,7 @@ _ORDINARY = Tensor, nn.Parameter
 def can_fuse(
     student: Tensor, teacher: Tensor, dim: int, options: dict[str, Any], *, least: float, apart: float, shortest: int
 ) -> bool:
-    """Whether these are ordinary tensors, large enough, and nobody traces or transforms.
+    """Whether these are ordinary tensors, large enough, and neither traced nor transformed (`torch.func`).
 
     It is not to be asked of what `torch.compile` traces, whose sizes may be symbols.
 
@@ -253,8 +253,8 @@ class Call:
 class _Fused(torch.autograd.Function):
     """The reduced loss of large inputs.
 
-    The gradient is formed together with the values, while the rows are at hand, and kept; backward gives it away, times
-    the factors from above. If backward runs once more, it is formed anew from the inputs.
+    The gradient is formed together with the values, while the rows are at hand, and kept. Backward returns it, times
+    the gradient of the value, and does not keep it: if backward runs once more, it is formed anew from the inputs.
     """
 
     @staticmethod
@@ -278,7 +278,7 @@ class _Fused(torch.autograd.Function):
         student, teacher, labels, mask = ctx.saved_tensors  # raises if one was changed in place
         teacher = ctx.teacher if teacher is None else teacher
         call: Call = ctx.call
-        gradient, ctx.gradient = ctx.gradient, None  # given away once: the receiver may write into it
+        gradient, ctx.gradient = ctx.gradient, None  # returned once: the receiver may write into it
         again = torch.is_grad_enabled()  # the gradient is to be differentiated again
         if again or torch._C._functorch.is_legacy_batchedtensor(upstream[0]):  # several at a time: is_grads_batched
             with torch.enable_grad():

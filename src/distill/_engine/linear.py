@@ -114,7 +114,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # raises if one was changed in place
         tensors = [kept if constant is None else constant for kept, constant in zip(saved, ctx.constants, strict=True)]
-        gradients, ctx.gradients = ctx.gradients, None  # given away once: the receivers may write into them
+        gradients, ctx.gradients = ctx.gradients, None  # returned once: the receivers may write into them
         call, labels, mask = ctx.extra[0], tensors[6], tensors[7]
         needs = ctx.needs_input_grad[:3]
         again = torch.is_grad_enabled()

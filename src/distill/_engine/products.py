@@ -62,7 +62,7 @@ def chunk_rows(chunk: int | None, device: torch.device, count: int) -> int:
 
 
 def product_dtype(side: Side) -> torch.dtype:
-    """The dtype in which hidden states and head are multiplied: where autocast is on its own, but for float64."""
+    """The dtype in which hidden states and head are multiplied: that of autocast where it is on, but for float64."""
     wide = torch.promote_types(side.hidden.dtype, side.weight.dtype)
     return wide if wide == torch.float64 else autocast_dtype(side.hidden) or wide
 

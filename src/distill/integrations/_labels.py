@@ -52,7 +52,7 @@ def split_batch(
         label; without labels the `attention_mask`, if there is one; none for labels that are no tensor of integers.
 
     Raises:
-        ValueError: If nobody can tell whether the labels must be shifted.
+        ValueError: If the model does not say whether the labels must be shifted.
     """
     inputs = dict(batch)
     labels, seen = inputs.pop(name, None), inputs.get("attention_mask")

@@ -1,4 +1,4 @@
-"""For losses of rows of which some need care: a quick form for the others, and who does what it cannot do."""
+"""For losses of rows that have a quick form: the rows that it cannot do go to the careful formula."""
 
 import math
 from collections.abc import Callable

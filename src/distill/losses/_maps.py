@@ -58,8 +58,7 @@ def check_maps(
         layouts = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(
             f"student and teacher must be maps {layouts} of the same {'N and C' if same_channels else 'N'}, "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
-            + (_channels_last(student, teacher.shape[1:2]) or _channels_last(teacher, student.shape[1:2]))
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}{_way_out(student, teacher, positions)}"
         )
     if channels is not None:
         for name, tensor, expected in (("student", student, channels[0]), ("teacher", teacher, channels[1])):
@@ -71,6 +70,17 @@ def check_maps(
     elif not same_channels:
         _check_layout(student, teacher)
     return make_ready(student, teacher)
+
+
+def _way_out(student: Tensor, teacher: Tensor, positions: Sequence[int]) -> str:
+    """What to do about two maps that do not go together: move the channels of one, or learn a layer between them."""
+    learn = ""
+    if student.ndim == teacher.ndim and student.ndim - 2 in positions and len(student) == len(teacher):
+        sizes = f"{student.shape[1]}, {teacher.shape[1]}"
+        learn = f"; student=nn.Conv{student.ndim - 2}d({sizes}, 1) in the Term learns to map one to the other"
+    if learn and student.shape[2:] == teacher.shape[2:]:
+        return learn
+    return _channels_last(student, teacher.shape[1:2]) or _channels_last(teacher, student.shape[1:2]) or learn
 
 
 def _channels_last(tensor: Tensor, channels: Sequence[int]) -> str:

@@ -44,8 +44,8 @@ class Mixture(NamedTuple):
     def factors(self, dtype: torch.dtype) -> tuple[float, float]:
         """What w = (q - p) / m is multiplied by in log(p / m) = log1p(.. w) and in log(q / m) = log1p(.. w).
 
-        They are a trifle nearer to 0 than they should be: where p or q is 0, rounding must not lead to the logarithm of
-        0, which 0 times that would not undo.
+        They are a few roundings nearer to 0 than they should be: where p or q is 0, rounding must not lead to the
+        logarithm of 0, since 0 times minus infinity is NaN.
         """
         less = 1 - 4 * torch.finfo(dtype).eps
         return -(1 - self.share) * less, self.share * less
@@ -68,7 +68,7 @@ def from_mixture(
         mean: Whether to give the mean over all rows.
     """
     share, of_teacher, of_student = mixture
-    if share in (0, 1):  # here and below numbers are compared, since PyTorch 2.5 traces no truth of a symbolic one
+    if share in (0, 1):  # compared with numbers, here and below: PyTorch 2.5 cannot trace `if x` of a symbol
         a, b = (teacher, student) if of_teacher != 0 else (student, teacher)
         return divergence_of_logits(a, b, dim=dim, temperature=temperature, mean=mean)
     q = torch.softmax(soften(student, temperature), dim)

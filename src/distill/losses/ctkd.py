@@ -96,6 +96,7 @@ def ctkd_strength(epoch: float, epochs: float = 10.0) -> float:
         What `CTKDLoss.strength` is to be set to.
 
     Raises:
+        TypeError: If one is no number.
         ValueError: If the epoch is negative or not finite, or `epochs` is not positive and finite.
 
     Examples:

@@ -29,8 +29,7 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     Args:
         student: The student's two layers, maps `(N, C1, H1, W1)` and `(N, C2, H2, W2)`. Any floating dtype; half and
             bfloat16 are computed in float32.
-        teacher: The teacher's two layers, maps `(N, C1, H1', W1')` and `(N, C2, H2', W2')`. Constants: no gradient
-            reaches them.
+        teacher: The teacher's two layers, maps `(N, C1, H1', W1')` and `(N, C2, H2', W2')`. Get no gradient.
 
     Returns:
         One value per sample, `(N,)`, in the fourth power of the inputs' unit; float32, or float64 if an input is.

@@ -47,8 +47,9 @@ def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
         `configs/train/dinov3_vit7b16_gram_anchor.yaml`: the mean over all pairs and samples. The paper has the sum over
         the pairs.
 
-        Caveat: That code can set negative cosines to 0, which the configuration does not do; where only the teacher's
-        should be, the line for the student's never finds any, since the teacher's are 0 by then. Neither is done here.
+        Caveat: That code can also set negative cosines to 0, which the configuration does not do, nor does this. Its
+        option for pairs that are negative in both networks has no effect on the student's: it looks for them after it
+        has set the teacher's to 0.
 
     Reference:
         Oriane Siméoni, Huy V. Vo, Maximilian Seitzer and others, "DINOv3", arXiv 2508.10104 (2025), section 4.2.

@@ -78,6 +78,7 @@ def kl_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 4.0
         class has a probability of 0 for the student alone. float32, or float64 if an input is.
 
     Raises:
+        TypeError: If an input is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not
             positive and finite, there is only one class, or `dim` is out of range or not given where there are four
             dimensions or more.

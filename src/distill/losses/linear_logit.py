@@ -177,7 +177,7 @@ class LinearLogitLoss(SampleLoss):
 
         While nothing in the student's head needs a gradient, the factor of both heads is kept between calls; with a
         head that trains, the teacher's Gram matrix. Each call reads the weights, and computes both again if a number
-        changed, whoever changed it. On a GPU this waits for the device. Nothing is kept inside `torch.compile`,
+        changed, whatever changed it. On a GPU this waits for the device. Nothing is kept inside `torch.compile`,
         `torch.func` and CUDA graphs; `forget()` frees what is kept.
 
         With `"blocks"` a mean or sum computes the gradients in the forward pass, as in `LogitLoss`, and keeps no

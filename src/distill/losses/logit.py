@@ -29,6 +29,7 @@ def logit_loss(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         One value per sample, shape `(...)`, in squared units of the inputs; float32, or float64 if an input is.
 
     Raises:
+        TypeError: If an input is no tensor.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, or `dim` is out of range.
 
     Examples:

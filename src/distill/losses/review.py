@@ -32,8 +32,7 @@ def review_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     Args:
         student: The student's fused maps, each `(N, C, H, W)`, or `(N, C)` for pooled features. Any floating dtype;
             half and bfloat16 are computed in float32.
-        teacher: The teacher's maps, as many, each of the same shape as the student's. Constants: no gradient reaches
-            them.
+        teacher: The teacher's maps, as many, each of the same shape as the student's. Get no gradient.
 
     Returns:
         One value per sample, shape `(N,)`, in squared units of the maps; float32, or float64 if an input is.

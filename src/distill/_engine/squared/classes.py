@@ -68,7 +68,7 @@ def reduce_by_blocks(
 
 
 class _Reduced(Function):
-    """The reduced loss; its gradients are formed in the forward, and backward gives them away."""
+    """The reduced loss; its gradients are formed in the forward, and backward returns them."""
 
     @staticmethod
     @override
@@ -94,7 +94,7 @@ class _Reduced(Function):
         # Raises if one was changed in place.
         hidden, teacher_hidden, weight, teacher_weight, column, mask = ctx.saved_tensors
         heads, needs = Heads(weight, teacher_weight, column), _needs(ctx)
-        gradients, ctx.gradients = ctx.gradients, None  # given away once: the receivers may write into them
+        gradients, ctx.gradients = ctx.gradients, None  # returned once: the receivers may write into them
         with without_autocast(hidden):
             if torch.is_grad_enabled():  # the gradients are to be differentiated again
                 value = reduce(by_blocks(hidden, teacher_hidden, heads), ctx.reduction, mask)

@@ -62,7 +62,7 @@ def factorise(heads: Heads) -> Factor:
     r = heads.weight.new_empty(0, width, dtype=torch.float64)
     for start in range(0, len(heads.weight), rows):
         r = torch.linalg.qr(torch.cat([r, _stack(parts, start, rows, torch.float64)]), mode="r").R
-    # Copies, so that the kept factor holds no memory that nobody reads.
+    # Copies: views would keep all of R in memory.
     return Factor(
         r[:columns, :columns].clone(),
         -r[:columns, columns:],

@@ -12,7 +12,7 @@ _EVERY = 997
 
 
 class Fingerprint(NamedTuple):
-    """What tells whether tensors hold the numbers that they held before, whoever wrote them since.
+    """What tells whether tensors hold the numbers that they held before, whatever has written to them since.
 
     PyTorch counts the changes of a tensor, but not all: fused optimizers, writes through `.data` or a NumPy view and
     other processes leave no trace. So the numbers themselves are read. That costs a small part of what is kept.
@@ -50,7 +50,7 @@ class Kept:
 
 
 def may_keep(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the tensors' numbers can be read: nobody traces, transforms or captures, and there are numbers."""
+    """Whether the tensors have numbers that can be read: not traced, not transformed, and in no CUDA graph."""
     given = [tensor for tensor in tensors if tensor is not None]
     return (
         not torch.compiler.is_compiling()
