@@ -214,7 +214,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     names = dict.fromkeys(setting.dataset for setting in args.settings)
     datasets = {name: load_dataset(name, args.data_dir).to(args.device) for name in names}
     for run in students:
-        # A teacher may take hours: what its student would stumble over is found before.
+        # A teacher may take hours: what would stop its student is found before.
         if run.seed == args.seed:
             try:
                 check_student(run, datasets[run.dataset])
@@ -248,18 +248,6 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 def _stop(number: int, _frame: object) -> None:
     """Answer what a batch system or a closed terminal sends as Ctrl-C is answered."""
     raise KeyboardInterrupt(number)
-
-
-def finished_runs(out: Path) -> list[RunResult]:
-    """Read every finished run under a folder, also those of earlier commands.
-
-    Args:
-        out: The output folder.
-
-    Returns:
-        The runs, as `read_finished` returns them.
-    """
-    return read_finished(out)[0]
 
 
 def read_finished(out: Path) -> tuple[list[RunResult], list[str]]:

@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     texts = args.text.read_text(encoding="utf-8").splitlines()[:9000]  # the first 1000 are not trained with
     if len(texts) <= 1000:
         parser.error(f"--text must have more than 1000 lines, got {len(texts)}")
+    args.out.mkdir(parents=True, exist_ok=True)  # before the training: it may fail
     teacher, student = Encoder(args.teacher), Encoder(args.teacher)
     del student.transformer.encoder.layer[1:-1]  # the first and the last stay
     student.transformer.config.num_hidden_layers = 2

@@ -1,10 +1,12 @@
 """Candidate pairs of layers, as a person would see them, on a ResNet, a ViT and a Swin."""
 
+import html
+
 import pytest
 import torch
 from torch import nn
 
-from distill import Distiller, GramLoss, HintLoss, pair_layers
+from distill import Distiller, GramLoss, HintLoss, pair_layers, tap_shapes
 from distill.pairing import LayerPairs
 from models import ResNet, images
 
@@ -79,6 +81,14 @@ def test_prints_as_a_table():
     assert " ".join(lines[0].split()) == "stage student gives adapter teacher gives adapter overwritten later"
     assert lines[2].startswith("8 x 8    layer2   (4, 8, 8, 8)             layer2   (4, 12, 8, 8)")
     assert len(lines) == 5
+
+
+def test_a_notebook_shows_tables_without_breaking_their_lines():
+    shown = pair_layers(ResNet(), ResNet(), torch.zeros(2, 3, 16, 16)), tap_shapes(ResNet(), torch.zeros(2, 3, 16, 16))
+    for each in shown:
+        page = each._repr_html_()
+        assert page.startswith('<pre style="white-space: pre; overflow-x: auto">stage' if each is shown[0] else "<pre")
+        assert html.unescape(page[page.index(">") + 1 : -len("</pre>")]) == repr(each)
 
 
 def test_a_bottleneck_does_not_hide_the_stage_before_it():

@@ -388,7 +388,7 @@ def train(
 
 
 def _can_fold(teacher: ResNet, config: RunConfig) -> bool:
-    """Whether nobody looks at what stands between a convolution and its batch norm."""
+    """Whether no term compares what is between a convolution and its batch norm, which keeps its statistics."""
     if config.teacher_batch_statistics:
         return False
     places = (config.at or "").replace("+", ",").split(",")

@@ -1,5 +1,6 @@
 """What the library finds out about models, by name, printed as a table."""
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,14 @@ class Entries(Mapping[str, _Entry]):
     @override
     def __len__(self) -> int:
         return len(self._entries)
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self))
+
+
+def as_html(text: str) -> str:
+    """A printed table for a notebook, which would break its lines where the window ends."""
+    return f'<pre style="white-space: pre; overflow-x: auto">{html.escape(text)}</pre>'
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:

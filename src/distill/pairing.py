@@ -12,7 +12,7 @@ from typing_extensions import override
 from distill._checks import check_count
 from distill._distiller.terms import Term
 from distill._stages import Layer, Side
-from distill._table import table
+from distill._table import as_html, table
 from distill.adapt import NHWC, Select, Tokens, TokensToMap
 from distill.diagnostics import tap_shapes
 from distill.losses.hint import HintLoss
@@ -107,6 +107,9 @@ class LayerPairs(Sequence[LayerPair]):
             needed = f"{pair.overwritten}: copy=True" if pair.overwritten else ""
             rows.append((pair.stage, *sides[0], *sides[1], needed))
         return table(rows)
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self))
 
 
 def pair_layers(

@@ -135,7 +135,7 @@ def test_rejects_an_average_of_another_model():
 
 
 def test_rejects_what_is_no_teacher_or_student():
-    with pytest.raises(TypeError, match="teacher must be a module, a function or None, got 3"):
+    with pytest.raises(TypeError, match=r"a function or None, or Teachers\(...\) for several, got int"):
         Distiller(Net(), 3, LogitLoss())
     with pytest.raises(TypeError, match="student must be a module, got function"):
         Distiller(lambda x: x, Net(), LogitLoss())

@@ -181,7 +181,7 @@ def test_the_table_stands_beside_the_reference(small, tmp_path):
     (out / "runs").mkdir(parents=True)
     for path in (tmp_path / "small/runs").glob("*.json"):
         (out / "runs" / path.name).write_text(path.read_text().replace("resnet8", "resnet20"))
-    results = cifar_resnet.finished_runs(out)
+    results, _ = cifar_resnet.read_finished(out)
     cifar_resnet.write_report(out, results)
     table = (out / "results.md").read_text()
     row = next(line for line in table.splitlines() if "resnet20 ← resnet20" in line)

@@ -127,7 +127,8 @@ class Distiller(nn.Module):
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be a module, got {type(student).__name__}")
         if teacher is not None and not is_function(teacher):
-            raise TypeError(f"teacher must be a module, a function or None, got {teacher!r}")
+            must = "a module, a function or None, or Teachers(...) for several"
+            raise TypeError(f"teacher must be {must}, got {type(teacher).__name__}")
         self._task_takes_target = check_task_loss(task_loss)
         self.student = student
         self.losses = nn.ModuleDict({name: term.loss for name, term in terms.items()})
