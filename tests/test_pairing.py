@@ -424,6 +424,9 @@ def test_tokens_after_the_patches_make_no_grid_of_another_size():
     pairs = pair_layers(Detects(), Detects(), torch.zeros(2, 3, 16, 16))
     assert [pair.student_adapter for pair in pairs] == [None] * 4
     assert pairs[0].compared == ((2, 36, 8), (2, 36, 8))
+    assert "one of yours" not in repr(pairs)
+    beside_maps = repr(pair_layers(ResNet(), Detects(), torch.zeros(2, 3, 16, 16))).splitlines()[1:]
+    assert all("(2, 36, 8)" in line and line.endswith("one of yours") for line in beside_maps)
     x = torch.zeros(2, 3, 16, 16)
     distiller = Distiller(ResNet(), Detects(), pair_layers(ResNet(), Detects(), x).terms(), task_loss=None)
     with pytest.raises(ValueError, match=r"term 'stage1'.* must be maps .*, got .* and \(2, 36, 8\)"):

@@ -100,9 +100,15 @@ class LayerPairs(Sequence[LayerPair]):
     def __repr__(self) -> str:
         rows = [("stage", "student", "gives", "adapter", "teacher", "gives", "adapter", "overwritten later")]
         for pair in self:
+            words = [
+                "one of yours" if len(ours) < len(other) else _in_words(adapter)  # tokens of no grid beside a map
+                for ours, other, adapter in zip(
+                    pair.compared, pair.compared[::-1], (pair.student_adapter, pair.teacher_adapter), strict=True
+                )
+            ]
             sides = (
-                (pair.student, str(pair.student_shape), _in_words(pair.student_adapter)),
-                (pair.teacher, str(pair.teacher_shape), _in_words(pair.teacher_adapter)),
+                (pair.student, str(pair.student_shape), words[0]),
+                (pair.teacher, str(pair.teacher_shape), words[1]),
             )
             needed = f"{pair.overwritten}: copy=True" if pair.overwritten else ""
             rows.append((pair.stage, *sides[0], *sides[1], needed))
@@ -122,6 +128,9 @@ def pair_layers(
     whose blocks all have one size, such as a ViT, is cut into equal shares of its depth, as many as the other model has
     stages, and the last block of each share is taken. It is a proposal from shapes and order; of names it only knows
     `encoder` and, beside it, `decoder`, whose tokens are queries and no map. Which pairs help has to be tried.
+
+    Tokens that are not those of a whole grid (the visible patches of a masked autoencoder, YOLOS with its detection
+    tokens) get no adapter. Beside a map they need one of yours, and the table says so.
 
     Both models run in eval mode and without gradients, and are afterwards as they were.
 
