@@ -228,7 +228,7 @@ def _cut(inputs: list[Any], rows: list[int], samples: int) -> list[Any]:
     for given in inputs:
         if isinstance(given, Tensor) and given.ndim and len(given) == samples:
             given, by_sample = given[torch.tensor(rows, device=given.device)], True
-        elif isinstance(given, (list, tuple)) and len(given) == samples:
+        elif isinstance(given, list) and len(given) == samples:  # a tuple is rather a size (H, W)
             given, by_sample = [given[n] for n in rows], True
         found.append(given)
     if not by_sample:

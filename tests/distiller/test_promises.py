@@ -190,6 +190,15 @@ def test_autocast_leaves_losses_in_float32():
     assert distiller.student.fc.weight.grad.dtype == torch.float32
 
 
+def test_a_teacher_that_runs_the_student_leaves_it_its_gradient_under_autocast():
+    student = Net()
+    distiller = Distiller(student, lambda x: student(x + 1), LogitLoss())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = distiller(*batch())
+    out.loss.backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())  # 2.5 keeps casts without a gradient
+
+
 @pytest.mark.parametrize("taps", [[None, ("body.1", "body.0")], ["fc:input"]], ids=["outputs-pair", "input"])
 def test_compiles_to_one_graph_with_the_eager_loss_and_gradients(taps):
     torch.compiler.reset()

@@ -53,6 +53,13 @@ def test_names_may_be_ids_and_inputs_lists():
     assert found.tolist() == [[-2.0, 0.0], [4.0, 0.0], [-6.0, 0.0]]
 
 
+def test_a_tuple_is_no_list_of_samples():
+    sizes = []
+    teachers = Teachers(a=lambda x, size: sizes.append(size) or x, b=lambda x, size: x, by_id={0: "a", 1: "b"})
+    teachers(torch.randn(2, 3), size=(8, 8), teacher_ids=[0, 1])
+    assert sizes == [(8, 8)]
+
+
 def test_in_a_distiller():
     teachers, (inputs, labels) = experts(), batch(4)
     ids = torch.tensor([1, 0, 7, 1])

@@ -1,10 +1,12 @@
 """What a term compares: sides that are functions or nothing, adapters, and what is refused."""
 
 import copy
+import io
 import pickle
 import sys
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -201,6 +203,15 @@ def test_rejects(arguments, error, match):
 def test_weights_may_be_numbers_that_no_tensor_takes():
     out = Distiller(Net(), Net(seed=1), Term(LogitLoss(), weight=Fraction(1, 4)), task_loss=None)(batch()[0])
     torch.testing.assert_close(out.loss, out.terms["distillation"] / 4)
+
+
+def test_weights_are_plain_numbers_that_any_checkpoint_takes():
+    distiller = Distiller(Net(), Net(seed=1), Term(LogitLoss(), weight=np.float64(0.5)))
+    distiller.weights["task"] = np.linspace(0, 1, 3)[1]  # as a schedule gives it
+    file = io.BytesIO()
+    torch.save(dict(distiller.weights), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == {"distillation": 0.5, "task": 0.5}
 
 
 def test_rejects_a_tensor_as_a_weight_set_later():

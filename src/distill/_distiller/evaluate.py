@@ -129,6 +129,10 @@ def run_teacher(
     finally:
         for module in shared:
             module.training = True
+        if not torch.compiler.is_compiling():
+            # A teacher may be a function that runs the student. In PyTorch 2.5 autocast then keeps the student's weights
+            # without their gradient, and the student's own forward would take those.
+            torch.clear_autocast_cache()
     if not for_student.is_left_alone():
         raise ValueError(
             "the teacher must leave its inputs as they are, which the student gets next, but it changed them in place "

@@ -46,4 +46,4 @@ def check_weight(what: str, weight: float) -> float:
         )
     if not math.isfinite(weight):
         raise ValueError(f"{what} must be finite, got {weight!r}")
-    return weight if isinstance(weight, (int, float)) else float(weight)  # a tensor takes no Fraction
+    return weight if type(weight) in (int, float) else float(weight)  # not all that takes a NumPy number or a Fraction
