@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill import Distiller, KLLoss, LogitLoss, Term, kl_loss, logit_loss
+from distill import CrossEntropyLoss, Distiller, KLLoss, LogitLoss, Term, kl_loss, logit_loss
 from models import Hint, Net, WithLogits, batch
 
 
@@ -312,6 +312,25 @@ def test_rejects_a_task_weight_without_task():
 def test_rejects_a_task_loss_that_cannot_be_called(task_loss):
     with pytest.raises(ValueError, match="task_loss must be a module or function called as task_loss"):
         Distiller(*pair(), LogitLoss(), task_loss=task_loss)
+
+
+def test_a_task_loss_may_be_replaced_by_one_that_is_called_otherwise():
+    distiller, mask = Distiller(Net(), Net(seed=1), LogitLoss()), torch.tensor([True, False] * 8)
+    inputs, labels = batch()
+    mask = mask[: len(labels)]
+    distiller.task_loss = nn.CrossEntropyLoss()
+    with pytest.raises(ValueError, match=r"\['task'\] take none"):
+        distiller(inputs, labels, mask=mask)
+    distiller.task_loss = CrossEntropyLoss()
+    out = distiller(inputs, labels, mask=mask)
+    torch.testing.assert_close(out.losses["task"], F.cross_entropy(out.student[mask], labels[mask]))
+    with pytest.raises(AttributeError, match=r"distiller.weights\['task'\] = 0 switches it off, got None where there is"):
+        distiller.task_loss = None
+    with pytest.raises(ValueError, match="task_loss must be a module or function called as"):
+        distiller.task_loss = nn.BatchNorm1d
+    without = Distiller(Net(), Net(seed=1), LogitLoss(), task_loss=None)
+    with pytest.raises(AttributeError, match="a task loss or none from the start: .* where task_loss=None was built"):
+        without.task_loss = CrossEntropyLoss()
 
 
 def test_rejects_an_output_that_is_no_function():

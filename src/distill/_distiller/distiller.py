@@ -129,7 +129,7 @@ class Distiller(nn.Module):
         if teacher is not None and not is_function(teacher):
             must = "a module, a function or None, or Teachers(...) for several"
             raise TypeError(f"teacher must be {must}, got {type(teacher).__name__}")
-        self._task_takes_target = check_task_loss(task_loss)
+        self._task_takes_target, with_mask = check_task_loss(task_loss, there=task_loss is not None)
         self.student = student
         self.losses = nn.ModuleDict({name: term.loss for name, term in terms.items()})
         self.adapters = nn.ModuleDict(
@@ -141,8 +141,7 @@ class Distiller(nn.Module):
             self._weights.add(TASK, task_weight)
         trained = {*self.modules()}
         self._compared = {name: Compared.of(term).apart_from(trained) for name, term in terms.items()}
-        self._takes_mask = {name: takes(term.loss, "mask") for name, term in terms.items()}
-        self._takes_mask[TASK] = task_loss is not None and takes(task_loss, "mask")
+        self._takes_mask = {name: takes(term.loss, "mask") for name, term in terms.items()} | {TASK: with_mask}
         check_paths(student, (compared.student for compared in self._compared.values()), side="student")
         if isinstance(teacher, nn.Module):
             check_paths(teacher, (compared.teacher for compared in self._compared.values()), side="teacher")
@@ -284,6 +283,8 @@ class Distiller(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "teacher":
             raise AttributeError("a Distiller keeps its teacher for life; build a new Distiller for another one")
+        if name == "task_loss" and "_weights" in self.__dict__:  # another one than it was built with
+            self._task_takes_target, self._takes_mask[TASK] = check_task_loss(value, there=TASK in self._weights)
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:  # plain values, so that no pickle names a module of ours that may move

@@ -162,15 +162,29 @@ def takes(function: Any, keyword: str) -> bool:
     return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def check_task_loss(task_loss: Any) -> bool:
-    """Whether a task loss takes a target; raise ValueError if it cannot be called at all."""
+def check_task_loss(task_loss: Any, *, there: bool) -> tuple[bool, bool]:
+    """Whether a task loss takes a target, and a mask; raise ValueError if it cannot be called at all.
+
+    Args:
+        task_loss: The task loss.
+        there: Whether the Distiller was built with one: only then it has a weight, and another may take its place.
+
+    Raises:
+        AttributeError: If there was none, or is none now.
+    """
+    if (task_loss is not None) != there:
+        raise AttributeError(
+            "a Distiller has a task loss or none from the start: distiller.weights['task'] = 0 switches it off, got "
+            f"{task_loss!r} where {'there is one' if there else 'task_loss=None was built'}"
+        )
+    with_mask = task_loss is not None and takes(task_loss, "mask")
     if task_loss is None or _binds(task_loss, None, None):
-        return True
+        return True, with_mask
     if not _binds(task_loss, None):
         raise ValueError(
             f"task_loss must be a module or function called as task_loss(student_output, target), got {task_loss!r}"
         )
-    return False
+    return False, with_mask
 
 
 def _binds(function: Any, *arguments: Any) -> bool:
