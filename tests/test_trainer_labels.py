@@ -13,7 +13,7 @@ pytest.importorskip("accelerate")
 
 from transformers import LlamaForCausalLM  # noqa: E402
 
-from distill import Distiller, KLLoss, next_tokens  # noqa: E402
+from distill import CrossEntropyLoss, Distiller, KLLoss, next_tokens  # noqa: E402
 from distill.integrations._labels import UNSHIFTED, split_batch  # noqa: E402
 from distill.integrations.transformers import DistillTrainer  # noqa: E402
 from language_models import arguments, build, llama, needs_packing, rows, stack  # noqa: E402
@@ -110,6 +110,18 @@ def test_models_that_shift_their_decoders_inputs_by_themselves_get_the_labels():
     torch.testing.assert_close(out.terms["task"], student(**batch).loss.detach())
     decoded = torch.zeros_like(target)  # decoder inputs of one's own stay
     assert "labels" not in split_batch({**batch, "decoder_input_ids": decoded}, student)[0]
+
+
+def test_what_the_task_loss_ignores_is_masked_and_not_counted(tmp_path):
+    padded = [{**row, "labels": row["labels"].masked_fill(row["labels"] == -100, 0)} for row in rows(2)]
+    task = CrossEntropyLoss(ignore_index=0)
+    for train, own in ((padded, task), (rows(2), CrossEntropyLoss())):
+        distiller = Distiller(llama(8), llama(8, seed=1), KLLoss(), task_loss=own)
+        trainer = DistillTrainer(distiller=distiller, args=arguments(tmp_path, report_to=[]), train_dataset=train)
+        _, _, mask = trainer.prepare(stack(train))
+        assert torch.equal(mask, next_tokens(stack(rows(2))["labels"])[1])
+    maps = {"pixel_values": torch.zeros(1), "labels": torch.tensor([[[0, 255], [-100, 3]]])}  # of a segmentation
+    assert split_batch(maps, nn.Linear(1, 1), ignored=255)[2].tolist() == [[[True, False], [False, True]]]
 
 
 def test_a_classifier_with_a_decoder_and_a_detector_keep_their_labels():

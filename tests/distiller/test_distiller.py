@@ -324,7 +324,9 @@ def test_a_task_loss_may_be_replaced_by_one_that_is_called_otherwise():
     distiller.task_loss = CrossEntropyLoss()
     out = distiller(inputs, labels, mask=mask)
     torch.testing.assert_close(out.losses["task"], F.cross_entropy(out.student[mask], labels[mask]))
-    with pytest.raises(AttributeError, match=r"distiller.weights\['task'\] = 0 switches it off, got None where there is"):
+    with pytest.raises(
+        AttributeError, match=r"distiller.weights\['task'\] = 0 switches it off, got None where there is"
+    ):
         distiller.task_loss = None
     with pytest.raises(ValueError, match="task_loss must be a module or function called as"):
         distiller.task_loss = nn.BatchNorm1d

@@ -160,6 +160,17 @@ def test_rejects_an_average_in_half_precision():
         distiller.update_teacher(0.999)
 
 
+def test_a_frozen_base_in_half_precision_is_no_hindrance_to_an_average():
+    student = Net()
+    student.body.bfloat16().requires_grad_(False)
+    distiller = Distiller(student, copy.deepcopy(student), LogitLoss())
+    with torch.no_grad():
+        student.fc.weight.add_(1.0)
+    distiller.update_teacher(0.75)
+    torch.testing.assert_close(distiller.teacher.fc.weight, student.fc.weight - 0.75)
+    assert torch.equal(distiller.teacher.body[0].weight, student.body[0].weight)
+
+
 def test_an_average_copies_what_has_no_mean_and_changes_nothing_where_it_is_refused():
     student = Net()
     student.scales = nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)

@@ -259,7 +259,8 @@ def update_average(teacher: Any, student: nn.Module, decay: float) -> None:
                     f"{sorted(wrong)[:3]}"
                 )
         for name, parameter in teacher.named_parameters():
-            if parameter.dtype.itemsize < 4 and parameter.is_floating_point():
+            learns = student.get_parameter(name).requires_grad  # a frozen base makes no steps
+            if learns and parameter.dtype.itemsize < 4 and parameter.is_floating_point():
                 raise ValueError(
                     f"an averaged teacher must be float32 or wider, got {parameter.dtype} in {name!r}: small steps "
                     "would be rounded away"

@@ -36,7 +36,7 @@ UNSHIFTED = {
 
 
 def split_batch(
-    batch: dict[str, Any], model: Any, *, shifts: bool = False, name: str = "labels"
+    batch: dict[str, Any], model: Any, *, shifts: bool = False, name: str = "labels", ignored: int = -100
 ) -> tuple[Any, Any, Any]:
     """Take a batch apart into inputs, target and mask.
 
@@ -45,6 +45,7 @@ def split_batch(
         model: The student, unwrapped.
         shifts: Whether the model's own loss shifts the labels, where its class does not say so.
         name: What the labels are called.
+        ignored: A label that means "none" to the task loss; -100 does so too.
 
     Returns:
         The inputs without the labels; an encoder-decoder model gets its decoder's inputs, or the labels if it makes
@@ -70,7 +71,8 @@ def split_batch(
     shifts = shifts or bool(kinds & causal) or (not encodes and bool(kinds & _of_pictures()))
     if labels.ndim == 2 and shifts:
         segments = seen.long() if isinstance(seen, Tensor) and seen.shape == labels.shape else None
-        return inputs, *next_tokens(labels, segments=segments)  # no padding on the left predicts a first token
+        target, mask = next_tokens(labels, segments=segments)  # no padding on the left predicts a first token
+        return inputs, target, mask & (target != ignored)
     if labels.ndim == 2 and not encodes and (held := causal & {type(part).__name__ for part in model.modules()}):
         raise ValueError(
             f"{type(model).__name__} must have a prepare= that makes target and mask of the labels, since it holds a "
@@ -81,7 +83,8 @@ def split_batch(
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
         else:  # Whisper and others make them of the labels in their forward
             inputs["labels"] = labels
-    return inputs, labels, labels.long() != -100  # as unsigned bytes, 156 would equal it
+    found = labels.long()  # as unsigned bytes, 156 would equal -100
+    return inputs, labels, (found != -100) & (found != ignored)
 
 
 def as_returned(loss: Any, output: Any) -> Any:

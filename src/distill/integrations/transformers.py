@@ -35,8 +35,8 @@ class DistillTrainer(PredictingTrainer):
             where the teacher is asked something else than the student `(inputs, target, mask, teacher_inputs)`, as the
             ids of a stored teacher (`remove_unused_columns=False` leaves a column of ids in the batch). In training it
             is called twice. None: labels (`labels`, or the one name in `label_names`) are taken out of the batch,
-            shifted by `next_tokens` if the student's own loss shifts them, and masked where they are -100 or predicted
-            from padding; without labels the `attention_mask` is the mask.
+            shifted by `next_tokens` if the student's own loss shifts them, and masked where they are -100, the task
+            loss's `ignore_index` or predicted from padding; without labels the `attention_mask` is the mask.
         **trainer: What `Trainer` takes, but for `model` and `compute_loss_func`.
 
     Raises:
@@ -63,14 +63,14 @@ class DistillTrainer(PredictingTrainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # `compute_loss` divides by itself
         # A student whose forward takes no labels has none of its own: those of the batch are for the Distiller.
         self.label_names = self.label_names or ["labels"]
-        self._learned, self._terms = Learned(distiller), TermLog()
+        self._learned, self._terms, self._micro_batches = Learned(distiller), TermLog(), 1
         self.add_callback(self._terms)
-        self._micro_batches = 1
 
     def _prepare(self, batch: dict[str, Any]) -> tuple[Any, ...]:
         name = self.label_names[0] if len(self.label_names) == 1 else "labels"
-        shifts = bool(getattr(self, "_loss_shifts_labels", False))
-        return split_batch(batch, self.accelerator.unwrap_model(self.model), shifts=shifts, name=name)
+        model, task = self.accelerator.unwrap_model(self.model), self.distiller.task_loss
+        shifts, ignored = getattr(self, "_loss_shifts_labels", False), getattr(task, "ignore_index", -100)
+        return split_batch(batch, model, shifts=shifts, name=name, ignored=ignored)
 
     def _parts(self) -> dict[str, Any]:
         task = self.distiller.task_loss
