@@ -130,8 +130,8 @@ def run_teacher(
         for module in shared:
             module.training = True
         if not torch.compiler.is_compiling():
-            # A teacher may be a function that runs the student: in PyTorch 2.5 autocast then keeps the student's weights
-            # without their gradient, and its own forward would take those.
+            # A teacher may be a function that runs the student. In PyTorch 2.5 autocast then keeps the weights without
+            # their gradient, and the student's own forward would take those.
             torch.clear_autocast_cache()
     if not for_student.is_left_alone():
         raise ValueError(

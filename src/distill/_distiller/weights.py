@@ -3,6 +3,9 @@
 import math
 import numbers
 from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+from typing_extensions import override
 
 
 class Weights(MutableMapping[str, float]):
@@ -18,11 +21,19 @@ class Weights(MutableMapping[str, float]):
         self._values[name] = check_weight(f"the weight of {name!r}", weight)
 
     def __getitem__(self, name: str) -> float:
+        self._check(name)
         return self._values[name]
 
+    @override
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    @override
+    def get(self, name: str, default: Any = None) -> Any:  # both without an error inside, which is slow to trace
+        return self._values.get(name, default)
+
     def __setitem__(self, name: str, weight: float) -> None:
-        if name not in self._values:
-            raise KeyError(f"a weight must belong to one of the terms {list(self._values)}, got {name!r}")
+        self._check(name)
         self.add(name, weight)
 
     def __delitem__(self, name: str) -> None:
@@ -33,6 +44,13 @@ class Weights(MutableMapping[str, float]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def _check(self, name: str) -> None:
+        if name not in self._values:
+            raise KeyError(
+                f"a weight must belong to one of the terms {list(self._values)}, got {name!r}; a Distiller has the terms "
+                "that it was built with"
+            )
 
     def __repr__(self) -> str:
         return repr(self._values)
