@@ -371,13 +371,13 @@ def test_rejects_weights_of_unknown_terms_and_removal():
     weights = Distiller(*pair(), {"hint": LogitLoss()}).weights
     with pytest.raises(KeyError, match=r"one of the terms \['hint', 'task'\], got 'hnit'"):
         weights["hnit"] = 1.0
-    with pytest.raises(KeyError, match="got 'hnit'; a Distiller has the terms that it was built with"):
+    with pytest.raises(KeyError, match="got 'hnit'; a Distiller has those that it was built with"):
         weights["hnit"]
     assert "hnit" not in weights
     assert weights.get("hnit", 2.0) == 2.0
     later = Distiller(*pair(), LogitLoss())
     later.losses["more"] = LogitLoss()
-    with pytest.raises(KeyError, match="got 'more'; a Distiller has the terms that it was built with"):
+    with pytest.raises(KeyError, match="got 'more'; a Distiller has those that it was built with"):
         later(*batch())
     with pytest.raises(ValueError, match="fixed; set the weight of 'hint' to 0 instead"):
         del weights["hint"]

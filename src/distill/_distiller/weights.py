@@ -48,7 +48,7 @@ class Weights(MutableMapping[str, float]):
     def _check(self, name: str) -> None:
         if name not in self._values:
             raise KeyError(
-                f"a weight must belong to one of the terms {list(self._values)}, got {name!r}; a Distiller has the terms "
+                f"a weight must belong to one of the terms {list(self._values)}, got {name!r}; a Distiller has those "
                 "that it was built with"
             )
 
