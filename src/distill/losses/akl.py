@@ -65,7 +65,7 @@ def akl_loss(
         float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `mu` or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, `mu` is not above 0 and below
             1, the temperature is not positive and finite, there is only one class, or `dim` is out of range or not
             given where there are four dimensions or more.
@@ -108,6 +108,7 @@ class AKLLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `mu` or `temperature` is no number.
         ValueError: If `mu` is not above 0 and below 1, the temperature is not positive and finite, or the reduction is
             unknown.
 

@@ -40,7 +40,7 @@ def alm_loss(student: Tensor, teacher: Tensor, *, temperature: float = 100.0) ->
         float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, or the temperature is not
             positive and finite.
 
@@ -91,6 +91,7 @@ class ALMLoss(SampleLoss):
         reduction: Over chunks: `"mean"`, `"sum"` or `"none"` (one value per chunk).
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:

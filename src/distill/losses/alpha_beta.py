@@ -213,7 +213,7 @@ def alpha_beta_loss(
         One value per sample, shape `(...)`, without a unit, not negative; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `alpha`, `beta` or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, an exponent is negative or not
             finite, both are zero, the temperature is not positive and finite, there is only one class, or `dim` is out
             of range or not given where there are four dimensions or more.
@@ -260,6 +260,7 @@ class AlphaBetaLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `alpha`, `beta` or `temperature` is no number.
         ValueError: If an exponent is negative or not finite, both are zero, the temperature is not positive and finite,
             or the reduction is unknown.
 

@@ -41,7 +41,7 @@ def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
         One value per sample, `(N,)`, without unit, between 0 and 2 / (HW); float32, or float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `p` is no number.
         ValueError: If an input is no map or seems to have its channels last, N or the devices differ, an input is empty
             or not floating-point, or p is not finite or below 1.
 
@@ -99,6 +99,7 @@ class ATLoss(SampleLoss):
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
 
     Raises:
+        TypeError: If `p` is no number.
         ValueError: If p is not finite or below 1, or the reduction is unknown.
 
     Examples:

@@ -36,7 +36,7 @@ def cc_loss(
         A scalar without unit, not negative; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If what must be a tensor is none.
+        TypeError: If what must be a tensor is none, or `gamma` is no number.
         ValueError: If N or the devices differ, an input has fewer than two dimensions, is empty or not floating-point,
             the mask is not `(N,)` or holds weights, gamma is not positive and finite, or the order is no integer of at
             least 1.
@@ -94,6 +94,7 @@ class CCLoss(BatchLoss):
             batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
+        TypeError: If `gamma` is no number.
         ValueError: If gamma is not positive and finite, or the order is no integer of at least 1.
 
     Examples:

@@ -49,7 +49,7 @@ def crd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07, mas
         A scalar in nats, positive, or 0 if the mask leaves fewer than two samples; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If what must be a tensor is none.
+        TypeError: If what must be a tensor is none, or `temperature` is no number.
         ValueError: If N, the values per sample or the devices differ, N is 1, an input has fewer than two dimensions,
             is empty or not floating-point, the mask is not `(N,)` or holds weights, or the temperature is not positive
             and finite.
@@ -162,6 +162,7 @@ class CRDLoss(BatchLoss):
             batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
+        TypeError: If `temperature` or `momentum` is no number.
         ValueError: If an option is out of its range, or belongs to the memory where there is none.
 
     Examples:

@@ -130,6 +130,7 @@ class CTKDLoss(SampleLoss):
         raw: The parameter, 1 at first.
 
     Raises:
+        TypeError: If `low`, `span` or `strength` is no number.
         ValueError: If an option is out of its range, or the reduction is unknown.
 
     Examples:

@@ -38,7 +38,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> T
         input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `temperature` is no number.
         ValueError: If an input is no map, N, C or the devices differ, there is only one position, an input is empty or
             not floating-point, or the temperature is not positive and finite.
 
@@ -83,6 +83,7 @@ class CWDLoss(SampleLoss):
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:

@@ -53,7 +53,7 @@ def dist_loss(
         A scalar, shape `()`, without a unit, times the squared temperature; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If what must be a tensor is none.
+        TypeError: If what must be a tensor is none, or `beta`, `gamma` or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, there is only one dimension or
             one class, the mask has another shape than the samples or holds weights, a weight is negative or not finite,
             the temperature is not positive and finite, or `dim` is out of range or not given where there are four
@@ -125,6 +125,7 @@ class DISTLoss(BatchLoss):
             batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
+        TypeError: If `beta`, `gamma` or `temperature` is no number.
         ValueError: If a weight is negative or not finite, or the temperature is not positive and finite.
 
     Examples:

@@ -42,7 +42,7 @@ def dist_plus_loss(
         A scalar without unit, between 0 and `2 * (iota + kappa)`; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If what must be a tensor is none.
+        TypeError: If what must be a tensor is none, or `iota` or `kappa` is no number.
         ValueError: If an input is no map, N, C or the devices differ, an input is empty or not floating-point, a weight
             is negative or not finite, or the mask is not `(N,)` or holds weights.
 
@@ -107,6 +107,7 @@ class DISTPlusLoss(BatchLoss):
             batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
+        TypeError: If `iota` or `kappa` is no number.
         ValueError: If a weight is negative or not finite, or `gather` is neither True nor False.
 
     Examples:

@@ -181,7 +181,7 @@ def dkd_loss(
         where the teacher gives no class but the target a probability.
 
     Raises:
-        TypeError: If student, teacher or target is no tensor.
+        TypeError: If student, teacher or target is no tensor, or `alpha`, `beta` or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, there are fewer than two
             classes, the target is missing, no integer per sample or no class, a weight is negative or not finite, the
             temperature is not positive and finite, or `dim` is out of range or not given where there are four
@@ -225,6 +225,7 @@ class DKDLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `alpha`, `beta` or `temperature` is no number.
         ValueError: If a weight is negative or not finite, the temperature is not positive and finite, or the
             reduction is unknown.
 

@@ -61,7 +61,7 @@ def fgd_loss(
         One value per sample, `(N,)`; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If what must be a tensor is none.
+        TypeError: If what must be a tensor is none, or `alpha`, `beta`, `gamma`, `delta` or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is not of four dimensions, empty or not floating-point, the
             target is missing or no boxes of corners in fractions, or an option is out of its range.
 
@@ -197,6 +197,7 @@ class FGDLoss(SampleLoss):
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
 
     Raises:
+        TypeError: If `alpha`, `beta`, `gamma`, `delta` or `temperature` is no number.
         ValueError: If channels, weights, the temperature or the reduction are not as said.
 
     Examples:

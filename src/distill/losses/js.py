@@ -55,7 +55,7 @@ def js_loss(
         float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `beta` or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, `beta` is not above 0 and
             below 1, the temperature is not positive and finite, there is only one class, or `dim` is out of range or
             not given where there are four dimensions or more.
@@ -99,6 +99,7 @@ class JSLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `beta` or `temperature` is no number.
         ValueError: If `beta` is not above 0 and below 1, the temperature is not positive and finite, or the
             reduction is unknown.
 

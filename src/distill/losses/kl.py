@@ -78,7 +78,7 @@ def kl_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 4.0
         class has a probability of 0 for the student alone. float32, or float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not
             positive and finite, there is only one class, or `dim` is out of range or not given where there are four
             dimensions or more.
@@ -116,6 +116,7 @@ class KLLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:

@@ -98,7 +98,7 @@ def logit_std_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0
         an input is. It is infinite where the student gives no probability and the teacher does.
 
     Raises:
-        TypeError: If student or teacher is no tensor.
+        TypeError: If student or teacher is no tensor, or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, there are fewer than two
             classes, the temperature is not positive and finite, or `dim` is out of range or not given where there are
             four dimensions or more.
@@ -139,6 +139,7 @@ class LogitStdLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:

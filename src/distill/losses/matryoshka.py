@@ -49,7 +49,7 @@ def matryoshka_loss(
         The weighted sum of what the loss gives, a scalar, or with a reduction of `"none"` one value per sample.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or a weight is no number.
         ValueError: If a width is larger than the embeddings that are cut, `dims` or `weights` are out of range, the
             loss gives a value for each dimension, and as the loss itself.
 
@@ -136,7 +136,7 @@ class MatryoshkaLoss(Loss):
         of_teacher: Whether the teacher's embeddings are cut as well.
 
     Raises:
-        TypeError: If the loss is no module.
+        TypeError: If the loss is no module, or a weight is no number.
         ValueError: If `dims` or `weights` are out of range.
 
     Examples:

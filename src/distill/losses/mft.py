@@ -81,7 +81,7 @@ def mft_loss(
         class has a probability of 0 for the student alone. float32, or float64 if an input is.
 
     Raises:
-        TypeError: If student, teacher or target is no tensor.
+        TypeError: If student, teacher or target is no tensor, or `threshold` or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, there are fewer than two
             classes, the target is missing, no integer per sample or no class, the threshold is not above 0 and below 1,
             the temperature is not positive and finite, or `dim` is out of range or not given where there are four
@@ -128,6 +128,7 @@ class MFTLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `threshold` or `temperature` is no number.
         ValueError: If the threshold is not above 0 and below 1, the temperature is not positive and finite, or the
             reduction is unknown.
 

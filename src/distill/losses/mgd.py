@@ -37,7 +37,7 @@ def mgd_loss(student: Tensor, teacher: Tensor, *, alpha: float = 7e-5) -> Tensor
         is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `alpha` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, or alpha is not positive and
             finite.
 
@@ -91,6 +91,7 @@ class MGDLoss(SampleLoss):
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
 
     Raises:
+        TypeError: If `mask_ratio` or `alpha` is no number.
         ValueError: If channels, mask ratio, alpha or the reduction are not as said.
 
     Examples:

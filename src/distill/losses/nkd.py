@@ -126,7 +126,7 @@ def nkd_loss(
         The others' part is 0 where the teacher gives no class but the target a probability.
 
     Raises:
-        TypeError: If student, teacher or target is no tensor.
+        TypeError: If student, teacher or target is no tensor, or `gamma` or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, there are fewer than two
             classes, the target is missing, no integer per sample or no class, `gamma` is negative or not finite, the
             temperature is not positive and finite, or `dim` is out of range or not given where there are four
@@ -172,6 +172,7 @@ class NKDLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `gamma` or `temperature` is no number.
         ValueError: If `gamma` is negative or not finite, the temperature is not positive and finite, or the
             reduction is unknown.
 

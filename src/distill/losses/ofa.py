@@ -58,7 +58,7 @@ def ofa_loss(
         class has a probability of 0 for the student alone. float32, or float64 if an input is.
 
     Raises:
-        TypeError: If what must be a tensor is none.
+        TypeError: If what must be a tensor is none, or `eps` or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the target is not one class
             per sample, an option is not positive and finite, there is only one class, or `dim` is out of range or not
             given where there are four dimensions or more.
@@ -101,6 +101,7 @@ class OFALoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `eps` or `temperature` is no number.
         ValueError: If an option is not positive and finite, or the reduction is unknown.
 
     Examples:

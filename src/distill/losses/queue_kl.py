@@ -40,7 +40,7 @@ def queue_kl_loss(student: Tensor, teacher: Tensor, *, queue: Tensor, temperatur
         One value per sample, `(N,)`, in nats, never negative; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is not of two dimensions, empty or not floating-point, or the
             temperature is not positive and finite.
 
@@ -124,6 +124,7 @@ class QueueKLLoss(SampleLoss):
         entered: How many embeddings ever entered.
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If a size is no positive integer, the temperature is not positive and finite, or the reduction is
             unknown.
 

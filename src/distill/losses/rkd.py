@@ -49,7 +49,7 @@ def rkd_loss(
         A scalar without unit, not negative; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If what must be a tensor is none.
+        TypeError: If what must be a tensor is none, or `distance_weight` or `angle_weight` is no number.
         ValueError: If N or the devices differ, an input has fewer than two dimensions, is empty or not floating-point,
             the mask is not `(N,)` or holds weights, or a weight is negative or not finite.
 
@@ -227,6 +227,7 @@ class RKDLoss(BatchLoss):
             batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
+        TypeError: If `distance_weight` or `angle_weight` is no number.
         ValueError: If a weight is negative or not finite, or `gather` is neither True nor False.
 
     Examples:

@@ -68,7 +68,7 @@ def sampled_reverse_kl_loss(
         gradient of 0, where the teacher gives the token no probability. float32, or float64 if an input is.
 
     Raises:
-        TypeError: If student, teacher or target is no tensor.
+        TypeError: If student, teacher or target is no tensor, or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, there are fewer than two
             classes, the target is missing, no integer per token or no class, `baseline` is not True or False, the
             temperature is not positive and finite, or `dim` is out of range or not given where there are four
@@ -111,6 +111,7 @@ class SampledReverseKLLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If `baseline` is not True or False, the temperature is not positive and finite, or the reduction is
             unknown.
 

@@ -58,7 +58,7 @@ def score_kl_loss(
         for the student alone. float32, or float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `student_temperature` or `teacher_temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, a temperature is not positive
             and finite, there is only one candidate, or `dim` is out of range or not given where there are four
             dimensions or more.
@@ -107,6 +107,7 @@ class ScoreKLLoss(RowLoss):
         dim: The dimension of the `K` candidates; None: the last, of at most three.
 
     Raises:
+        TypeError: If `student_temperature` or `teacher_temperature` is no number.
         ValueError: If a temperature is not positive and finite, or the reduction is unknown.
 
     Examples:

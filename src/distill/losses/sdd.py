@@ -50,7 +50,7 @@ def sdd_loss(
         One value per sample, `(N,)`, in the unit of the loss; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If what must be a tensor is none, or the loss is no loss of rows.
+        TypeError: If what must be a tensor is none, the loss is no loss of rows, or `complementary` is no number.
         ValueError: If shapes or devices differ, an input is not of three dimensions, empty or not floating-point, the
             target is not one class per sample, or the weight is not positive and finite.
 
@@ -124,7 +124,7 @@ class SDDLoss(Loss):
             positive and finite.
 
     Raises:
-        TypeError: If the loss is no loss of rows.
+        TypeError: If the loss is no loss of rows, or `complementary` is no number.
         ValueError: If the loss has its classes elsewhere than last, a head does more than `W h + b`, or the scales or
             the weight are not as said.
 

@@ -106,7 +106,7 @@ def sigmoid_kl_loss(
         if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not
             positive and finite, `classes` is none of the three, or `dim` is out of range, not given where there are
             four dimensions or more, or given with `classes="none"`.
@@ -174,6 +174,7 @@ class SigmoidKLLoss(RowLoss):
             `"none"`, and then to be left as it is.
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If the temperature is not positive and finite, `classes` or the reduction is unknown, or there is a
             `dim` that has no meaning.
 

@@ -51,7 +51,7 @@ def skd_loss(
         A scalar, never negative, 0 if no sample counts; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If what must be a tensor is none.
+        TypeError: If what must be a tensor is none, or `alpha`, `beta`, `temperature` or `ridge` is no number.
         ValueError: If shapes or devices differ, an input is not of two dimensions, empty or not floating-point, there
             is only one class, the mask is not `(N,)` or holds weights, or an option is not as said.
 
@@ -129,6 +129,7 @@ class SKDLoss(BatchLoss):
             batch, and so is the mean of the processes' gradients (DDP, FSDP). Not in eval mode. False: each its own.
 
     Raises:
+        TypeError: If `alpha`, `beta`, `temperature` or `ridge` is no number.
         ValueError: If a weight is negative or not finite, or the temperature or the ridge is not positive and finite.
 
     Examples:

@@ -54,7 +54,7 @@ def skew_reverse_kl_loss(
         float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `alpha` or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, `alpha` is not at least 0 and
             below 1, the temperature is not positive and finite, there is only one class, or `dim` is out of range or
             not given where there are four dimensions or more.
@@ -96,6 +96,7 @@ class SkewReverseKLLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `alpha` or `temperature` is no number.
         ValueError: If `alpha` is not at least 0 and below 1, the temperature is not positive and finite, or the
             reduction is unknown.
 

@@ -38,7 +38,7 @@ def srd_loss(student: Tensor, teacher: Tensor, *, power: float = 4.0, mask: Tens
         an input is.
 
     Raises:
-        TypeError: If what must be a tensor is none.
+        TypeError: If what must be a tensor is none, or `power` is no number.
         ValueError: If N, C or the devices differ, N is 1, an input has fewer than two dimensions, is empty or not
             floating-point, the mask is not `(N,)` or holds weights, or the power is less than 1 or not finite.
 
@@ -134,6 +134,7 @@ class SRDLoss(BatchLoss):
         projector: The learned layer, an `nn.Linear` without a bias, also where the channels agree.
 
     Raises:
+        TypeError: If `power` is no number.
         ValueError: If a number of channels is no positive integer, or the power is less than 1 or not finite.
 
     Examples:

@@ -49,7 +49,7 @@ def todi_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0, dim
         class has a probability of 0 for one side alone. float32, or float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not
             positive and finite, there is only one class, or `dim` is out of range or not given where there are four
             dimensions or more.
@@ -88,6 +88,7 @@ class ToDiLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:

@@ -32,7 +32,7 @@ def token_similarity_loss(student: Tensor, teacher: Tensor, *, temperature: floa
         One value per sample, `(N,)`, in nats, never negative; float32, or float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `temperature` is no number.
         ValueError: If the inputs are no tokens, N, L or the devices differ, there is only one token, an input is empty
             or not floating-point, or the temperature is not positive and finite.
 
@@ -74,6 +74,7 @@ class TokenSimilarityLoss(SampleLoss):
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:

@@ -42,7 +42,7 @@ def ttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.1, dim: int |
         the student alone. float32, or float64 if an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `gamma` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, gamma is not positive and
             finite, there is only one class, or `dim` is out of range or not given where there are four dimensions or
             more.
@@ -83,6 +83,7 @@ class TTMLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `gamma` is no number.
         ValueError: If gamma is not positive and finite, or the reduction is unknown.
 
     Examples:

@@ -62,7 +62,7 @@ def tvd_loss(student: Tensor, teacher: Tensor | TopK, *, temperature: float = 1.
         an input is.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, the temperature is not
             positive and finite, there is only one class, or `dim` is out of range or not given where there are four
             dimensions or more.
@@ -103,6 +103,7 @@ class TVDLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If the temperature is not positive and finite, or the
             reduction is unknown.
 

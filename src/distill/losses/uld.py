@@ -52,7 +52,7 @@ def uld_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, dim:
         differ in size the logits of the smaller one are copied.
 
     Raises:
-        TypeError: If an input is no tensor.
+        TypeError: If an input is no tensor, or `temperature` is no number.
         ValueError: If shapes differ in more than the classes, devices differ, an input is empty or not floating-point,
             the temperature is not positive and finite, one has fewer than two classes, or `dim` is out of range or not
             given where there are four dimensions or more.
@@ -114,6 +114,7 @@ class ULDLoss(RowLoss):
         dim: The dimension of the classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:

@@ -82,6 +82,7 @@ class VIDLoss(SampleLoss):
         reduction: Over samples: `"mean"`, `"sum"` or `"none"` (one value per sample).
 
     Raises:
+        TypeError: If `eps` is no number.
         ValueError: If channels, variances or the reduction are not as said.
 
     Examples:

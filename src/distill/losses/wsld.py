@@ -110,7 +110,7 @@ def wsld_loss(
         is 0: then it is 0.
 
     Raises:
-        TypeError: If student, teacher or target is no tensor.
+        TypeError: If student, teacher or target is no tensor, or `temperature` is no number.
         ValueError: If shapes or devices differ, an input is empty or not floating-point, there are fewer than two
             classes, the target is missing, no integer per sample or no class, the temperature is not positive and
             finite, or `dim` is out of range or not given where there are four dimensions or more.
@@ -150,6 +150,7 @@ class WSLDLoss(RowLoss):
         dim: The dimension of the `C` classes; None: the last, of at most three.
 
     Raises:
+        TypeError: If `temperature` is no number.
         ValueError: If the temperature is not positive and finite, or the reduction is unknown.
 
     Examples:
