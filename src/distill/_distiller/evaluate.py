@@ -303,7 +303,8 @@ def check_tapped(seen: Mapping[Tap, Any]) -> None:
         if tensors and not any(may_train(tensor) for tensor in tensors):
             raise ValueError(
                 f"the student's tap {tap.path!r} must carry a gradient in training, but it has none: nothing before it "
-                "is trained, or it lies inside reentrant activation checkpointing (use_reentrant=False keeps it)"
+                "is trained (a copy of a frozen teacher is frozen too: requires_grad_(True)), or it lies inside "
+                "reentrant activation checkpointing (use_reentrant=False keeps it)"
             )
 
 
