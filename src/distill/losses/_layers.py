@@ -64,7 +64,7 @@ def _batch_norm(layer: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor, mask: Tenso
         if x.numel() == x.shape[1]:
             raise ValueError(
                 "a batch norm of this loss must have more than 1 value per channel (samples times positions), "
-                f"got maps {tuple(x.shape)}"
+                f"got maps {tuple(x.shape)} (DataLoader: drop_last=True)"
             )
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=layer.eps)
     kept = torch.ones_like(x[:, 0, 0, 0]) if mask is None else (mask.detach() != 0).to(x.dtype)

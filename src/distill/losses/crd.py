@@ -84,7 +84,7 @@ def crd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 0.07, mas
 def _in_batch(student: Tensor, teacher: Tensor, kept: Tensor | None, temperature: float) -> Tensor:
     n = len(student)
     if n < 2:
-        raise ValueError("a batch without a memory of negatives must have at least 2 samples, got 1")
+        raise ValueError("a batch without a memory must have at least 2 samples, got 1 (DataLoader: drop_last=True)")
     with without_autocast(student):
         scores = student @ teacher.mT / temperature
     # Column 0 is the own pair, the others are those with the next samples, round the end.

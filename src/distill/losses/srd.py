@@ -91,7 +91,9 @@ def _features(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Te
         )
     student, teacher = make_ready(student, teacher)
     if len(student) < 2:
-        raise ValueError(f"there must be at least 2 samples, got shape {tuple(student.shape)}")
+        raise ValueError(
+            f"there must be at least 2 samples, got shape {tuple(student.shape)} (DataLoader: drop_last=True)"
+        )
     kept = check_selection(mask, student.shape[:1], student.device)
     if kept is not None:
         student, teacher = hide(student, kept), hide(teacher, kept)
