@@ -232,7 +232,7 @@ def test_an_averaged_teacher_does_not_observe_with_its_student():
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_a_teacher_that_accelerate_has_placed_stays_where_it_is():
+def test_models_that_accelerate_has_placed_stay_where_they_are():
     accelerate = pytest.importorskip("accelerate")
     net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 5))
     x, expected = torch.randn(3, 4), copy.deepcopy(net)
@@ -241,5 +241,11 @@ def test_a_teacher_that_accelerate_has_placed_stays_where_it_is():
     for teacher in (placed, several):
         out = Distiller(torch.nn.Linear(4, 5), teacher, LogitLoss(), task_loss=None).to("cpu", torch.float32)(x)
         torch.testing.assert_close(out.teacher, expected(x).detach())
-    Distiller(torch.nn.Linear(4, 5), several, LogitLoss()).to(torch.float64)
-    assert several.get_submodule("plain")[0].weight.dtype == torch.float64
+    student = accelerate.dispatch_model(copy.deepcopy(expected), {"": "cpu"}, force_hooks=True)
+    distiller = Distiller(student, several, Term(LogitLoss(), at=("0", "plain.0"), student=torch.nn.Linear(6, 6)))
+    distiller.to("meta")
+    assert not student[0].weight.is_meta
+    assert distiller.adapters["distillation"][0].weight.is_meta
+    assert several.get_submodule("plain")[0].weight.is_meta
+    with pytest.raises(ValueError, match="must have its dtype before, got torch.float16 for Sequential with torch.flo"):
+        distiller.half()

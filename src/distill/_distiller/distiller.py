@@ -299,9 +299,9 @@ class Distiller(nn.Module):
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         """Let the teacher and its adapters follow `.to()`, `.half()`, `.cuda()` and the like."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         teacher = [self.teacher] if isinstance(self.teacher, nn.Module) else []
-        for module in (*teacher, *self._constants()):
+        for module in (*(self.children() if recurse else ()), *teacher, *self._constants()):
             apply_unplaced(module, fn, recurse=recurse)
         return self
 

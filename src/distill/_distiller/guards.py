@@ -177,17 +177,29 @@ def _own_parameters(loss: nn.Module) -> Iterator[nn.Parameter]:
         yield from _own_parameters(child)
 
 
-def apply_unplaced(teacher: nn.Module, function: Callable[[Tensor], Tensor], *, recurse: bool) -> None:
-    """Apply a function to a teacher's tensors as `.to()` does, but for parts whose devices accelerate manages.
+def apply_unplaced(module: nn.Module, function: Callable[[Tensor], Tensor], *, recurse: bool) -> None:
+    """Apply a function to a module's tensors as `.to()` does, but for parts whose devices accelerate manages.
 
     Those are where they must be: spread over devices, or on meta between their forwards (`device_map=`, `cpu_offload`).
+
+    Raises:
+        ValueError: If the function gives such a part another dtype.
     """
-    if not any(hasattr(module, "_hf_hook") for module in teacher.modules()):
-        teacher._apply(function, recurse)  # type: ignore[no-untyped-call]
-    elif not hasattr(teacher, "_hf_hook"):
-        teacher._apply(function, recurse=False)  # type: ignore[no-untyped-call]
-        for child in teacher.children() if recurse else ():
+    if not any(hasattr(part, "_hf_hook") for part in module.modules()):
+        module._apply(function, recurse)  # type: ignore[no-untyped-call]
+        return
+    if not hasattr(module, "_hf_hook"):
+        module._apply(function, recurse=False)  # type: ignore[no-untyped-call]
+        for child in module.children() if recurse else ():
             apply_unplaced(child, function, recurse=True)
+        return
+    for dtype in {parameter.dtype for parameter in module.parameters()}:
+        asked = function(torch.empty(0, dtype=dtype)).dtype
+        if asked != dtype:
+            raise ValueError(
+                f"a model whose devices accelerate manages must have its dtype before, got {asked} for "
+                f"{type(module).__name__} with {dtype}"
+            )
 
 
 def switch_to_eval(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
