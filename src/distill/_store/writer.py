@@ -135,7 +135,8 @@ class TeacherWriter:
                 features by path. `(N, T, C)` are sequences, whose T may differ from call to call.
             tokens: What the teacher saw, `(N, T)` or pixels `(N, ...)`, or a list of one tensor for each sample. A hash
                 of each sample is kept, so that a question with other ones can be refused.
-            mask: Which positions count, `(N, T)`, the attention mask of a padded batch: the others are not stored.
+            mask: Which positions count, `(N, T)`, the attention mask of a padded batch: the others are not stored. It
+                is for all that has T positions; an encoder's states beside a decoder's logits go in as lists.
 
         Raises:
             ValueError: If a sample is stored already, shapes do not fit each other or what was added before, a value
