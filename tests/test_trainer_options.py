@@ -154,6 +154,14 @@ def test_labels_of_another_name_are_labels(tmp_path):
         assert torch.equal(value, plain.state_dict()[name]), name
 
 
+def test_what_prepare_must_give_is_said(tmp_path):
+    distiller, args = Distiller(Plain(), Plain(), KLLoss()), arguments(tmp_path)
+    for made, got in (({}, "dict"), (({}, None), "a tuple of 2"), (({},) * 5, "a tuple of 5")):
+        trainer = DistillTrainer(distiller=distiller, args=args, prepare=lambda batch, made=made: made)
+        with pytest.raises(ValueError, match=rf"prepare must give a tuple \(inputs, target, mask\), .*, got {got}"):
+            trainer.prepare({})
+
+
 def test_masks_by_name_count_over_the_accumulated_batch_too(tmp_path):
     def prepare(batch):
         inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -73,7 +73,7 @@ class Teachers(nn.Module):
             if hasattr(self, name) or "." in name:
                 raise ValueError(f"a teacher's name must be no attribute of a module and have no dots, got {name!r}")
             if not is_function(teacher):
-                raise TypeError(f"a teacher must be a module or a function, got {teacher!r} as {name!r}")
+                raise TypeError(f"a teacher must be a module or a function, got {type(teacher).__name__} as {name!r}")
         if by_id is not None:
             _check_by_id(by_id, list(teachers), combine)
         if check_count_or_none("vocab_size", vocab_size) and not (by_id or isinstance(combine, str)):

@@ -146,7 +146,7 @@ def test_teachers_may_be_functions_and_say_what_they_are():
     teachers = Teachers(big=lambda x: 2 * small(x), small=small, combine="logits")
     torch.testing.assert_close(teachers(batch()[0]), 1.5 * small(batch()[0]))
     assert "combine='logits', shares={'big': 0.5, 'small': 0.5}" in repr(teachers)
-    with pytest.raises(TypeError, match="a teacher must be a module or a function, got 3 as 'a'"):
+    with pytest.raises(TypeError, match="a teacher must be a module or a function, got int as 'a'"):
         Teachers(a=3)
     with pytest.raises(ValueError, match=r"logits of one shape, got \{'a': \(4, 5\), 'b': \(4, 8\)\}"):
         Teachers(a=small, b=small.body, combine="logits")(batch()[0])

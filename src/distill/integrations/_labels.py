@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -85,6 +86,20 @@ def split_batch(
             inputs["labels"] = labels
     found = labels.long()  # as unsigned bytes, 156 would equal -100
     return inputs, labels, (found != -100) & (found != ignored)
+
+
+def checked(prepare: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """A `prepare` of the user's whose result is checked."""
+
+    def run(batch: dict[str, Any]) -> tuple[Any, ...]:
+        parts = prepare(batch)
+        if not isinstance(parts, tuple) or len(parts) not in (3, 4):
+            got = f"a tuple of {len(parts)}" if isinstance(parts, tuple) else type(parts).__name__
+            must = "a tuple (inputs, target, mask), or with the teacher's inputs as a fourth"
+            raise ValueError(f"prepare must give {must}, got {got}")
+        return parts
+
+    return run
 
 
 def as_returned(loss: Any, output: Any) -> Any:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from distill._distiller.distiller import Distiller
 from distill._distiller.evaluate import has_mean
 from distill.integrations._counts import count_masks, divided, everywhere, factor
-from distill.integrations._labels import as_returned, split_batch
+from distill.integrations._labels import as_returned, checked, split_batch
 from distill.integrations._learned import Learned
 from distill.integrations._predictions import PredictingTrainer
 from distill.integrations._term_log import TermLog
@@ -59,7 +59,7 @@ class DistillTrainer(PredictingTrainer):
             config: Any = getattr(part, "config", None)
             if hasattr(config, "use_cache"):
                 config.use_cache = False
-        self.prepare = prepare or self._prepare
+        self.prepare = checked(prepare) if prepare else self._prepare
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # `compute_loss` divides by itself
         # A student whose forward takes no labels has none of its own: those of the batch are for the Distiller.
         self.label_names = self.label_names or ["labels"]

@@ -180,7 +180,7 @@ def check_head(name: str, head: nn.Module, scale: float, softcap: float | None =
     weight, bias = (getattr(head, attribute, None) for attribute in ("weight", "bias"))
     what = f"{name} must be a module with a matrix as weight, as nn.Linear and nn.Embedding, got "
     if not (isinstance(head, nn.Module) and isinstance(weight, Tensor)):
-        raise ValueError(f"{what}{head!r}")
+        raise ValueError(f"{what}{type(head).__name__}")
     check_whole(f"the weight of {name}", weight)
     if weight.ndim != 2:
         raise ValueError(f"{what}{head!r}")
