@@ -45,7 +45,7 @@ def draw_picture(results: Sequence[RunResult]) -> bytes:
                 "accuracy on all test images after the last epoch (%); dot: seed, bar: mean, grey: baselines",
             )
             if any(run.agreement is not None for run in runs):
-                axes = figure.add_subplot(grid[row, 2], title="agreement with the teacher, last epoch")
+                axes = figure.add_subplot(grid[row, 2], title="agreement with the teacher")
                 draw_ranking(axes, runs, "agreement", "test images in the same class (%)")
             continue
         nepoch = runs[0].nepoch
